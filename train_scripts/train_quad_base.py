@@ -1,0 +1,167 @@
+"""Pretrains the small Stable Diffusion that the library ships, on quad images of all contexts pooled.
+
+    python train_scripts/train_quad_base.py autoencoder --output_dir runs/base
+    python train_scripts/train_quad_base.py unet --output_dir runs/base
+
+Neither stage sees a context label: the autoencoder sees images, the UNet and the text encoder images and captions.
+Every step draws fresh images from seeds below `quad.FIRST_HELD_OUT_SEED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_ctx.data import quad
+
+
+IMAGES_PER_DRAW = 512  # of each context, drawn at once
+MAX_PROMPT_TOKENS = 24
+EMPTY_PROMPT_SHARE = 0.1  # so that classifier-free guidance and empty prompts work
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("autoencoder", "unet"))
+    parser.add_argument("--output_dir", type=Path, required=True, help="The pipeline's folder; `unet` reads the VAE in it.")
+    parser.add_argument("--max_train_steps", type=int, default=6000)
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--log_every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def pooled_draws(seed: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Endless draws of shuffled images of all contexts of the dependent variant, with their captions."""
+    rng = np.random.default_rng(seed)
+    while True:
+        samples = [
+            quad.generate(names, IMAGES_PER_DRAW, seed=int(rng.integers(quad.FIRST_HELD_OUT_SEED)))
+            for names in quad.contexts().values()
+        ]
+        images = np.concatenate([sample.images for sample in samples])
+        captions = [caption for sample in samples for caption in sample.captions]
+        order = rng.permutation(len(images))
+        yield images[order], [captions[index] for index in order]
+
+
+def pooled_batches(batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Endless batches: images (B, 3, 64, 64) in [-1, 1] and captions."""
+    for images, captions in pooled_draws(seed):
+        for start in range(0, len(images) - batch_size + 1, batch_size):
+            pixels = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2)
+            yield pixels / 127.5 - 1, captions[start : start + batch_size]
+
+
+class Log:
+    """Appends one JSON line every `every` steps: the mean of each figure since the last line."""
+
+    def __init__(self, path: Path, every: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a")
+        self.every = every
+        self.values: dict[str, list[float]] = {}
+        self.start = time.time()
+
+    def __call__(self, step: int, **values: float) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
+        if step % self.every == 0:
+            line = {name: round(float(np.mean(series)), 6) for name, series in self.values.items()}
+            self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start)} | line) + "\n")
+            self.file.flush()
+            self.values = {}
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    accelerator = Accelerator()
+    vae = AutoencoderKL(
+        sample_size=quad.RESOLUTION,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=16,
+        latent_channels=4,
+    ).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    vae, optimizer = accelerator.prepare(vae, optimizer)
+    ema = EMAModel(accelerator.unwrap_model(vae).parameters(), decay=0.998, use_ema_warmup=True)
+    log = Log(args.output_dir / "logs" / "autoencoder.jsonl", args.log_every)
+
+    batches = pooled_batches(args.train_batch_size, args.seed)
+    for step in tqdm(range(1, args.max_train_steps + 1), desc="autoencoder"):
+        pixels = next(batches)[0].to(accelerator.device, memory_format=torch.channels_last)
+        posterior = accelerator.unwrap_model(vae).encode(pixels).latent_dist
+        reconstruction = accelerator.unwrap_model(vae).decode(posterior.sample()).sample
+        mse = F.mse_loss(reconstruction, pixels)
+        loss = mse + 0.2 * F.l1_loss(reconstruction, pixels) + 1e-6 * posterior.kl().mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(accelerator.unwrap_model(vae).parameters())
+        log(step, mse=mse.item(), kl=posterior.kl().mean().item())
+
+    vae = accelerator.unwrap_model(vae)
+    ema.copy_to(vae.parameters())
+    vae.register_to_config(scaling_factor=measure_scaling_factor(vae, args.seed))
+    vae.to(torch.float16).save_pretrained(args.output_dir / "vae")
+
+
+@torch.no_grad()
+def measure_scaling_factor(vae: AutoencoderKL, seed: int) -> float:
+    """One over the standard deviation of the latents, so that the UNet works on latents of unit variance."""
+    pixels = next(pooled_batches(512, seed))[0].to(vae.device)
+    return 1 / vae.encode(pixels).latent_dist.sample().std().item()
+
+
+def train_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges were learned on quad's captions; other words fall into their letters."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=special, end_of_word_suffix="</w>"
+    )
+    captions = [f"a picture of {name}" for name in ("a circle", "a square", "a triangle", "an ellipse")]
+    words = [word for caption in captions for word in caption.split()]
+    bpe.train_from_iterator(words * 2, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in learned["merges"]]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens + special))}
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=[tuple(merge) for merge in learned["merges"]], model_max_length=MAX_PROMPT_TOKENS
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    set_seed(arguments.seed)
+    {"autoencoder": train_autoencoder}[arguments.stage](arguments)
