@@ -1,0 +1,4 @@
+from .composable import ComposablePipeline, ComposablePipelineOutput
+
+
+__all__ = ["ComposablePipeline", "ComposablePipelineOutput"]

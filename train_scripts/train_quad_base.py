@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +36,7 @@ from diffusers_ctx.data import quad
 
 
 IMAGES_PER_DRAW = 512  # of each context, drawn at once
+PASSES_PER_DRAW = 3  # of the UNet over the same images, each time with other noise
 MAX_PROMPT_TOKENS = 24
 EMPTY_PROMPT_SHARE = 0.1  # so that classifier-free guidance and empty prompts work
 
@@ -44,7 +44,9 @@ EMPTY_PROMPT_SHARE = 0.1  # so that classifier-free guidance and empty prompts w
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("autoencoder", "unet"))
-    parser.add_argument("--output_dir", type=Path, required=True, help="The pipeline's folder; `unet` reads the VAE in it.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="The pipeline's folder; `unet` reads the VAE in it."
+    )
     parser.add_argument("--max_train_steps", type=int, default=6000)
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -161,7 +163,116 @@ def train_tokenizer() -> CLIPTokenizer:
     )
 
 
+def create_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_PROMPT_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def create_unet(latent_size: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        block_out_channels=(64, 112),
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=128,
+    )
+
+
+def create_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR, so that sampling starts where training ended (Lin et al., 2305.08891)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def drop_prompts(captions: list[str], rng: np.random.Generator) -> list[str]:
+    return ["" if rng.random() < EMPTY_PROMPT_SHARE else caption for caption in captions]
+
+
+@torch.no_grad()
+def encoded_batches(vae: AutoencoderKL, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Endless batches: latents (B, 4, 8, 8) and captions. Encoding costs time, so that each draw is used again."""
+    for images, captions in pooled_draws(seed):
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        encoded = [vae.encode(chunk.to(vae.device) / 127.5 - 1).latent_dist.sample() for chunk in pixels.split(64)]
+        latents = torch.cat(encoded) * vae.config.scaling_factor
+        for _ in range(PASSES_PER_DRAW):
+            for rows in torch.randperm(len(latents))[: len(latents) // batch_size * batch_size].split(batch_size):
+                yield latents[rows], [captions[row] for row in rows]
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    accelerator = Accelerator()
+    vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae").to(accelerator.device).requires_grad_(False)
+    tokenizer = train_tokenizer()
+    scheduler = create_scheduler()
+    # one module, so that one optimizer, one EMA and one gradient norm cover both
+    model = torch.nn.ModuleDict(
+        {"unet": create_unet(quad.RESOLUTION // 8), "text_encoder": create_text_encoder(tokenizer)}
+    ).to(accelerator.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    ema = EMAModel(model.parameters(), decay=0.998, use_ema_warmup=True)
+    log = Log(args.output_dir / "logs" / "unet.jsonl", args.log_every)
+    rng = np.random.default_rng(args.seed)
+
+    batches = encoded_batches(vae, args.train_batch_size, args.seed + 1)
+    for step in tqdm(range(1, args.max_train_steps + 1), desc="unet"):
+        latents, captions = next(batches)
+        tokens = tokenizer(
+            drop_prompts(captions, rng), padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
+        )
+        text = model["text_encoder"](tokens.input_ids.to(accelerator.device))[0]
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        prediction = model["unet"](noisy, timesteps, text).sample
+        loss = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        log(step, loss=loss.item())
+
+    ema.copy_to(model.parameters())
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        unet=model["unet"],
+        text_encoder=model["text_encoder"].eval(),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
+
+
 if __name__ == "__main__":
     arguments = parse_args()
     set_seed(arguments.seed)
-    {"autoencoder": train_autoencoder}[arguments.stage](arguments)
+    {"autoencoder": train_autoencoder, "unet": train_unet}[arguments.stage](arguments)

@@ -1,0 +1,17 @@
+from .attention import (
+    attach_context_module,
+    attached_context_module,
+    context_attention_layers,
+    detach_context_module,
+)
+from .loader import LORA_ADAPTER, ContextAdapterLoaderMixin
+
+
+__all__ = [
+    "LORA_ADAPTER",
+    "ContextAdapterLoaderMixin",
+    "attach_context_module",
+    "attached_context_module",
+    "context_attention_layers",
+    "detach_context_module",
+]

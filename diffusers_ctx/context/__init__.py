@@ -1,0 +1,7 @@
+from .causal import ReducedForm, Structural
+from .interventions import Interventions, intervention_mask
+from .module import ContextModule
+from .posterior import GaussianPosterior
+
+
+__all__ = ["ContextModule", "GaussianPosterior", "Interventions", "ReducedForm", "Structural", "intervention_mask"]

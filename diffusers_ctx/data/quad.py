@@ -116,9 +116,7 @@ class QuadSample:
         return _sample(self.noise, tuple(interventions), self.dependent)
 
 
-def generate(
-    interventions: Sequence[str] = (), n: int = 1, seed: int = 0, dependent: bool = True
-) -> QuadSample:
+def generate(interventions: Sequence[str] = (), n: int = 1, seed: int = 0, dependent: bool = True) -> QuadSample:
     """Draws `n` images of one context.
 
     Args:

@@ -1,0 +1,162 @@
+"""How context tokens enter a UNet: beside the text, through diffusers' own IP-Adapter plumbing.
+
+Tokens travel as `added_cond_kwargs["image_embeds"]` through `unet.encoder_hid_proj` to IP-Adapter processors in the
+cross-attention layers. The context module itself lives in `encoder_hid_proj`, so that it follows the UNet to its
+device, its data type and its checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+    XFormersAttnProcessor,
+)
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from torch import nn
+
+from ..context import ContextModule
+
+
+_CROSS_ATTENTION = "attn2.processor"
+_CONTEXT_PROCESSORS = (IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+
+
+class ContextProjection(nn.Module):
+    """Holds the context module where the UNet expects an image projection; its tokens need no projection."""
+
+    def __init__(self, context_module: ContextModule):
+        super().__init__()
+        self.context_module = context_module
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+def attach_context_module(unet: UNet2DConditionModel, context_module: ContextModule) -> None:
+    """Gives every cross-attention layer of `unet` keys and values for the tokens of `context_module`.
+
+    Values start at zero: a fresh adapter changes nothing.
+
+    Raises:
+        ValueError: if the UNet already carries an adapter of this kind, or its tokens have another width.
+    """
+    if unet.encoder_hid_proj is not None:
+        raise ValueError(
+            "The UNet already has an IP-Adapter or a context adapter; call `unload_ip_adapter()` or"
+            " `unload_context_adapter()` first."
+        )
+    if unet.config.cross_attention_dim != context_module.config.token_dim:
+        raise ValueError(
+            f"The context module makes tokens of width {context_module.config.token_dim}, the UNet takes"
+            f" {unet.config.cross_attention_dim}."
+        )
+    context_module.to(unet.conv_in.weight)  # its device and data type
+    processors = {
+        name: _context_processor(unet, name, processor, context_module) if _is_cross_attention(name) else processor
+        for name, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ContextProjection(context_module)])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+
+
+def detach_context_module(unet: UNet2DConditionModel) -> None:
+    """Takes the context module and its attention weights off `unet`, which is then as it was; without one, nothing."""
+    if not _context_modules(unet):
+        return
+    unet.set_attn_processor({name: _plain_processor(processor) for name, processor in unet.attn_processors.items()})
+    unet.encoder_hid_proj = None
+    unet.config.encoder_hid_dim_type = None
+
+
+@contextmanager
+def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
+    """While it is open, `unet` is the plain model; afterwards it carries its context module again, if it had one."""
+    processors, projection = unet.attn_processors, unet.encoder_hid_proj
+    modules = _context_modules(unet)
+    detach_context_module(unet)
+    try:
+        yield
+    finally:
+        if modules:
+            unet.set_attn_processor(dict(processors))
+            unet.encoder_hid_proj = projection
+            unet.config.encoder_hid_dim_type = "ip_image_proj"
+
+
+def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
+    """The context module that `unet` carries, or `None`.
+
+    Raises:
+        RuntimeError: if its attention processors have been replaced since, so that its tokens would be ignored.
+    """
+    modules = _context_modules(unet)
+    if not modules:
+        return None
+    if not all(isinstance(processor, _CONTEXT_PROCESSORS) for processor in _cross_attention_processors(unet).values()):
+        raise RuntimeError(
+            "The context adapter's attention processors were replaced (`set_attn_processor`, attention slicing and"
+            " `fuse_qkv_projections` do that); call `unload_context_adapter()` and `load_context_adapter(...)` again."
+        )
+    return modules[0]
+
+
+def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
+    """The adapter's own weights in the attention layers, by the name of the layer (dots become slashes)."""
+    return nn.ModuleDict(
+        {
+            name.removesuffix("." + _CROSS_ATTENTION).replace(".", "/"): nn.ModuleDict(
+                {"key": processor.to_k_ip[0], "value": processor.to_v_ip[0]}
+            )
+            for name, processor in _cross_attention_processors(unet).items()
+        }
+    )
+
+
+def set_context_scale(unet: UNet2DConditionModel, scale: float) -> None:
+    """Weighs the attention to context tokens: 1 as trained, 0 the plain model."""
+    for processor in _cross_attention_processors(unet).values():
+        processor.scale = [float(scale)]
+
+
+def _context_modules(unet: UNet2DConditionModel) -> list[ContextModule]:
+    projection = getattr(unet, "encoder_hid_proj", None)
+    layers = getattr(projection, "image_projection_layers", [])
+    return [layer.context_module for layer in layers if isinstance(layer, ContextProjection)]
+
+
+def _is_cross_attention(name: str) -> bool:
+    return name.endswith(_CROSS_ATTENTION)
+
+
+def _cross_attention_processors(unet: UNet2DConditionModel) -> dict[str, Any]:
+    return {name: processor for name, processor in unet.attn_processors.items() if _is_cross_attention(name)}
+
+
+def _context_processor(
+    unet: UNet2DConditionModel, name: str, processor: object, context_module: ContextModule
+) -> nn.Module:
+    attention = unet.get_submodule(name.removesuffix(".processor"))
+    kind = IPAdapterXFormersAttnProcessor if _uses_xformers(processor) else IPAdapterAttnProcessor2_0
+    nodes, tokens, token_dim = context_module.tokens_shape
+    created = kind(hidden_size=attention.inner_dim, cross_attention_dim=token_dim, num_tokens=(nodes * tokens,))
+    nn.init.zeros_(created.to_v_ip[0].weight)
+    return created.to(device=unet.device, dtype=unet.dtype)
+
+
+def _plain_processor(processor: object) -> object:
+    if not isinstance(processor, _CONTEXT_PROCESSORS):
+        return processor
+    return XFormersAttnProcessor() if _uses_xformers(processor) else AttnProcessor2_0()
+
+
+def _uses_xformers(processor: object) -> bool:
+    return "XFormers" in type(processor).__name__

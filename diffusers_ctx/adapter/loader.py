@@ -1,0 +1,218 @@
+"""Loading, saving and pushing context adapters, for pipelines with a UNet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo
+from peft.utils import get_peft_model_state_dict
+
+from ..context import ContextModule
+from ..hub import (
+    CONFIG_NAME,
+    LORA_WEIGHTS_NAME,
+    MODULE_FOLDER,
+    push_adapter_folder,
+    render_model_card,
+    resolve_adapter_folder,
+    save_model_card,
+    validate_adapter_folder,
+)
+from .attention import (
+    attach_context_module,
+    attached_context_module,
+    context_module_detached,
+    detach_context_module,
+    set_context_scale,
+)
+from .format import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
+
+
+logger = logging.get_logger(__name__)
+
+LORA_ADAPTER = "context"  # the name that PEFT knows the adapter's own LoRA by
+
+
+class ContextAdapterLoaderMixin:
+    """Gives a pipeline with a `unet` and a `scheduler` the methods of a context adapter."""
+
+    unet: UNet2DConditionModel
+    scheduler: Any
+    config: Any
+    load_lora_weights: Callable[..., None]
+    save_lora_weights: Callable[..., None]
+    unload_lora_weights: Callable[..., None]
+    delete_adapters: Callable[..., None]
+
+    @property
+    def context_module(self) -> ContextModule | None:
+        """The context module that is loaded, or `None`."""
+        return attached_context_module(self.unet)
+
+    @property
+    def concepts(self) -> list[str]:
+        """Names of the concepts that can be intervened on; empty without an adapter."""
+        module = self.context_module
+        return list(module.config.concepts) if module is not None else []
+
+    def load_context_adapter(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Loads a context adapter, in `lora` mode together with its LoRA.
+
+        Args:
+            pretrained_model_name_or_path: a local folder or the id of a repository on the Hub.
+            subfolder: folder within it.
+            revision: branch, tag or commit on the Hub.
+            token: token for a private repository.
+            cache_dir: where downloads are kept.
+            local_files_only: whether to look in the cache alone.
+
+        Raises:
+            AdapterError: if the folder is not a whole context adapter of a known format, or does not fit the base
+                model. The pipeline is then as it was before.
+            ValueError: if an adapter is loaded already.
+        """
+        folder = resolve_adapter_folder(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = validate_adapter_folder(folder)
+        check_base(config, self.unet, self.scheduler.config.prediction_type)
+        module = ContextModule.from_pretrained(folder / MODULE_FOLDER).eval()
+        attach_context_module(self.unet, module)
+        try:
+            load_attention(self.unet, read_attention(folder))
+            if config["mode"] == "lora":
+                self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
+        except Exception:
+            self.unload_context_adapter()
+            raise
+        if config["mode"] == "full" and Path(self.config.get("_name_or_path") or "") != Path(
+            pretrained_model_name_or_path
+        ):
+            logger.warning(
+                f"This context adapter was trained together with its UNet; load the pipeline from"
+                f" '{pretrained_model_name_or_path}' as well."
+            )
+
+    def save_context_adapter(
+        self, save_directory: str | os.PathLike, *, mode: str | None = None, card: dict[str, Any] | None = None
+    ) -> Path:
+        """Saves the loaded adapter, with its LoRA if it has one, and a model card.
+
+        Args:
+            save_directory: folder to write to; made if need be.
+            mode: `frozen`, `lora` or `full`, how it was trained; read off the pipeline by default.
+            card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
+
+        Raises:
+            ValueError: if no adapter is loaded.
+        """
+        module = self._require_context_module()
+        lora = self._context_lora_state_dict()
+        mode = mode or ("lora" if lora else "frozen")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = adapter_config(
+            module,
+            self.unet,
+            self.scheduler.config.prediction_type,
+            base_model=public_name(self.config.get("_name_or_path")),
+            mode=mode,
+        )
+        module.save_pretrained(str(folder / MODULE_FOLDER))
+        save_attention(self.unet, folder)
+        if lora:
+            self.save_lora_weights(
+                str(folder),
+                unet_lora_layers=lora,
+                unet_lora_adapter_metadata=self.unet.peft_config[LORA_ADAPTER].to_dict(),  # its α, for one
+            )
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        save_model_card(render_model_card(config, **(card or {})), folder)
+        return folder
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
+        `save_context_adapter`."""
+        with context_module_detached(self.unet):
+            super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
+
+    def unload_context_adapter(self) -> None:
+        """Takes the adapter off, with its LoRA, and leaves the plain pipeline; without an adapter, does nothing."""
+        detach_context_module(self.unet)
+        if LORA_ADAPTER in getattr(self.unet, "peft_config", {}):
+            if len(self.unet.peft_config) == 1:
+                self.unload_lora_weights()
+            else:
+                self.delete_adapters(LORA_ADAPTER)
+
+    def set_context_scale(self, scale: float) -> None:
+        """Weighs the context tokens in the cross-attention: 1 as trained, 0 the plain model.
+
+        Raises:
+            ValueError: if no adapter is loaded.
+        """
+        self._require_context_module()
+        set_context_scale(self.unet, scale)
+
+    def push_context_adapter(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload context adapter",
+        create_pr: bool = False,
+        card: dict[str, Any] | None = None,
+    ) -> CommitInfo:
+        """Saves the loaded adapter and pushes it to the Hub.
+
+        Args:
+            repo_id: repository to push to; made if need be.
+            token: token with write access; the one of `hf auth login` by default.
+            private: whether a new repository is private.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request.
+            card: further arguments of the model card, see `save_context_adapter`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
+            return push_adapter_folder(
+                folder,
+                repo_id,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def _require_context_module(self) -> ContextModule:
+        module = self.context_module
+        if module is None:
+            raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
+        return module
+
+    def _context_lora_state_dict(self) -> dict[str, Any]:
+        if LORA_ADAPTER not in getattr(self.unet, "peft_config", {}):
+            return {}
+        return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER)

@@ -1,0 +1,198 @@
+"""The context module: exogenous noise and a context in, tokens for a diffusion model out, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from .causal import ReducedForm, Structural, at_least_single
+from .layers import ExpressiveLayers, MechanismLayer, ReadOut
+from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
+
+
+class ContextModule(ModelMixin, ConfigMixin):
+    r"""The context module of Markham et al. (arXiv 2507.04754), for the conditioning of a diffusion model.
+
+    Exogenous noise `z` passes each concept's mechanism (the observational or the intervened one, as the mask says),
+    its expressive layers, the causal layer that lets concepts act on one another, and a read-out to tokens. The
+    posterior goes the other way: from an image and its context to the noise that explains it.
+
+    Nodes are the concepts in order, followed by the hidden factors, which no context intervenes on: common causes
+    have no other place to live.
+
+    Args:
+        concepts (`list[str]`): names of the concepts.
+        token_dim (`int`): width of the tokens, the backbone's `cross_attention_dim`.
+        obs_context (`str`): name of the context without interventions.
+        num_hidden_factors (`int`): nodes that no context intervenes on.
+        noise_dim (`int`): width of a node's noise `z`.
+        concept_dim (`int`): width of a node's value `c`.
+        expressive_depth (`int`): layers of the MLP between mechanism and causal layer; 0 is the identity.
+        causal_form (`str`): `"structural"`, a structural causal model, or `"reduced_form"`, the paper's form.
+        graph (`list[tuple[str, str]]`, *optional*): edges (cause, effect) for the structural form. Hidden factors are
+            called `hidden_0`, `hidden_1`, …; a graph that names none of them lets each cause every concept. Without a
+            graph, one is learned.
+        tokens_per_concept (`int`): tokens that a node's value is read out to.
+        readout_width (`int`): hidden width of the read-out.
+        posterior_type (`str`): `"inverse"` reads the concepts' values off the image, the same in every context, and
+            inverts the mechanisms of the context to get the noise; `"amortized"` predicts the noise from image and
+            mask, and works with expressive layers.
+        posterior_in_channels (`int`): channels of the latents that the posterior sees.
+        posterior_width (`int`): channels of the posterior's convolutions.
+        posterior_sample_size (`int`): height and width of the latents.
+
+    Raises:
+        ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
+            one another.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        concepts: Sequence[str],
+        token_dim: int,
+        obs_context: str = "obs",
+        num_hidden_factors: int = 2,
+        noise_dim: int = 4,
+        concept_dim: int = 4,
+        expressive_depth: int = 0,
+        causal_form: str = "structural",
+        graph: Sequence[tuple[str, str]] | None = None,
+        tokens_per_concept: int = 1,
+        readout_width: int = 64,
+        posterior_type: str = "inverse",
+        posterior_in_channels: int = 4,
+        posterior_width: int = 64,
+        posterior_sample_size: int = 8,
+    ):
+        super().__init__()
+        _check_concepts(concepts, obs_context)
+        if posterior_type == "inverse" and expressive_depth > 0:
+            raise ValueError(
+                "Expressive layers have no inverse: an inverse posterior needs `expressive_depth=0`; set that, or"
+                " `posterior_type='amortized'`."
+            )
+        num_concepts, num_nodes = len(concepts), len(concepts) + num_hidden_factors
+        self.mechanism = MechanismLayer(num_concepts, num_hidden_factors, noise_dim)
+        self.expressive = ExpressiveLayers(num_nodes, noise_dim, concept_dim, expressive_depth)
+        self.causal = _causal_layer(causal_form, concepts, num_hidden_factors, concept_dim, graph)
+        self.read_out = ReadOut(num_nodes, concept_dim, readout_width, tokens_per_concept, token_dim)
+        self.encoder = LatentEncoder(posterior_in_channels, posterior_width, posterior_sample_size)
+        if posterior_type == "inverse":
+            self.head = GaussianHead(self.encoder.out_dim, 4 * posterior_width, num_nodes, concept_dim)
+        elif posterior_type == "amortized":
+            self.head = GaussianHead(self.encoder.out_dim + num_concepts, 4 * posterior_width, num_nodes, noise_dim)
+        else:
+            raise ValueError(f"Unknown posterior_type '{posterior_type}'; choose 'inverse' or 'amortized'.")
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """(N, d_z): concepts and hidden factors, and the width of each one's noise."""
+        return self.config.num_hidden_factors + len(self.config.concepts), self.config.noise_dim
+
+    @property
+    def tokens_shape(self) -> tuple[int, int, int]:
+        """(N, T, token_dim) of the tokens of one image."""
+        return self.noise_shape[0], self.config.tokens_per_concept, self.config.token_dim
+
+    @property
+    def node_names(self) -> list[str]:
+        return [*self.config.concepts, *_hidden_names(self.config.num_hidden_factors)]
+
+    def concept_values(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Values `c` (B, N, d_c) of the nodes, from noise (B, N, d_z) and a mask (B, K)."""
+        return self.causal(self.expressive(self.mechanism(z, mask)), mask)
+
+    def forward(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, T, token_dim), from noise (B, N, d_z) and a mask (B, K) in [0, 1]."""
+        z = z.to(self.dtype)
+        return self.read_out(self.concept_values(z, mask.to(z)))
+
+    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        """The posterior of the noise, given latents (B, C, h, w) and the mask (B, K) of the context they came from.
+
+        It is in single precision at least.
+        """
+        features = self.encoder(latents.to(self.dtype))
+        mask = mask.to(features)
+        if self.config.posterior_type == "inverse":
+            mean, log_variance = map(at_least_single, self.head(features))
+            return self._invert_mechanisms(mean, log_variance, mask)
+        mean, log_variance = map(at_least_single, self.head(torch.cat([features, mask], dim=1)))
+        return GaussianPosterior(
+            mean, torch.diag_embed((0.5 * log_variance).exp().flatten(1)), 0.5 * log_variance.sum(dim=-1)
+        )
+
+    def _invert_mechanisms(
+        self, mean: torch.Tensor, log_variance: torch.Tensor, mask: torch.Tensor
+    ) -> GaussianPosterior:
+        """Takes a Gaussian over values `c`, (B, N, d) each, through the inverse of causal layer and mechanisms.
+
+        With `e = M(m)^-1 c` and `z = A(m)^-1 (e - a(m))` affine, the result is Gaussian again. Since `c` does not
+        depend on the context, the shift between contexts can only be explained by the mechanisms: it cannot hide in
+        the noise.
+        """
+        weight, bias = map(at_least_single, self.mechanism.coefficients(mask))
+        unmix = at_least_single(self.causal.inverse_matrix(mask))
+        e = (unmix @ mean.flatten(1)[..., None])[..., 0].view_as(mean)
+        inverse_weight = torch.linalg.inv(weight)
+        z = (inverse_weight @ (e - bias)[..., None])[..., 0]
+        batch, nodes, dim = mean.shape
+        factor = (inverse_weight @ unmix.view(batch, nodes, dim, nodes * dim)).flatten(1, 2)
+        factor = factor * (0.5 * log_variance).exp().flatten(1)[:, None, :]
+        log_volume = (
+            0.5 * log_variance.sum(dim=-1)
+            - torch.linalg.slogdet(weight).logabsdet
+            + torch.linalg.slogdet(unmix).logabsdet[:, None] / nodes
+        )
+        return GaussianPosterior(z, factor, log_volume)
+
+
+def _hidden_names(num_hidden_factors: int) -> list[str]:
+    return [f"hidden_{index}" for index in range(num_hidden_factors)]
+
+
+def _check_concepts(concepts: Sequence[str], obs_context: str) -> None:
+    if not concepts:
+        raise ValueError("`concepts` is empty; name at least one.")
+    if len(set(concepts)) < len(concepts):
+        raise ValueError(f"`concepts` names one twice: {list(concepts)}.")
+    if obs_context in concepts:
+        raise ValueError(f"'{obs_context}' is the observational context and cannot be a concept as well.")
+
+
+def _causal_layer(
+    causal_form: str,
+    concepts: Sequence[str],
+    num_hidden_factors: int,
+    dim: int,
+    graph: Sequence[tuple[str, str]] | None,
+) -> ReducedForm | Structural:
+    if causal_form == "structural":
+        edges = None if graph is None else _edges(graph, concepts, num_hidden_factors)
+        return Structural(len(concepts), num_hidden_factors, dim, edges)
+    if causal_form == "reduced_form":
+        if graph is not None:
+            raise ValueError("A reduced form takes no `graph`; use `causal_form='structural'`.")
+        return ReducedForm(len(concepts), num_hidden_factors, dim)
+    raise ValueError(f"Unknown causal_form '{causal_form}'; choose 'structural' or 'reduced_form'.")
+
+
+def _edges(
+    graph: Sequence[tuple[str, str]], concepts: Sequence[str], num_hidden_factors: int
+) -> list[tuple[int, int]]:
+    """Node indices of the named edges, with the default edges of hidden factors that the graph does not mention."""
+    hidden = _hidden_names(num_hidden_factors)
+    nodes = [*concepts, *hidden]
+    unknown = sorted({name for edge in graph for name in edge} - set(nodes))
+    if unknown:
+        raise ValueError(f"`graph` names {unknown}; the nodes are {nodes}.")
+    edges = [(nodes.index(cause), nodes.index(effect)) for cause, effect in graph]
+    if not any(name in hidden for edge in graph for name in edge):
+        edges += [(nodes.index(name), effect) for name in hidden for effect in range(len(concepts))]
+    return edges

@@ -1,0 +1,75 @@
+"""Abduction: the posterior of the exogenous noise given an image and its context, `q(z | x, m)` (DESIGN §2, step 6).
+
+The posterior is told the context. Without it, one image value would have two noises, its observational and its
+interventional one, and the aggregate posterior could not be N(0, I) in every context.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class GaussianPosterior:
+    """A Gaussian over the exogenous noise of a batch: `z = mean + factor eps` with `eps ~ N(0, I)`.
+
+    Attributes:
+        mean: (B, N, d).
+        factor: (B, N d, N d).
+        log_volume: (B, N), each node's share of `log |det factor|`.
+    """
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+    log_volume: torch.Tensor
+
+    def at(self, eps: torch.Tensor) -> torch.Tensor:
+        """The noise (B, N, d) at standard normal `eps` of the same shape: a draw, differentiable in the parameters."""
+        return self.mean + (self.factor @ eps.flatten(1)[..., None])[..., 0].view_as(self.mean)
+
+    def kl(self) -> torch.Tensor:
+        """KL divergence from N(0, I) in nats, (B, N): each node's share; the sum over nodes is exact."""
+        variances = self.factor.square().sum(dim=-1).view_as(self.mean)
+        return 0.5 * (self.mean.square() + variances - 1).sum(dim=-1) - self.log_volume
+
+
+class LatentEncoder(nn.Module):
+    """Features (B, width * 16) of VAE latents: halves them down to 4x4 and keeps the positions apart.
+
+    Args:
+        in_channels: channels of the latents.
+        width: channels of the convolutions.
+        sample_size: height and width of the latents that the encoder is made for; others are pooled to fit.
+    """
+
+    def __init__(self, in_channels: int, width: int, sample_size: int):
+        super().__init__()
+        halvings = max(0, round(math.log2(sample_size / 4)))
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), nn.SiLU()]
+        for _ in range(halvings):
+            layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.SiLU()]
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Flatten()]
+        self.layers = nn.Sequential(*layers)
+        self.out_dim = width * 16
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.layers(latents)
+
+
+class GaussianHead(nn.Module):
+    """Mean and log-variance (B, N, d) of every node from features and, optionally, what else it is told."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, num_nodes: int, dim: int):
+        super().__init__()
+        self.shape = (2, num_nodes, dim)
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 2 * num_nodes * dim)
+        )
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.layers(features).unflatten(-1, self.shape).unbind(dim=1)
+        return mean, log_variance.clamp(-12, 4)

@@ -1,0 +1,201 @@
+"""Renders an adapter's model card from what is known of it, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined, Template
+
+from .validation import CARD_NAME
+
+
+_MARKER = (
+    "<!-- Written by diffusers_ctx and overwritten when it saves again; delete this line to keep your own text. -->"
+)
+_RESULTS = {"dataset", "metrics", "references"}
+_TRAINING = {"command", "seed", "commit", "machine", "versions", "hyperparameters"}
+_ACCESS_TOKEN = re.compile(r"\bhf_\w{20,}")
+
+
+def render_model_card(
+    config: Mapping[str, Any],
+    *,
+    repo_id: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] | None = None,
+) -> ModelCard:
+    """The model card of the adapter with this config.
+
+    The card is public and its sources are not: access tokens are left out, and of absolute paths only the last part is
+    shown.
+
+    Args:
+        config: the adapter's config; `license` in it, if there, is the licence that its author gave the adapter.
+        repo_id: repository that the adapter goes to.
+        results: what was measured: `dataset` (one line that names the images), `metrics` (name to context to figure)
+            and `references` (likewise; figures of something other than the adapter, such as real against real, which
+            stand in the table but not in the card's metadata).
+        training: how it was trained, as far as known: `command` (a list of arguments), `seed`, `commit`, `machine`,
+            `versions` and `hyperparameters` (mappings).
+        pictures: file names, relative to the adapter's folder, of the pictures to show.
+
+    Raises:
+        ValueError: if `results` or `training` has a key that the card would leave out, or figures and no `dataset`.
+    """
+    results, training = results or {}, training or {}
+    _refuse_unknown("results", results, _RESULTS)
+    _refuse_unknown("training", training, _TRAINING)
+    if results and "dataset" not in results:
+        raise ValueError("`results` has no `dataset`: name the images that the figures were measured on.")
+
+    base_model = _hub_id(config.get("base_model_name_or_path"))
+    concepts = config["concepts"]
+    columns = {**results.get("metrics", {}), **results.get("references", {})}
+    content = _template().render(
+        metadata=_metadata(config, base_model, repo_id, results).to_yaml(),
+        marker=_MARKER,
+        title=repo_id or "Context adapter: " + ", ".join(concepts),
+        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a local checkpoint",
+        base_argument=base_model or "path/to/the/checkpoint",
+        adapter_argument=repo_id or "path/to/this/folder",
+        obs_context=config["obs_context"],
+        concepts=concepts,
+        composed=concepts[:2],
+        softer={concepts[0]: 0.5},
+        mode=config["mode"],
+        license=config.get("license"),
+        pictures=pictures or [],
+        command=training.get("command"),
+        details=_details(training),
+        dataset=results.get("dataset"),
+        columns=columns,
+        table=_table(columns),
+    )
+    return ModelCard(content)
+
+
+def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
+    """Writes `card` as the README of `folder`, unless somebody has written one of their own there."""
+    path = Path(folder) / CARD_NAME
+    if not path.exists() or _MARKER in path.read_text(encoding="utf-8"):
+        card.save(path)
+    return path
+
+
+def _refuse_unknown(name: str, given: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"`{name}` has unknown keys {unknown}; the card shows {sorted(known)}.")
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it can be a model on the Hub; a local path there is refused by the Hub and is nobody's business."""
+    if not name or name.count("/") != 1 or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _metadata(
+    config: Mapping[str, Any], base_model: str | None, repo_id: str | None, results: Mapping[str, Any]
+) -> ModelCardData:
+    evaluation = list(_evaluation(results))
+    return ModelCardData(
+        license=config.get("license"),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        tags=["diffusers", "stable-diffusion", "context-adapter", "causal"] + ["lora"] * (config["mode"] == "lora"),
+        model_name=(repo_id or "context-adapter").split("/")[-1] if evaluation else None,
+        eval_results=evaluation or None,
+    )
+
+
+def _evaluation(results: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for metric, figures in results.get("metrics", {}).items():
+        for context, value in figures.items():
+            if math.isfinite(value):  # the Hub's metadata knows numbers alone
+                yield EvalResult(
+                    task_type="text-to-image",
+                    dataset_type=_slug(results["dataset"]),
+                    dataset_name=results["dataset"],
+                    metric_type=_slug(metric),
+                    metric_name=f"{metric}, {context}",
+                    metric_value=float(value),
+                )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _details(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    described = {name: training.get(name) for name in ("seed", "commit", "machine")}
+    described |= {**training.get("versions", {}), **training.get("hyperparameters", {})}
+    return [(name, value) for name, value in described.items() if value is not None and not _is_secret(name)]
+
+
+def _table(columns: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """One row per context: its name, then its figure in every column."""
+    contexts = dict.fromkeys(context for figures in columns.values() for context in figures)
+    return [
+        [context, *(f"{figures[context]:.4g}" if context in figures else "-" for figures in columns.values())]
+        for context in contexts
+    ]
+
+
+def _template() -> Template:
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"cell": _cell, "command": _command, "quoted": _quoted, "shown": _shown}
+    source = resources.files("diffusers_ctx.model_cards").joinpath("context_adapter.md")
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _cell(value: Any) -> str:
+    return _shown(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command line as the card shows it: without an access token and without the folders of a machine."""
+    shown = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if not _is_secret(flag):
+            shown.append(f"{flag}={_shown(value)}" if equals else _shown(argument))
+        elif not equals:
+            next(remaining, None)
+    return shlex.join(shown)
+
+
+def _is_secret(name: str) -> bool:
+    return name.lower().endswith("token")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    text = str(value)
+    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
+        return f".../{PureWindowsPath(text).name}"
+    return _ACCESS_TOKEN.sub("hf_...", text)

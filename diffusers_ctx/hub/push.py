@@ -1,0 +1,97 @@
+"""Uploads an adapter's folder to the Hub: what belongs to the adapter, and nothing else."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from .validation import CARD_NAME, LIBRARY, LORA_WEIGHTS_NAME, AdapterError, adapter_files, validate_adapter_folder
+
+
+_LOGIN = "Log in with `hf auth login`, or pass a token that may write (`--hub_token` on the command line)"
+_PICTURE = re.compile(r"!\[.*?\]\(\s*<?([^)\s>]+)")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+def push_adapter_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = "Upload context adapter",
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Uploads the adapter in `folder`, its model card and the pictures that the card shows, as one commit.
+
+    Args:
+        folder: an adapter's folder; checkpoints, logs and whatever else lies in it stay where they are.
+        repo_id: repository to upload to, created if need be; without a namespace, the token's owner's.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+        private: whether a repository that must be created is private; by default its owner's own default.
+        commit_message: first line of the commit.
+        create_pr: open a pull request instead of committing to the main branch.
+
+    Returns:
+        What the Hub says of the commit, its address among it.
+
+    Raises:
+        AdapterError: if the folder is not a whole adapter with a model card, or a picture of the card is missing.
+        LocalTokenNotFoundError: if there is no token.
+        PermissionError: if the Hub does not accept the token.
+    """
+    files = files_to_push(folder)
+    api = HfApi(token=_require_token(token), library_name=LIBRARY)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise PermissionError(f"The Hub does not accept this token. {_LOGIN}.") from error
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=Path(folder),
+        allow_patterns=[glob.escape(name) for name in files],
+        # the LoRA of an earlier push must not outlive an adapter that came without one; one that is uploaded stays
+        delete_patterns=LORA_WEIGHTS_NAME,
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )
+
+
+def files_to_push(folder: str | os.PathLike) -> list[str]:
+    """Names, relative to `folder`, of what a push uploads.
+
+    Raises:
+        AdapterError: if the folder is not a whole adapter with a model card, or a picture of the card is missing.
+    """
+    config = validate_adapter_folder(folder)
+    card = Path(folder) / CARD_NAME
+    if not card.is_file():
+        raise AdapterError(f"There is no {card}: write the model card first, with `render_model_card`.")
+    return [*adapter_files(config), CARD_NAME, *_pictures(card)]
+
+
+def _pictures(card: Path) -> list[str]:
+    targets = [target for target in _PICTURE.findall(card.read_text(encoding="utf-8")) if "://" not in target]
+    pictures = [PurePosixPath(unquote(target)) for target in targets]
+    for picture in pictures:
+        inside = not picture.is_absolute() and ".." not in picture.parts
+        if not (inside and picture.suffix.lower() in _PICTURE_SUFFIXES and (card.parent / picture).is_file()):
+            raise AdapterError(
+                f"{card} shows {picture}, which is no picture in {card.parent}: put it there or take it off the card."
+            )
+    return [picture.as_posix() for picture in pictures]
+
+
+def _require_token(token: str | None) -> str:
+    token = token or get_token()
+    if not token:
+        raise LocalTokenNotFoundError(f"Pushing to the Hub takes an access token. {_LOGIN}.")
+    return token

@@ -1,0 +1,99 @@
+"""Checkpoints of a training run: written whole or not at all, pruned, found again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+_PREFIX = "checkpoint-"
+_WEIGHTS = "trained.safetensors"
+
+
+def register_trained_weights(accelerator: Accelerator) -> None:
+    """Lets checkpoints hold what a run learns, and not the base model again each time."""
+
+    def save(models: list[nn.Module], weights: list, output_dir: str) -> None:
+        if accelerator.is_main_process:
+            for model in models:
+                state = _trained_state(accelerator.unwrap_model(model))
+                safetensors.torch.save_file(state, Path(output_dir) / _WEIGHTS)
+        weights.clear()  # tells Accelerate that there is nothing left to save
+
+    def load(models: list[nn.Module], input_dir: str) -> None:
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            state = safetensors.torch.load_file(Path(input_dir) / _WEIGHTS)
+            expected = _trained_state(model)
+            if state.keys() != expected.keys():
+                raise ValueError(
+                    f"The checkpoint {input_dir} holds other parameters than this run trains; resume with the options"
+                    " that it was made with."
+                )
+            model.load_state_dict(state, strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> Path:
+    """Writes `output_dir/checkpoint-<step>`, then removes the oldest ones beyond `total_limit`.
+
+    It is written under another name and renamed when it is whole: a run that dies in between leaves nothing that
+    could be taken for a checkpoint.
+    """
+    target = output_dir / f"{_PREFIX}{step}"
+    unfinished = output_dir / f"unfinished-{target.name}"
+    accelerator.save_state(str(unfinished), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.rename(target)
+        if total_limit is not None:
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path | None:
+    """The folder of a checkpoint: `latest`, one in `output_dir`, or any path. `None` if there is no latest one.
+
+    Raises:
+        FileNotFoundError: if a named checkpoint does not exist.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if name == "latest":
+        return checkpoints[-1] if checkpoints else None
+    for path in (output_dir / name, Path(name)):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(
+        f"There is no checkpoint '{name}'; {output_dir} has {[path.name for path in checkpoints]}."
+    )
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints in `output_dir`, oldest first."""
+    return sorted(output_dir.glob(f"{_PREFIX}[0-9]*"), key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step after which it was made."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What learns, and the context module, part of which learned before."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: weight.detach().cpu().contiguous()
+        for name, weight in model.state_dict().items()
+        if name in trained or ".context_module." in name
+    }

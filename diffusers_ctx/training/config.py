@@ -1,0 +1,150 @@
+"""What a training run is told. Fields are the command line's flags, named as in diffusers' own scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    pretrained_model_name_or_path: str = field(metadata={"help": "Local folder or Hub id of a Stable Diffusion."})
+    revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
+    variant: str | None = _option(None, "Variant of the model files, such as fp16.")
+    mode: str = _option("lora", "What learns: `frozen` the adapter alone, `lora` a LoRA too, `full` the UNet too.")
+    rank: int = _option(16, "Rank of the LoRA.")
+    unfreeze_after: float = _option(0.2, "In modes lora and full, the share of training before the UNet learns too.")
+    enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
+    gradient_checkpointing: bool = _option(False, "Save memory by computing activations twice.")
+
+
+@dataclass
+class DataConfig:
+    train_data_dir: str | None = _option(None, "Folder with one sub-folder of images per context.")
+    dataset_name: str | None = _option(None, "Dataset on the Hub or on disk, in the place of a folder.")
+    image_column: str = _option("image", "The dataset's column of images.")
+    context_column: str = _option("context", "The dataset's column of context names.")
+    caption_column: str = _option("text", "The column of captions, in datasets and in metadata files.")
+    obs_context: str = _option("obs", "Name of the observational context.")
+    concepts: list[str] | None = field(
+        default=None, metadata={"help": "Concepts to learn, in order; by default every context but the observational."}
+    )
+    max_train_samples: int | None = _option(None, "Use at most this many images of each context.")
+    skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
+    resolution: int = _option(512, "Images are resized and cropped to this height and width.")
+    center_crop: bool = _option(False, "Crop the centre, and not the same random place for each image.")
+    random_flip: bool = _option(False, "Flip images left to right at random.")
+    proportion_empty_prompts: float = _option(0.1, "Share of captions dropped, for classifier-free guidance.")
+    cache_dir: str | None = _option(None, "Where downloads are kept.")
+
+
+@dataclass
+class ContextConfig:
+    causal_form: str = _option("structural", "`structural` or `reduced_form`.")
+    graph: list[str] | None = field(
+        default=None, metadata={"help": "Edges `cause->effect` of a known graph; by default the graph is learned."}
+    )
+    num_hidden_factors: int = _option(2, "Factors that no context intervenes on.")
+    noise_dim: int = _option(4, "Width of each concept's exogenous noise.")
+    tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.")
+    posterior_type: str = _option("inverse", "`inverse` (inverts the mechanisms) or `amortized`.")
+    expressive_depth: int = _option(0, "Layers between mechanism and causal layer; needs an amortized posterior.")
+    kl_weight: float = _option(1.0, "Weight β of the KL divergence, in units of the likelihood.")
+    kl_warmup_steps: int = _option(300, "Steps over which β grows from zero.")
+    acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
+    sparsity_weight: float = _option(0.0, "Weight of the group lasso on the edges of the causal layer.")
+    abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
+    abduction_batch_size: int = _option(224, "Images per such step, all contexts and processes together.")
+    abduction_learning_rate: float = _option(3e-3, "Peak learning rate of these steps.")
+
+
+@dataclass
+class OptimizationConfig:
+    seed: int = _option(0, "Seed of everything random.")
+    train_batch_size: int = _option(16, "Images per step and process.")
+    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
+    num_train_epochs: int = _option(100, "Epochs, unless max_train_steps is given.")
+    max_train_steps: int | None = _option(None, "Optimizer steps.")
+    learning_rate: float = _option(1e-4, "Peak learning rate.")
+    scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
+    lr_scheduler: str = _option("constant", "A learning-rate schedule of diffusers.")
+    lr_warmup_steps: int = _option(500, "Warm-up steps of the schedule.")
+    snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.")
+    noise_offset: float = _option(0.0, "Scale of an offset per image and channel that is added to the noise.")
+    adam_beta1: float = _option(0.9, "β1 of AdamW.")
+    adam_beta2: float = _option(0.999, "β2 of AdamW.")
+    adam_weight_decay: float = _option(1e-2, "Weight decay of AdamW.")
+    adam_epsilon: float = _option(1e-8, "ε of AdamW.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    mixed_precision: str | None = _option(None, "`no`, `fp16` or `bf16`; by default what Accelerate is set to.")
+    allow_tf32: bool = _option(False, "Allow TF32 on Ampere GPUs.")
+
+
+@dataclass
+class OutputConfig:
+    output_dir: str = _option("context-adapter", "Folder for the adapter, its checkpoints and logs.")
+    logging_dir: str = _option("logs", "Folder within output_dir for the trackers.")
+    report_to: str = _option("tensorboard", "Tracker to report to, `all` or `none`.")
+    checkpointing_steps: int = _option(500, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.")
+    resume_from_checkpoint: str | None = _option(None, "A checkpoint's folder, or `latest`.")
+    validation_prompt: str | None = _option(None, "Prompt of the validation images; none, no validation.")
+    validation_interventions: list[str] | None = field(
+        default=None, metadata={"help": "Compositions to validate beside the single contexts, such as `night+snow`."}
+    )
+    validation_steps: int = _option(500, "Steps between validations.")
+    num_validation_images: int = _option(4, "Images per context in a validation.")
+    push_to_hub: bool = _option(False, "Push the adapter to the Hub when it is done.")
+    hub_token: str | None = _option(None, "Token with write access; by default that of `hf auth login`.")
+    hub_model_id: str | None = _option(None, "Repository to push to; by default the name of output_dir.")
+
+
+@dataclass
+class TrainingConfig:
+    """All of the above."""
+
+    model: ModelConfig
+    data: DataConfig
+    context: ContextConfig = field(default_factory=ContextConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self):
+        if (self.data.train_data_dir is None) == (self.data.dataset_name is None):
+            raise ValueError("Give either `train_data_dir` or `dataset_name`.")
+        if self.model.mode not in ("frozen", "lora", "full"):
+            raise ValueError(f"Unknown mode '{self.model.mode}'; choose frozen, lora or full.")
+        if not 0 <= self.model.unfreeze_after < 1:
+            raise ValueError(f"`unfreeze_after` is {self.model.unfreeze_after}; it is a share in [0, 1).")
+
+    def graph_edges(self) -> list[tuple[str, str]] | None:
+        """The given graph as pairs (cause, effect).
+
+        Raises:
+            ValueError: if an edge is not written `cause->effect`.
+        """
+        if self.context.graph is None:
+            return None
+        edges = [tuple(part.strip() for part in edge.split("->")) for edge in self.context.graph]
+        if any(len(edge) != 2 or not all(edge) for edge in edges):
+            raise ValueError(f"Write each edge of `graph` as cause->effect, not {self.context.graph}.")
+        return edges  # type: ignore[return-value]
+
+
+def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
+    """Reads the command line, or a `.json` or `.yaml` file given as its only argument."""
+    import sys
+
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((ModelConfig, DataConfig, ContextConfig, OptimizationConfig, OutputConfig))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
+        read = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
+        return TrainingConfig(*read(arguments[0]))
+    return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))

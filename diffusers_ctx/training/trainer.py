@@ -1,0 +1,374 @@
+"""Fine-tunes a diffusion pipeline with a context adapter: what the training scripts share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..adapter import attach_context_module
+from ..context import ContextModule
+from ..data import ContextBalancedSampler, concepts_of, context_mask, interventions_of, load_context_dataset
+from ..hub import push_adapter_folder
+from ..version import __version__
+from .abduction import learn_abduction
+from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
+from .config import TrainingConfig
+from .latents import ContextLatents, ImageTransform, encode_images
+from .modes import prepare_mode, split_parameters
+from .noise import KeyedNoise
+from .objective import DiffusionObjective
+from .validation import draw_grid, sample_rows
+
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
+
+
+class ContextTrainer:
+    """Trains a context adapter on the UNet of `pipeline` and saves it.
+
+    Everything random is keyed by seed, step and place in the global batch, so a run that is resumed, or spread over
+    several processes, trains as one that is neither.
+
+    Args:
+        config: what to do.
+        pipeline: the pretrained pipeline, in float32, with the methods of
+            [`~adapter.ContextAdapterLoaderMixin`].
+
+    Raises:
+        ValueError, FileNotFoundError: if data, concepts or options cannot work; before any training.
+    """
+
+    def __init__(self, config: TrainingConfig, pipeline: StableDiffusionPipeline):
+        self.config = config
+        self.pipeline = pipeline
+        self.output_dir = Path(config.output.output_dir)
+        self.accelerator = self._create_accelerator()
+        set_seed(config.optimization.seed)
+        dataset = load_context_dataset(
+            Path(config.data.train_data_dir) if config.data.train_data_dir else config.data.dataset_name,
+            obs_context=config.data.obs_context,
+            concepts=config.data.concepts,
+            image_column=config.data.image_column,
+            context_column=config.data.context_column,
+            text_column=config.data.caption_column,
+            skip_unreadable=config.data.skip_unreadable,
+            cache_dir=config.data.cache_dir,
+            max_samples_per_context=config.data.max_train_samples,
+            seed=config.optimization.seed,
+        )
+        self.context_module = self._create_context_module(
+            config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
+        )
+        self._prepare_models()
+        self.latents = self._encode(dataset)
+
+    @property
+    def concepts(self) -> list[str]:
+        return list(self.context_module.config.concepts)
+
+    def train(self) -> Path:
+        """Learns the concepts, then the adapter; saves it and, if asked, pushes it.
+
+        Returns:
+            The folder of the adapter.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; checkpoints and weights on disk are as they were.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        resume = self.config.output.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.output_dir, resume) if resume else None
+        figures: dict[str, float] = {}
+        if checkpoint is None:
+            figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
+        self._prepare_training()
+        step = 0
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            step = checkpoint_step(checkpoint)
+        self.accelerator.init_trackers("context-adapter", config=self._flat_config())
+        self.accelerator.log(figures, step=step)
+        self._run(step)
+        self._save()
+        self.accelerator.end_training()
+        return self.output_dir
+
+    # what is set up before training
+
+    def _create_accelerator(self) -> Accelerator:
+        options, output = self.config.optimization, self.config.output
+        if options.allow_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        return Accelerator(
+            # otherwise an epoch's last batches would make a step of their own, and steps could not be counted
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            mixed_precision=options.mixed_precision,
+            log_with=None if output.report_to == "none" else output.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / output.logging_dir)
+            ),
+        )
+
+    def _create_context_module(self, concepts: list[str]) -> ContextModule:
+        options, unet, vae = self.config.context, self.pipeline.unet, self.pipeline.vae
+        return ContextModule(
+            concepts=concepts,
+            token_dim=unet.config.cross_attention_dim,
+            obs_context=self.config.data.obs_context,
+            num_hidden_factors=options.num_hidden_factors,
+            noise_dim=options.noise_dim,
+            concept_dim=options.noise_dim,
+            expressive_depth=options.expressive_depth,
+            causal_form=options.causal_form,
+            graph=self.config.graph_edges(),
+            tokens_per_concept=options.tokens_per_concept,
+            posterior_type=options.posterior_type,
+            posterior_in_channels=vae.config.latent_channels,
+            posterior_sample_size=self.config.data.resolution // self.pipeline.vae_scale_factor,
+        )
+
+    def _prepare_models(self) -> None:
+        model, unet = self.config.model, self.pipeline.unet
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        self.pipeline.to(self.accelerator.device)
+        self.pipeline.vae.requires_grad_(False)
+        self.pipeline.text_encoder.requires_grad_(False).to(dtype)
+        attach_context_module(unet, self.context_module)
+        prepare_mode(unet, model.mode, model.rank)
+        unet.to(dtype)
+        cast_training_params([unet], torch.float32)
+        self.context_module.float()
+        if model.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        if model.enable_xformers_memory_efficient_attention:
+            unet.enable_xformers_memory_efficient_attention()
+
+    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+        data, seed = self.config.data, self.config.optimization.seed
+        return encode_images(
+            self.pipeline.vae,
+            dataset,
+            context_mask(list(dataset["context"]), self.concepts, data.obs_context),
+            ImageTransform(data.resolution, data.center_crop, seed),
+            random_flip=data.random_flip,
+            show_progress=self.accelerator.is_main_process,
+        )
+
+    def _prepare_training(self) -> None:
+        """Optimizer, schedule and data, handed to Accelerate."""
+        options = self.config.optimization
+        self._adapter_parameters, self._backbone_parameters = split_parameters(self.pipeline.unet)
+        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        objective = DiffusionObjective(self.pipeline.unet, self.context_module, scheduler, options.snr_gamma)
+        learning_rate = options.learning_rate
+        if options.scale_lr:
+            learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
+        optimizer = torch.optim.AdamW(
+            self._adapter_parameters + self._backbone_parameters,
+            lr=learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            eps=options.adam_epsilon,
+        )
+        sampler = ContextBalancedSampler(self.latents.contexts, options.seed)
+        if len(sampler) < self._global_batch_size:
+            raise ValueError(
+                f"An epoch has {len(sampler)} images, fewer than the {self._global_batch_size} of a step; lower"
+                " `train_batch_size`."
+            )
+        loader = DataLoader(self.latents, sampler=sampler, batch_size=options.train_batch_size, drop_last=True)
+        self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
+        self.max_train_steps = options.max_train_steps or (
+            options.num_train_epochs * len(self.loader) // options.gradient_accumulation_steps
+        )
+        # not prepared: Accelerate would step it once per process
+        self.schedule = get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+        )
+        self.accelerator.register_for_checkpointing(self.schedule)
+        register_trained_weights(self.accelerator)
+
+    @property
+    def _global_batch_size(self) -> int:
+        return self.config.optimization.train_batch_size * self.accelerator.num_processes
+
+    # training
+
+    def _run(self, step: int) -> None:
+        accumulation = self.config.optimization.gradient_accumulation_steps
+        output = self.config.output
+        progress = tqdm(
+            initial=step,
+            total=self.max_train_steps,
+            desc="Training",
+            disable=not self.accelerator.is_main_process,
+        )
+        batches = self._batches(step * accumulation)
+        while step < self.max_train_steps:
+            loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
+            step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
+            self.accelerator.log({"loss": loss, "lr": self.schedule.get_last_lr()[0]}, step=step)
+            if step % output.checkpointing_steps == 0:
+                save_checkpoint(self.accelerator, self.output_dir, step, output.checkpoints_total_limit)
+            if output.validation_prompt is not None and step % output.validation_steps == 0:
+                self._validate(step)
+        progress.close()
+
+    def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered batches of this process, endlessly, from number `start` of the whole run."""
+        epoch, skipped = divmod(start, len(self.loader))
+        number = start
+        while True:
+            self.loader.set_epoch(epoch)
+            loader = self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader
+            for batch in loader:
+                yield number, batch
+                number += 1
+            epoch, skipped = epoch + 1, 0
+
+    def _train_on(self, number: int, batch: dict[str, Any], step: int) -> float:
+        """One batch; the mean loss of all processes."""
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.objective):
+            loss = self.objective(*self._step_inputs(number, batch))
+            mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
+            if not torch.isfinite(torch.tensor(mean_loss)):
+                raise FloatingPointError(
+                    f"The loss is {mean_loss} at step {step}. Lower `learning_rate`, or use bf16 or no mixed"
+                    f" precision; {self._last_checkpoint()}."
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                if step < self.config.model.unfreeze_after * self.max_train_steps:
+                    for parameter in self._backbone_parameters:
+                        parameter.grad = None
+                accelerator.clip_grad_norm_(
+                    self._adapter_parameters + self._backbone_parameters, self.config.optimization.max_grad_norm
+                )
+            self.optimizer.step()
+            if accelerator.sync_gradients:
+                self.schedule.step()
+            self.optimizer.zero_grad()
+        return mean_loss
+
+    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Latents, masks, text, noise, timesteps and exogenous noise of a batch, on the device."""
+        options, device = self.config.optimization, self.accelerator.device
+        indices = batch["index"].cpu()
+        size, shape = len(indices), self.latents.mean.shape[2:]
+        random = KeyedNoise(options.seed, number, self.accelerator.process_index, self.accelerator.num_processes)
+        latents = self.latents.draw(indices, random.normal(size, *shape), random.uniform(size))
+        noise = random.normal(size, *shape) + options.noise_offset * random.normal(size, shape[0], 1, 1)
+        timesteps = (random.uniform(size) * self.pipeline.scheduler.config.num_train_timesteps).long()
+        exogenous = random.normal(size, *self.context_module.noise_shape)
+        dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
+        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
+        with torch.no_grad():
+            text = self.pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
+        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous)
+        return tuple(tensor.to(device) for tensor in tensors)
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> None:
+        """Saves a grid of samples, a row per context, and hands it to the trackers."""
+        if self.accelerator.is_main_process:
+            output, obs_context = self.config.output, self.config.data.obs_context
+            prompts = [output.validation_prompt or ""] * output.num_validation_images
+            names = [obs_context, *self.concepts, *(output.validation_interventions or [])]
+            self.pipeline.unet.eval()
+            self.pipeline.set_progress_bar_config(disable=True)
+            with self.accelerator.autocast():
+                rows = sample_rows(
+                    self.pipeline,
+                    [interventions_of(name, obs_context) for name in names],
+                    prompts,
+                    seed=self.config.optimization.seed,
+                )
+            self.pipeline.unet.train()
+            grid = draw_grid(rows, names)
+            folder = self.output_dir / "validation"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"step-{step}.png")
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+                    tracker.writer.add_image(
+                        "validation", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC"
+                    )
+        self.accelerator.wait_for_everyone()
+
+    # afterwards
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        mode, output = self.config.model.mode, self.config.output
+        self.pipeline.unet.to(torch.float32).eval()
+        if mode == "full":  # the adapter belongs to the UNet that learned with it
+            self.pipeline.save_pretrained(self.output_dir)
+        self.pipeline.save_context_adapter(
+            self.output_dir, mode=mode, card={"repo_id": output.hub_model_id, "training": self._training_record()}
+        )
+        (self.output_dir / "training_config.json").write_text(json.dumps(self._flat_config(), indent=2) + "\n")
+        if output.push_to_hub:
+            push_adapter_folder(
+                self.output_dir, output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token
+            )
+
+    def _training_record(self) -> dict[str, Any]:
+        return {
+            "command": ["accelerate", "launch", *sys.argv],
+            "seed": self.config.optimization.seed,
+            "machine": f"{platform.machine()}, {self.accelerator.num_processes} x {self.accelerator.device.type}",
+            "versions": {"diffusers_ctx": __version__}
+            | {library.__name__: library.__version__ for library in _LIBRARIES},
+            "hyperparameters": {
+                "steps": self.max_train_steps,
+                "batch size": self._global_batch_size * self.config.optimization.gradient_accumulation_steps,
+                "learning rate": self.config.optimization.learning_rate,
+                "causal form": self.config.context.causal_form,
+                "images": len(self.latents),
+            },
+        }
+
+    def _flat_config(self) -> dict[str, Any]:
+        """Every option, as trackers take them; the token stays out."""
+        groups = (vars(group) for group in vars(self.config).values())
+        options = {name: value for group in groups for name, value in group.items() if name != "hub_token"}
+        return {
+            name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
+            for name, value in options.items()
+        }
+
+    def _last_checkpoint(self) -> str:
+        last = find_checkpoint(self.output_dir, "latest")
+        return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"

@@ -1,0 +1,47 @@
+"""Context guidance: the contrast between a context and the observational one, added to what the UNet predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+
+
+@contextmanager
+def context_guidance(
+    unet: UNet2DConditionModel, observational_tokens: torch.Tensor, scale: float, guided_halves: int
+) -> Iterator[None]:
+    """While it is open, `unet` predicts `e_obs + scale (e_do - e_obs)`: 1 is no guidance, more exaggerates.
+
+    The contrast is taken at the prompt and added to both halves of classifier-free guidance, so that the two kinds
+    of guidance add up. Rows without an intervention have no contrast and stay as they are.
+
+    Args:
+        unet: the UNet with a context module attached.
+        observational_tokens: tokens (B, N, T, token_dim) of the same noise without interventions.
+        scale: the context guidance scale.
+        guided_halves: 2 under classifier-free guidance, where the prompt's rows come second, else 1.
+    """
+
+    def add_contrast(module, args, kwargs, output):
+        rows = slice(-len(observational_tokens), None)
+        sample, timestep = args
+        kwargs = {
+            **kwargs,
+            "encoder_hidden_states": kwargs["encoder_hidden_states"][rows],
+            "added_cond_kwargs": {"image_embeds": [observational_tokens]},
+        }
+        observational = module.forward(sample[rows], timestep, **kwargs)[0]
+        contrast = (scale - 1) * (output[0][rows] - observational)
+        return (output[0] + contrast.repeat(guided_halves, 1, 1, 1), *output[1:])
+
+    if scale == 1:
+        yield
+        return
+    handle = unet.register_forward_hook(add_contrast, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

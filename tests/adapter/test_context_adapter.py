@@ -1,0 +1,315 @@
+"""A context adapter on a pipeline: attached, saved, loaded, unloaded, beside LoRA, and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import CONCEPTS, make_components, make_context_module
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers
+from diffusers_ctx.hub import AdapterError
+
+
+def sample(pipeline, **arguments) -> np.ndarray:
+    defaults = {"num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    return pipeline("a picture of a circle", **(defaults | arguments)).images
+
+
+def attach(pipeline, values: bool = True):
+    """Attaches a module whose attention values are random, or zero as in a fresh adapter."""
+    attach_context_module(pipeline.unet, make_context_module())
+    if values:
+        torch.manual_seed(2)
+        for layer in context_attention_layers(pipeline.unet).values():
+            torch.nn.init.normal_(layer["value"].weight, std=0.5)
+    return pipeline
+
+
+def add_lora(pipeline, name: str) -> None:
+    torch.manual_seed(3)
+    pipeline.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]), name)
+
+
+@pytest.fixture
+def saved_adapter(plain_pipeline, tmp_path) -> Path:
+    return attach(plain_pipeline).save_context_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def fresh_pipeline() -> ComposablePipeline:
+    pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_fresh_adapter_and_scale_zero_and_unload_are_the_plain_pipeline(plain_pipeline, guidance_scale):
+    stock = StableDiffusionPipeline(**plain_pipeline.components, requires_safety_checker=False)
+    expected = sample(stock, guidance_scale=guidance_scale)
+    attach(plain_pipeline, values=False)
+    arguments = {"interventions": ["snow"], "guidance_scale": guidance_scale}
+    np.testing.assert_array_equal(sample(plain_pipeline, **arguments), expected)
+    plain_pipeline.unload_context_adapter()
+
+    attach(plain_pipeline)
+    assert np.abs(sample(plain_pipeline, **arguments) - expected).max() > 1e-3
+    plain_pipeline.set_context_scale(0)
+    np.testing.assert_array_equal(sample(plain_pipeline, **arguments), expected)
+    plain_pipeline.set_context_scale(1)
+    plain_pipeline.unload_context_adapter()
+    np.testing.assert_array_equal(sample(plain_pipeline, guidance_scale=guidance_scale), expected)
+    np.testing.assert_array_equal(sample(stock, guidance_scale=guidance_scale), expected)
+    assert plain_pipeline.context_module is None and plain_pipeline.concepts == []
+
+
+def test_saving_and_loading_gives_the_same_images(plain_pipeline, fresh_pipeline, tmp_path):
+    attach(plain_pipeline)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "context_adapter.safetensors",
+        "context_adapter_config.json",
+        "context_module",
+    ]
+    fresh_pipeline.load_context_adapter(folder)
+    assert fresh_pipeline.concepts == CONCEPTS
+    for interventions in ([], ["snow"], {"night": 0.5, "fog": 1.0}):
+        expected = sample(plain_pipeline, interventions=interventions)
+        np.testing.assert_array_equal(sample(fresh_pipeline, interventions=interventions), expected)
+
+
+def test_lora_mode_saves_the_lora_that_stock_diffusers_loads(plain_pipeline, fresh_pipeline, tmp_path):
+    attach(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    assert json.loads((folder / "context_adapter_config.json").read_text())["mode"] == "lora"
+    expected = sample(plain_pipeline, interventions=["snow"])
+
+    stock = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
+    stock.load_lora_weights(str(folder))
+    assert stock.get_active_adapters()
+
+    plain = sample(fresh_pipeline)
+    fresh_pipeline.load_context_adapter(folder)
+    np.testing.assert_array_equal(sample(fresh_pipeline, interventions=["snow"]), expected)
+    fresh_pipeline.unload_context_adapter()
+    np.testing.assert_array_equal(sample(fresh_pipeline), plain)
+
+
+@pytest.mark.parametrize("first", ["lora", "adapter"])
+def test_a_lora_of_the_users_own_before_or_after(saved_adapter, fresh_pipeline, first):
+    both = []
+    for order in (["lora", "adapter"], ["adapter", "lora"]):
+        pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        for step in order:
+            if step == "lora":
+                add_lora(pipeline, "style")
+            else:
+                pipeline.load_context_adapter(saved_adapter)
+        both.append(sample(pipeline, interventions=["snow"]))
+        without_lora = sample(fresh_pipeline)
+        pipeline.unload_lora_weights()
+        assert pipeline.concepts == CONCEPTS
+        pipeline.set_context_scale(0)
+        np.testing.assert_array_equal(sample(pipeline), without_lora)
+    np.testing.assert_array_equal(both[0], both[1])
+
+
+def test_unloading_leaves_the_users_lora(plain_pipeline, fresh_pipeline, tmp_path):
+    attach(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    add_lora(fresh_pipeline, "style")
+    expected = sample(fresh_pipeline)
+    fresh_pipeline.load_context_adapter(folder)
+    fresh_pipeline.unload_context_adapter()
+    assert list(fresh_pipeline.unet.peft_config) == ["style"]
+    fresh_pipeline.set_adapters("style")
+    np.testing.assert_array_equal(sample(fresh_pipeline), expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(plain_pipeline):
+    attach(plain_pipeline)
+    unet, module = plain_pipeline.unet.train(), plain_pipeline.context_module
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
+    mask = torch.eye(3)[:2]
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.zero_grad()
+        tokens = module(torch.ones(2, *module.noise_shape), mask)
+        unet(x, 10, text, added_cond_kwargs={"image_embeds": [tokens]}).sample.square().mean().backward()
+        gradients.append(module.mechanism.bias_do.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_torch_compile_makes_one_graph(plain_pipeline):
+    attach(plain_pipeline)
+    module = plain_pipeline.context_module
+    tokens = module(torch.ones(1, *module.noise_shape), torch.eye(3)[:1])
+    arguments = (torch.randn(1, 4, 16, 16), torch.tensor(10), torch.randn(1, 5, 32))
+    kwargs = {"added_cond_kwargs": {"image_embeds": [tokens]}}
+    with torch.no_grad():
+        expected = plain_pipeline.unet(*arguments, **kwargs).sample
+        compiled = torch.compile(plain_pipeline.unet, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*arguments, **kwargs).sample, expected)
+
+
+def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path):
+    expected = sample(plain_pipeline)
+    attach(plain_pipeline)
+    adapted = sample(plain_pipeline, interventions=["snow"])
+    plain_pipeline.save_pretrained(str(tmp_path))
+    np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), adapted)
+    stock = StableDiffusionPipeline.from_pretrained(str(tmp_path))
+    stock.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(sample(stock), expected)
+
+
+def test_replaced_processors_are_noticed(plain_pipeline):
+    attach(plain_pipeline)
+    plain_pipeline.unet.set_default_attn_processor()
+    with pytest.raises(RuntimeError, match="unload_context_adapter"):
+        sample(plain_pipeline, interventions=["snow"])
+    plain_pipeline.unload_context_adapter()
+    sample(plain_pipeline)
+
+
+def test_a_second_adapter_is_refused(plain_pipeline, saved_adapter):
+    before = sample(plain_pipeline, interventions=["snow"])
+    with pytest.raises(ValueError, match="unload_context_adapter"):
+        plain_pipeline.load_context_adapter(saved_adapter)
+    np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), before)
+
+
+def test_methods_without_an_adapter_say_so(plain_pipeline, tmp_path):
+    for call in (
+        lambda: plain_pipeline.save_context_adapter(tmp_path / "adapter"),
+        lambda: plain_pipeline.set_context_scale(1),
+        lambda: plain_pipeline.push_context_adapter("user/adapter"),
+        lambda: sample(plain_pipeline, interventions=["snow"]),
+    ):
+        with pytest.raises(ValueError, match="load_context_adapter"):
+            call()
+    assert not (tmp_path / "adapter").exists()
+    plain_pipeline.unload_context_adapter()
+
+
+# adapters that must be refused, leaving the pipeline as it was
+
+
+def wrong_width(folder: Path) -> dict:
+    return make_components(cross_attention_dim=64)
+
+
+def wrong_prediction_type(folder: Path) -> dict:
+    return make_components(prediction_type="epsilon")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "context_adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign_layers(folder: Path) -> None:
+    weights = safetensors.torch.load_file(folder / "context_adapter.safetensors")
+    weights = {f"other/{name}": weight for name, weight in weights.items()}
+    safetensors.torch.save_file(weights, folder / "context_adapter.safetensors")
+
+
+def no_module(folder: Path) -> None:
+    shutil.rmtree(folder / "context_module")
+
+
+def newer_format(folder: Path) -> None:
+    path = folder / "context_adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+
+
+def broken_lora(folder: Path) -> None:
+    path = folder / "context_adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mode": "lora"}))
+    safetensors.torch.save_file({"foreign": torch.ones(1)}, folder / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (wrong_width, "cross_attention_dim is 64, not 32"),
+        (wrong_prediction_type, "prediction_type is epsilon, not v_prediction"),
+        (truncated, "context_adapter.safetensors"),
+        (foreign_layers, "does not fit"),
+        (no_module, "context_module"),
+        (newer_format, "upgrade"),
+        (broken_lora, ""),
+    ],
+)
+def test_unfit_adapters_leave_the_pipeline_as_it_was(saved_adapter, spoil, message):
+    components = spoil(saved_adapter) or make_components()
+    pipeline = ComposablePipeline(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    before, processors = sample(pipeline), {type(p) for p in pipeline.unet.attn_processors.values()}
+    with pytest.raises(AdapterError if message else Exception, match=message):
+        pipeline.load_context_adapter(saved_adapter)
+    assert pipeline.context_module is None and pipeline.unet.encoder_hid_proj is None
+    assert {type(p) for p in pipeline.unet.attn_processors.values()} == processors
+    np.testing.assert_array_equal(sample(pipeline), before)
+
+
+def test_full_size_configs_on_the_meta_device():
+    """Where the adapter attaches in SD 1.5, SD 2.1 and SDXL, and how many parameters it has there."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    shared = {"sample_size": 64, "layers_per_block": 2}
+    sd = {"block_out_channels": (320, 640, 1280, 1280)} | shared
+    configs = {
+        "SD 1.5": sd | {"cross_attention_dim": 768, "attention_head_dim": 8},
+        "SD 2.1": sd
+        | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+        "SDXL": shared
+        | {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    }
+    layers = {"SD 1.5": 16, "SD 2.1": 16, "SDXL": 70}
+    widths = {  # output channels of every cross-attention layer, summed
+        "SD 1.5": 5 * 320 + 5 * 640 + 6 * 1280,
+        "SD 2.1": 5 * 320 + 5 * 640 + 6 * 1280,
+        "SDXL": 2 * 2 * 640 + 2 * 10 * 1280 + 3 * 10 * 1280 + 3 * 2 * 640 + 10 * 1280,
+    }
+    for name, config in configs.items():
+        with init_empty_weights():
+            unet = UNet2DConditionModel(**config)
+            module = make_module_on_meta(config["cross_attention_dim"])
+            attach_context_module(unet, module)
+        attention = context_attention_layers(unet)
+        assert len(attention) == layers[name]
+        parameters = sum(parameter.numel() for parameter in attention.parameters())
+        assert parameters == 2 * widths[name] * config["cross_attention_dim"]
+
+
+def make_module_on_meta(token_dim: int):
+    from diffusers_ctx import ContextModule
+
+    return ContextModule(CONCEPTS, token_dim=token_dim, posterior_sample_size=64)

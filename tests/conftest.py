@@ -1,0 +1,90 @@
+"""Tiny real components that several tests share."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_ctx import ComposablePipeline, ContextModule, embedded_base
+
+
+CONCEPTS = ["night", "snow", "fog"]
+
+
+def make_components(cross_attention_dim: int = 32, prediction_type: str = "v_prediction") -> dict:
+    """Random components of a Stable Diffusion for 32x32 images."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_base(), subfolder="tokenizer")
+    return {
+        "unet": UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=2,
+            cross_attention_dim=cross_attention_dim,
+        ).eval(),
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=32,
+        ).eval(),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=cross_attention_dim,
+                intermediate_size=37,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ).eval(),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=prediction_type == "v_prediction",
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=False,
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def make_context_module(token_dim: int = 32) -> ContextModule:
+    """A context module of the tiny pipeline, with random weights all through."""
+    torch.manual_seed(1)
+    module = ContextModule(CONCEPTS, token_dim=token_dim, posterior_width=8, posterior_sample_size=16)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    for weight in (module.mechanism.weight_obs, module.mechanism.weight_do):
+        weight.data += torch.eye(weight.shape[-1])
+    return module
+
+
+@pytest.fixture
+def plain_pipeline() -> ComposablePipeline:
+    pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def context_module() -> ContextModule:
+    return make_context_module()

@@ -1,0 +1,237 @@
+"""What ComposablePipeline adds to StableDiffusionPipeline."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_components, make_context_module
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.adapter import attach_context_module, context_attention_layers
+
+
+PROMPT = "a picture of a circle"
+
+
+@pytest.fixture
+def pipeline(plain_pipeline) -> ComposablePipeline:
+    attach_context_module(plain_pipeline.unet, make_context_module())
+    torch.manual_seed(2)
+    for layer in context_attention_layers(plain_pipeline.unet).values():
+        torch.nn.init.normal_(layer["value"].weight, std=0.5)
+    return plain_pipeline
+
+
+def sample(pipeline, prompt=PROMPT, seed=0, **arguments):
+    defaults = {
+        "num_inference_steps": 2,
+        "output_type": "np",
+        "guidance_scale": 1.0,
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return pipeline(prompt, **(defaults | arguments))
+
+
+def test_the_signature_extends_stable_diffusions():
+    stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    ours = inspect.signature(ComposablePipeline.__call__).parameters
+    assert list(ours)[: len(stock) - 1] == list(stock)[:-1]  # the last one is **kwargs
+    for name in list(stock)[1:-1]:
+        assert ours[name].default == stock[name].default
+    assert {"interventions", "exogenous_noise", "context_guidance_scale"} <= set(ours)
+
+
+def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
+    outputs = [sample(pipeline, interventions=names) for names in ([], ["snow"], ["snow", "fog"])]
+    assert torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
+    assert torch.equal(outputs[0].exogenous_noise, outputs[2].exogenous_noise)
+    for one, other in [(0, 1), (1, 2), (0, 2)]:
+        assert np.abs(outputs[one].images - outputs[other].images).max() > 1e-3
+    assert not torch.equal(outputs[0].exogenous_noise, sample(pipeline, seed=1).exogenous_noise)
+
+
+def test_exogenous_noise_goes_in_and_comes_out(pipeline):
+    first = sample(pipeline, interventions=["snow"])
+    again = sample(pipeline, interventions=["snow"], exogenous_noise=first.exogenous_noise)
+    np.testing.assert_array_equal(first.images, again.images)
+    other = sample(pipeline, interventions=["snow"], exogenous_noise=first.exogenous_noise + 1)
+    assert np.abs(first.images - other.images).max() > 1e-3
+
+
+def test_the_generator_gives_the_plain_pipelines_latents(pipeline):
+    used, untouched = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    pipeline.prepare_exogenous_noise(2, used)
+    assert torch.equal(torch.randn(3, generator=used), torch.randn(3, generator=untouched))
+    noise = pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
+    latents = torch.randn(noise.shape, generator=torch.Generator().manual_seed(5))
+    assert (noise - latents).abs().min() > 1e-6  # not the diffusion noise over again
+
+
+def test_every_image_of_a_prompt_has_noise_of_its_own(pipeline):
+    output = sample(pipeline, ["a picture of a circle", "a picture of a square"], num_images_per_prompt=2)
+    assert output.exogenous_noise.shape == (4, *pipeline.context_module.noise_shape)
+    for one in range(4):
+        for other in range(one):
+            assert not torch.equal(output.exogenous_noise[one], output.exogenous_noise[other])
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_interventions_per_prompt_equal_one_call_each(pipeline, guidance_scale):
+    prompts = ["a picture of a circle", "a picture of a square"]
+    contexts = [["night"], {"fog": 0.5}]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+
+    together = sample(
+        pipeline, prompts, interventions=contexts, generator=generators(), guidance_scale=guidance_scale
+    ).images
+    for row in range(2):
+        alone = sample(
+            pipeline,
+            prompts[row],
+            interventions=contexts[row],
+            generator=[generators()[row]],
+            guidance_scale=guidance_scale,
+        ).images
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
+
+
+def test_strengths_lead_from_observational_to_intervened(pipeline):
+    images = [sample(pipeline, interventions={"snow": strength}).images for strength in (0.0, 0.5, 1.0)]
+    np.testing.assert_array_equal(images[0], sample(pipeline).images)
+    np.testing.assert_array_equal(images[2], sample(pipeline, interventions=["snow"]).images)
+    assert 0 < np.abs(images[1] - images[0]).max()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("context_scale", [0.0, 2.5])
+def test_context_guidance_adds_the_contrast(pipeline, guidance_scale, context_scale):
+    """Against one denoising step computed by hand from separate UNet evaluations."""
+    generator = torch.Generator().manual_seed(0)
+    noise = pipeline.prepare_exogenous_noise(1, generator)
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    text, empty = pipeline.encode_prompt(PROMPT, "cpu", 1, True)
+    module = pipeline.context_module
+    tokens = {
+        name: module(noise, mask) for name, mask in (("do", torch.tensor([[0.0, 1, 0]])), ("obs", torch.zeros(1, 3)))
+    }
+    pipeline.scheduler.set_timesteps(1)
+    t = pipeline.scheduler.timesteps[0]
+
+    def predict(embeds, context):
+        with torch.no_grad():
+            kwargs = {"added_cond_kwargs": {"image_embeds": [tokens[context]]}}
+            return pipeline.unet(latents, t, encoder_hidden_states=embeds, **kwargs).sample
+
+    conditional = predict(text, "do")
+    prediction = conditional
+    if guidance_scale > 1:
+        unconditional = predict(empty, "do")
+        prediction = unconditional + guidance_scale * (conditional - unconditional)
+    prediction = prediction + (context_scale - 1) * (conditional - predict(text, "obs"))
+    expected = pipeline.scheduler.step(prediction, t, latents).prev_sample
+    got = sample(
+        pipeline,
+        interventions=["snow"],
+        latents=latents,
+        exogenous_noise=noise,
+        num_inference_steps=1,
+        guidance_scale=guidance_scale,
+        context_guidance_scale=context_scale,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert not pipeline.unet._forward_hooks
+
+
+def test_without_an_adapter_it_is_the_plain_pipeline(plain_pipeline):
+    stock = StableDiffusionPipeline(**plain_pipeline.components, requires_safety_checker=False)
+    np.testing.assert_array_equal(sample(plain_pipeline).images, sample(stock).images)
+    assert len(sample(plain_pipeline, return_dict=False)) == 2
+
+
+def test_tuples_carry_the_noise(pipeline):
+    images, flags, noise = sample(pipeline, return_dict=False)
+    assert flags is None and noise.shape == (1, *pipeline.context_module.noise_shape)
+    np.testing.assert_array_equal(images, sample(pipeline).images)
+
+
+def test_a_counterfactual_without_change_gives_the_image_back(pipeline):
+    pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ceiling = pipeline.vae.decode(pipeline.vae.encode(2 * image - 1).latent_dist.mode()).sample.detach()
+    for context in ([], ["snow"]):
+        output = pipeline.counterfactual(image, context, factual=context, num_inference_steps=20, output_type="pt")
+        error = (output.images - (ceiling / 2 + 0.5).clamp(0, 1)).abs().max()
+        assert error < 1e-3
+
+
+def test_a_counterfactual_changes_with_the_intervention_alone(pipeline):
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    factual = pipeline.counterfactual(image, [], num_inference_steps=5, output_type="pt")
+    changed = pipeline.counterfactual(image, ["snow"], num_inference_steps=5, output_type="pt")
+    assert torch.equal(factual.exogenous_noise, changed.exogenous_noise)
+    torch.testing.assert_close(factual.exogenous_noise, pipeline.abduct(image))
+    assert (factual.images - changed.images).abs().max() > 1e-3
+
+
+def test_pictures_arrays_and_tensors_are_taken(pipeline):
+    array = np.random.default_rng(0).random((1, 32, 32, 3)).astype(np.float32)
+    array = np.rint(array * 255) / 255
+    tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
+    picture = pipeline.image_processor.numpy_to_pil(array)
+    noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0])]
+    for noise in noises[1:]:
+        torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
+
+
+def test_from_pipe_both_ways(pipeline):
+    stock = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
+    ours = ComposablePipeline.from_pipe(stock)
+    assert ours.unet is stock.unet
+    np.testing.assert_array_equal(sample(ours).images, sample(stock).images)
+
+
+def test_custom_pipeline_from_the_folder(plain_pipeline, tmp_path):
+    plain_pipeline.save_pretrained(tmp_path)
+    folder = Path(inspect.getfile(ComposablePipeline)).parent
+    loaded = DiffusionPipeline.from_pretrained(str(tmp_path), custom_pipeline=str(folder), trust_remote_code=True)
+    assert type(loaded).__name__ == "ComposablePipeline" and hasattr(loaded, "load_context_adapter")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(sample(loaded).images, sample(plain_pipeline).images, atol=1e-5)
+
+
+def test_half_precision_follows_the_unet(pipeline):
+    pipeline.to(torch.bfloat16)
+    assert pipeline.context_module.dtype == torch.bfloat16
+    images = sample(pipeline, interventions=["snow"], context_guidance_scale=2.0).images
+    assert np.isfinite(images).all()
+    image = torch.rand(1, 3, 32, 32)
+    assert pipeline.counterfactual(image, ["snow"], num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"interventions": ["rain"]}, "rain.*night"),
+        ({"interventions": {"snow": 2.0}}, r"\[0, 1\]"),
+        ({"interventions": [["snow"], ["fog"]]}, "2 entries for 1 prompts"),
+        ({"exogenous_noise": torch.zeros(1, 2, 3)}, r"need \(1, 5, 4\)"),
+        ({"ip_adapter_image_embeds": [torch.zeros(1, 1, 32)]}, "IP-Adapter"),
+    ],
+)
+def test_mistakes_are_named(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample(pipeline, **arguments)
+    sample(pipeline)
+
+
+def test_import_needs_no_network():
+    script = "import socket; socket.socket.connect = None; import diffusers_ctx; diffusers_ctx.ComposablePipeline"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
