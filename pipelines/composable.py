@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-from diffusers_ctx.adapter import ContextAdapterLoaderMixin
+from diffusers_ctx.adapter import ContextAdapterLoaderMixin, weights_at_hand
 from diffusers_ctx.context import Interventions, intervention_mask
 
 from .guidance import context_guidance
-from .inversion import denoise, evenly_spaced_timesteps, invert, velocity
+from .inversion import denoise, evenly_spaced_timesteps, invert
 
 
 @dataclass
@@ -122,9 +123,10 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
         if self.context_module is None:
             if interventions or exogenous_noise is not None:
                 self._require_context_module()
-            return super().__call__(
+            output = super().__call__(
                 ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds, **arguments
             )
+            return ComposablePipelineOutput(output.images, output.nsfw_content_detected) if return_dict else output
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             raise ValueError(
                 "A context adapter is loaded in the place of an IP-Adapter; unload it to pass its images."
@@ -138,13 +140,16 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
         tokens = self._context_tokens(noise, mask)
         halves = 2 if guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None else 1
         observational = self._context_tokens(noise, torch.zeros_like(mask))
-        with context_guidance(self.unet, observational, context_guidance_scale, halves):
+        with context_guidance(self.unet, observational, context_guidance_scale):
             output = super().__call__(ip_adapter_image_embeds=[torch.cat([tokens] * halves)], **arguments)
         if not return_dict:
             return (*output, noise)
-        return ComposablePipelineOutput(
-            images=output.images, nsfw_content_detected=output.nsfw_content_detected, exogenous_noise=noise
-        )
+        return ComposablePipelineOutput(output.images, output.nsfw_content_detected, noise)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved, under the name of the class that stock diffusers loads it with."""
+        config = json.loads(super().to_json_string()) | {"_class_name": StableDiffusionPipeline.__name__}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def prepare_exogenous_noise(
         self,
@@ -155,7 +160,7 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
         """The concepts' noise (num_images, N, d_z): checked if given, else drawn without advancing `generator`.
 
         Raises:
-            ValueError: if the given noise has another shape.
+            ValueError: if the given noise has another shape, or there are several generators but not one per image.
         """
         shape = (num_images, *self._require_context_module().noise_shape)
         if exogenous_noise is not None:
@@ -166,7 +171,11 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
                 )
             return exogenous_noise
         if isinstance(generator, list):
+            if len(generator) != num_images:
+                raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
             return torch.cat([_draw_apart((1, *shape[1:]), one) for one in generator])
+        if generator is None and self._execution_device.type != "cpu":
+            return torch.randn(shape)  # the diffusion noise comes from the device's generator and advances that one
         return _draw_apart(shape, generator)
 
     def prepare_ip_adapter_image_embeds(
@@ -177,7 +186,7 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
             )
         # context tokens come with a row per image already: unlike image prompts, each image has noise of its own
-        return [tokens.to(device) for tokens in ip_adapter_image_embeds]
+        return ip_adapter_image_embeds
 
     @torch.no_grad()
     def abduct(
@@ -189,9 +198,9 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
             image: one image or several, as PIL images, arrays or tensors.
             factual: the interventions under which they came about; none if they are observational.
         """
-        latents = self._encode_images(image)
-        mask = intervention_mask(factual, self.concepts, len(latents)).to(latents)
-        return self._require_context_module().abduct(latents, mask).mean
+        noise = self._abduct(self._encode_images(image), factual)
+        self.maybe_free_model_hooks()
+        return noise
 
     @torch.no_grad()
     def counterfactual(
@@ -221,38 +230,56 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
         Raises:
             ValueError: if no adapter is loaded, a concept is unknown, or shapes do not fit.
         """
-        self._require_context_module()
         latents = self._encode_images(image)
-        noise = self.abduct(image, factual)
+        noise = self._abduct(latents, factual)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else prompt
+        if len(prompts) != len(latents):
+            raise ValueError(
+                f"`prompt` has {len(prompts)} entries for {len(latents)} images; give one for all or each."
+            )
         text = self.encode_prompt(prompts, latents.device, 1, do_classifier_free_guidance=False)[0]
-        alphas = self.scheduler.alphas_cumprod.to(latents.device)
+        # the noise schedule alone, whichever scheduler samples: not every class builds all of them
+        alphas = DDIMScheduler.from_config(self.scheduler.config).alphas_cumprod.to(latents.device)
+        prediction_type = self.scheduler.config.prediction_type
         timesteps = evenly_spaced_timesteps(self.scheduler.config.num_train_timesteps, num_inference_steps)
 
         def model_under(context):
             tokens = self._context_tokens(noise, intervention_mask(context, self.concepts, len(latents)))
 
             def model(x, t):
-                prediction = self.unet(
-                    x, t, encoder_hidden_states=text, added_cond_kwargs={"image_embeds": [tokens]}, return_dict=False
+                return self.unet(
+                    x.to(text.dtype),
+                    t,
+                    encoder_hidden_states=text,
+                    added_cond_kwargs={"image_embeds": [tokens]},
+                    return_dict=False,
                 )[0]
-                return velocity(prediction, x, alphas[t], self.scheduler.config.prediction_type)
 
             return model
 
-        diffusion_noise = invert(model_under(factual), latents, alphas, timesteps)
-        latents = denoise(model_under(interventions), diffusion_noise, alphas, timesteps)
-        images = latents
+        # in single precision, or the steps back would not be undone by those forward
+        diffusion_noise = invert(model_under(factual), latents.float(), alphas, timesteps, prediction_type)
+        predicted = denoise(model_under(interventions), diffusion_noise, alphas, timesteps, prediction_type)
+        images = predicted.to(latents.dtype)
         if output_type != "latent":
-            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            decoded = self.vae.decode(images / self.vae.config.scaling_factor, return_dict=False)[0]
             images = self.image_processor.postprocess(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
         if not return_dict:
             return images, None, noise
         return ComposablePipelineOutput(images=images, nsfw_content_detected=None, exogenous_noise=noise)
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         module = self._require_context_module()
-        return module(noise.to(device=module.device, dtype=module.dtype), mask.to(module.device))
+        with weights_at_hand(module) as device:
+            tokens = module(noise.to(device), mask.to(device))
+        return tokens.to(self._execution_device)
+
+    def _abduct(self, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]) -> torch.Tensor:
+        module = self._require_context_module()
+        mask = intervention_mask(factual, self.concepts, len(latents))
+        with weights_at_hand(module) as device:
+            return module.abduct(latents.to(device), mask.to(device)).mean.to(self._execution_device)
 
     def _encode_images(self, image: PipelineImageInput) -> torch.Tensor:
         pixels = self.image_processor.preprocess(image).to(device=self._execution_device, dtype=self.vae.dtype)

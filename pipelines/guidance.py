@@ -10,9 +10,7 @@ from diffusers import UNet2DConditionModel
 
 
 @contextmanager
-def context_guidance(
-    unet: UNet2DConditionModel, observational_tokens: torch.Tensor, scale: float, guided_halves: int
-) -> Iterator[None]:
+def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Tensor, scale: float) -> Iterator[None]:
     """While it is open, `unet` predicts `e_obs + scale (e_do - e_obs)`: 1 is no guidance, more exaggerates.
 
     The contrast is taken at the prompt and added to both halves of classifier-free guidance, so that the two kinds
@@ -22,20 +20,20 @@ def context_guidance(
         unet: the UNet with a context module attached.
         observational_tokens: tokens (B, N, T, token_dim) of the same noise without interventions.
         scale: the context guidance scale.
-        guided_halves: 2 under classifier-free guidance, where the prompt's rows come second, else 1.
     """
 
     def add_contrast(module, args, kwargs, output):
-        rows = slice(-len(observational_tokens), None)
+        rows = slice(-len(observational_tokens), None)  # under classifier-free guidance, the prompt's come second
         sample, timestep = args
+        conditions = {name: c[rows] for name, c in kwargs["added_cond_kwargs"].items() if name != "image_embeds"}
         kwargs = {
             **kwargs,
             "encoder_hidden_states": kwargs["encoder_hidden_states"][rows],
-            "added_cond_kwargs": {"image_embeds": [observational_tokens]},
+            "added_cond_kwargs": conditions | {"image_embeds": [observational_tokens]},
         }
         observational = module.forward(sample[rows], timestep, **kwargs)[0]
         contrast = (scale - 1) * (output[0][rows] - observational)
-        return (output[0] + contrast.repeat(guided_halves, 1, 1, 1), *output[1:])
+        return (output[0] + contrast.repeat(len(sample) // len(contrast), 1, 1, 1), *output[1:])
 
     if scale == 1:
         yield

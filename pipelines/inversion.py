@@ -1,9 +1,9 @@
-"""Deterministic denoising (DDIM) and its inverse, as plain functions of a model of the velocity.
+"""Deterministic denoising (DDIM) and its inverse, as plain functions of a model.
 
-`model(x, t)` predicts the velocity `v = sqrt(alpha) noise - sqrt(1 - alpha) x_0` (B, C, h, w) of a noisy sample at
-timestep `t`. `alphas` are the scheduler's cumulative products. With angles `phi_t = arccos(sqrt(alpha_t))`, a DDIM step
-(Song et al. 2020, arXiv 2010.02502, equation 12 with sigma = 0) is a rotation, also where the terminal SNR is zero
-(Salimans and Ho 2022, arXiv 2202.00512, appendix D):
+`model(x, t)` predicts the noise, the clean image or the velocity `v = sqrt(alpha) noise - sqrt(1 - alpha) x_0` of a
+noisy sample (B, C, h, w) at timestep `t`. `alphas` are the scheduler's cumulative products. With angles
+`phi_t = arccos(sqrt(alpha_t))`, a DDIM step (Song et al. 2020, arXiv 2010.02502, equation 12 with sigma = 0) is a
+rotation by `phi_t - phi_s`, also where the terminal SNR is zero (Salimans and Ho 2022, arXiv 2202.00512, appendix D):
 
     x_s = cos(phi_t - phi_s) x_t - sin(phi_t - phi_s) v(x_t, t)
 """
@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 
 
-VelocityModel = Callable[[torch.Tensor, int], torch.Tensor]
+Model = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
@@ -25,43 +25,54 @@ def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[in
     return [int(step) for step in steps.round()]
 
 
-def velocity(prediction: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """The velocity, from what the UNet predicts of `x` at a cumulative product `alpha`.
+def ddim_coefficients(
+    alpha_t: torch.Tensor, alpha_s: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `a` and `b` of a DDIM step `x_s = a x_t + b model(x_t, t)`.
 
     Raises:
         ValueError: for a prediction type other than `epsilon`, `v_prediction` and `sample`.
     """
+    phi_t, phi_s = alpha_t.sqrt().arccos(), alpha_s.sqrt().arccos()
+    turn = phi_t - phi_s
     if prediction_type == "v_prediction":
-        return prediction
+        return turn.cos(), -turn.sin()
     if prediction_type == "epsilon":
-        return (prediction - (1 - alpha).sqrt() * x) / alpha.sqrt()
+        return phi_s.cos() / phi_t.cos(), -turn.sin() / phi_t.cos()
     if prediction_type == "sample":
-        return (alpha.sqrt() * x - prediction) / (1 - alpha).sqrt()
+        return phi_s.sin() / phi_t.sin(), turn.sin() / phi_t.sin()
     raise ValueError(f"Unknown prediction type '{prediction_type}'.")
 
 
-def denoise(model: VelocityModel, x: torch.Tensor, alphas: torch.Tensor, timesteps: Sequence[int]) -> torch.Tensor:
+def denoise(
+    model: Model, x: torch.Tensor, alphas: torch.Tensor, timesteps: Sequence[int], prediction_type: str
+) -> torch.Tensor:
     """Follows the ODE from `x` at `timesteps[0]` down to the clean end."""
-    angles = alphas.sqrt().arccos()
     for t, s in pairwise(timesteps):
-        turn = angles[t] - angles[s]
-        x = turn.cos() * x - turn.sin() * model(x, t)
+        a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
+        x = a * x + b * model(x, t)
     return x
 
 
 def invert(
-    model: VelocityModel, x: torch.Tensor, alphas: torch.Tensor, timesteps: Sequence[int], num_iterations: int = 3
+    model: Model,
+    x: torch.Tensor,
+    alphas: torch.Tensor,
+    timesteps: Sequence[int],
+    prediction_type: str,
+    num_iterations: int = 3,
 ) -> torch.Tensor:
     """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`, so that `denoise` returns to `x`.
 
-    Each step solves the equation above for `x_t`, by `num_iterations` evaluations of the model at what `x_t` is so far
-    (Pan et al. 2023, arXiv 2309.04907); the usual inversion makes do with one, taken at the wrong place.
+    Each step solves that of `denoise` for `x_t`, by `num_iterations` evaluations of the model at what `x_t` is so far
+    (Pan et al. 2023, arXiv 2309.04907); the usual inversion makes do with one, taken at the wrong place. The iteration
+    is on what the model itself predicts: the velocity of a model of the noise varies so fast with `x_t` near the noisy
+    end that it would not converge.
     """
-    angles = alphas.sqrt().arccos()
     for t, s in reversed(list(pairwise(timesteps))):
-        turn = angles[t] - angles[s]
+        a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
         guess = x
         for _ in range(num_iterations):
-            guess = (x + turn.sin() * model(guess, t)) / turn.cos()
+            guess = (x - b * model(guess, t)) / a
         x = guess
     return x

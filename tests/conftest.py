@@ -4,6 +4,7 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ctx import ComposablePipeline, ContextModule, embedded_base
+from diffusers_ctx.adapter import attach_context_module, context_attention_layers
 
 
 CONCEPTS = ["night", "snow", "fog"]
@@ -78,11 +80,24 @@ def make_context_module(token_dim: int = 32) -> ContextModule:
     return module
 
 
-@pytest.fixture
-def plain_pipeline() -> ComposablePipeline:
+def make_pipeline() -> ComposablePipeline:
     pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def attach_random_module(pipeline: ComposablePipeline) -> ComposablePipeline:
+    """Attaches a context module with random attention values, where a fresh adapter's are zero."""
+    attach_context_module(pipeline.unet, make_context_module())
+    torch.manual_seed(2)
+    for layer in context_attention_layers(pipeline.unet).values():
+        torch.nn.init.normal_(layer["value"].weight, std=0.5)
+    return pipeline
+
+
+@pytest.fixture
+def plain_pipeline() -> ComposablePipeline:
+    return make_pipeline()
 
 
 @pytest.fixture

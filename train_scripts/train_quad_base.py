@@ -269,7 +269,11 @@ def train_unet(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(args.output_dir)
+    # the text encoder stays in single precision: transformers loads a model in the type that it was saved in, where
+    # diffusers loads everything in single precision
+    pipeline.unet.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

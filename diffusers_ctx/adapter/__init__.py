@@ -3,6 +3,7 @@ from .attention import (
     attached_context_module,
     context_attention_layers,
     detach_context_module,
+    weights_at_hand,
 )
 from .loader import LORA_ADAPTER, ContextAdapterLoaderMixin
 
@@ -14,4 +15,5 @@ __all__ = [
     "attached_context_module",
     "context_attention_layers",
     "detach_context_module",
+    "weights_at_hand",
 ]

@@ -8,25 +8,35 @@ device, its data type and its checkpoints.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
+    AttnProcessor,
     AttnProcessor2_0,
+    IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..context import ContextModule
 
 
 _CROSS_ATTENTION = "attn2.processor"
-_CONTEXT_PROCESSORS = (IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+# the plain processors, and those that compute the very same attention and another one to the context tokens beside it
+_CONTEXT_PROCESSORS = {
+    AttnProcessor: IPAdapterAttnProcessor,
+    AttnProcessor2_0: IPAdapterAttnProcessor2_0,
+    XFormersAttnProcessor: IPAdapterXFormersAttnProcessor,
+}
+_PLAIN_PROCESSORS = {context: plain for plain, context in _CONTEXT_PROCESSORS.items()}
 
 
 class ContextProjection(nn.Module):
@@ -46,7 +56,8 @@ def attach_context_module(unet: UNet2DConditionModel, context_module: ContextMod
     Values start at zero: a fresh adapter changes nothing.
 
     Raises:
-        ValueError: if the UNet already carries an adapter of this kind, or its tokens have another width.
+        ValueError: if the UNet already carries an adapter of this kind, its tokens have another width, or its weights
+            have been put away by `enable_sequential_cpu_offload`.
     """
     if unet.encoder_hid_proj is not None:
         raise ValueError(
@@ -58,6 +69,8 @@ def attach_context_module(unet: UNet2DConditionModel, context_module: ContextMod
             f"The context module makes tokens of width {context_module.config.token_dim}, the UNet takes"
             f" {unet.config.cross_attention_dim}."
         )
+    if unet.conv_in.weight.is_meta and not next(context_module.parameters()).is_meta:
+        raise ValueError("The UNet's weights are put away; call `enable_sequential_cpu_offload()` after loading.")
     context_module.to(unet.conv_in.weight)  # its device and data type
     processors = {
         name: _context_processor(unet, name, processor, context_module) if _is_cross_attention(name) else processor
@@ -72,7 +85,9 @@ def detach_context_module(unet: UNet2DConditionModel) -> None:
     """Takes the context module and its attention weights off `unet`, which is then as it was; without one, nothing."""
     if not _context_modules(unet):
         return
-    unet.set_attn_processor({name: _plain_processor(processor) for name, processor in unet.attn_processors.items()})
+    unet.set_attn_processor(_plain_processors(unet.attn_processors))
+    if getattr(unet, "original_attn_processors", None) is not None:  # `unfuse_qkv_projections` would bring ours back
+        unet.original_attn_processors = _plain_processors(unet.original_attn_processors)
     unet.encoder_hid_proj = None
     unet.config.encoder_hid_dim_type = None
 
@@ -101,12 +116,35 @@ def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
     modules = _context_modules(unet)
     if not modules:
         return None
-    if not all(isinstance(processor, _CONTEXT_PROCESSORS) for processor in _cross_attention_processors(unet).values()):
+    if not all(type(processor) in _PLAIN_PROCESSORS for processor in _cross_attention_processors(unet).values()):
         raise RuntimeError(
             "The context adapter's attention processors were replaced (`set_attn_processor`, attention slicing and"
-            " `fuse_qkv_projections` do that); call `unload_context_adapter()` and `load_context_adapter(...)` again."
+            " `fuse_qkv_projections` do that); undo it with `unfuse_qkv_projections()` if it was the latter, or call"
+            " `unload_context_adapter()` and `load_context_adapter(...)` again."
         )
     return modules[0]
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[torch.device]:
+    """Weights that `enable_sequential_cpu_offload` has put away are back while this is open; yields their device."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield next(module.parameters()).device
+
+
+@contextmanager
+def lora_detached(unet: UNet2DConditionModel) -> Iterator[None]:
+    """While it is open, `unet` is without the layers of its LoRAs: they would rename the weights that are saved."""
+    tuned = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in tuned.items():
+        unet.set_submodule(name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        for name, layer in tuned.items():
+            unet.set_submodule(name, layer)
 
 
 def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
@@ -145,18 +183,15 @@ def _context_processor(
     unet: UNet2DConditionModel, name: str, processor: object, context_module: ContextModule
 ) -> nn.Module:
     attention = unet.get_submodule(name.removesuffix(".processor"))
-    kind = IPAdapterXFormersAttnProcessor if _uses_xformers(processor) else IPAdapterAttnProcessor2_0
+    kind = _CONTEXT_PROCESSORS.get(type(processor), IPAdapterAttnProcessor2_0)
     nodes, tokens, token_dim = context_module.tokens_shape
     created = kind(hidden_size=attention.inner_dim, cross_attention_dim=token_dim, num_tokens=(nodes * tokens,))
     nn.init.zeros_(created.to_v_ip[0].weight)
     return created.to(device=unet.device, dtype=unet.dtype)
 
 
-def _plain_processor(processor: object) -> object:
-    if not isinstance(processor, _CONTEXT_PROCESSORS):
-        return processor
-    return XFormersAttnProcessor() if _uses_xformers(processor) else AttnProcessor2_0()
-
-
-def _uses_xformers(processor: object) -> bool:
-    return "XFormers" in type(processor).__name__
+def _plain_processors(processors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _PLAIN_PROCESSORS[type(processor)]() if type(processor) in _PLAIN_PROCESSORS else processor
+        for name, processor in processors.items()
+    }

@@ -38,8 +38,8 @@ def check_base(config: dict[str, Any], unet: UNet2DConditionModel, prediction_ty
     ]
     if differences:
         raise AdapterError(
-            f"This context adapter does not fit the loaded base model: {'; '.join(differences)}. Load the model that it"
-            f" was trained on: {config['base_model_name_or_path']}."
+            f"This context adapter does not fit the loaded base model: {'; '.join(differences)}. Load the model that"
+            f" it was trained on: {config['base_model_name_or_path']}."
         )
 
 

@@ -30,6 +30,7 @@ from .attention import (
     attached_context_module,
     context_module_detached,
     detach_context_module,
+    lora_detached,
     set_context_scale,
 )
 from .format import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
@@ -48,8 +49,6 @@ class ContextAdapterLoaderMixin:
     config: Any
     load_lora_weights: Callable[..., None]
     save_lora_weights: Callable[..., None]
-    unload_lora_weights: Callable[..., None]
-    delete_adapters: Callable[..., None]
 
     @property
     def context_module(self) -> ContextModule | None:
@@ -72,7 +71,7 @@ class ContextAdapterLoaderMixin:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Loads a context adapter, in `lora` mode together with its LoRA.
+        """Loads a context adapter, in `lora` mode together with its LoRA, which acts beside those that are active.
 
         Args:
             pretrained_model_name_or_path: a local folder or the id of a repository on the Hub.
@@ -85,7 +84,7 @@ class ContextAdapterLoaderMixin:
         Raises:
             AdapterError: if the folder is not a whole context adapter of a known format, or does not fit the base
                 model. The pipeline is then as it was before.
-            ValueError: if an adapter is loaded already.
+            ValueError: if a context adapter, an IP-Adapter or a LoRA of the name "context" is loaded already.
         """
         folder = resolve_adapter_folder(
             pretrained_model_name_or_path,
@@ -97,12 +96,19 @@ class ContextAdapterLoaderMixin:
         )
         config = validate_adapter_folder(folder)
         check_base(config, self.unet, self.scheduler.config.prediction_type)
+        if LORA_ADAPTER in self._unet_loras:
+            raise ValueError(
+                f"A LoRA of the name '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')`"
+                " first."
+            )
         module = ContextModule.from_pretrained(folder / MODULE_FOLDER).eval()
         attach_context_module(self.unet, module)
         try:
             load_attention(self.unet, read_attention(folder))
             if config["mode"] == "lora":
+                active = self.unet.active_adapters() if self._unet_loras else []
                 self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
+                self.unet.set_adapter([*active, LORA_ADAPTER])  # loading leaves the new one alone active
         except Exception:
             self.unload_context_adapter()
             raise
@@ -141,6 +147,7 @@ class ContextAdapterLoaderMixin:
         )
         module.save_pretrained(str(folder / MODULE_FOLDER))
         save_attention(self.unet, folder)
+        (folder / LORA_WEIGHTS_NAME).unlink(missing_ok=True)  # of an adapter that was here before
         if lora:
             self.save_lora_weights(
                 str(folder),
@@ -153,18 +160,29 @@ class ContextAdapterLoaderMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
-        `save_context_adapter`."""
-        with context_module_detached(self.unet):
+        `save_context_adapter`, LoRAs of the UNet by `save_lora_weights`."""
+        with context_module_detached(self.unet), lora_detached(self.unet):
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
         """Takes the adapter off, with its LoRA, and leaves the plain pipeline; without an adapter, does nothing."""
         detach_context_module(self.unet)
-        if LORA_ADAPTER in getattr(self.unet, "peft_config", {}):
-            if len(self.unet.peft_config) == 1:
-                self.unload_lora_weights()
-            else:
-                self.delete_adapters(LORA_ADAPTER)
+        if list(self._unet_loras) == [LORA_ADAPTER]:
+            self.unet.unload_lora()  # deleting the last one would leave its empty layers behind
+        elif LORA_ADAPTER in self._unet_loras:
+            self.unet.delete_adapters(LORA_ADAPTER)
+
+    def load_ip_adapter(self, *args, **kwargs) -> None:
+        """Loads an IP-Adapter, which takes the place that a context adapter needs.
+
+        Raises:
+            ValueError: if a context adapter is loaded.
+        """
+        if self.context_module is not None:
+            raise ValueError(
+                "A context adapter is loaded in the place of an IP-Adapter; call `unload_context_adapter()` first."
+            )
+        super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
         """Weighs the context tokens in the cross-attention: 1 as trained, 0 the plain model.
@@ -212,7 +230,11 @@ class ContextAdapterLoaderMixin:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
         return module
 
+    @property
+    def _unet_loras(self) -> dict[str, Any]:
+        return getattr(self.unet, "peft_config", {})
+
     def _context_lora_state_dict(self) -> dict[str, Any]:
-        if LORA_ADAPTER not in getattr(self.unet, "peft_config", {}):
+        if LORA_ADAPTER not in self._unet_loras:
             return {}
-        return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER)
+        return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER, unwrap_compiled=True)

@@ -64,7 +64,7 @@ class ReducedForm(nn.Module):
 
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""
-        return _norms(self.blocks_obs).sum()
+        return (_norms(self.blocks_obs) * self.allowed).sum()
 
 
 class Structural(nn.Module):
@@ -130,7 +130,7 @@ class Structural(nn.Module):
 
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""
-        return _norms(self.blocks).sum()
+        return (_norms(self.blocks) * self.allowed).sum()
 
 
 def at_least_single(x: torch.Tensor) -> torch.Tensor:

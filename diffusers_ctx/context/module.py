@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -127,6 +128,31 @@ class ContextModule(ModelMixin, ConfigMixin):
         return GaussianPosterior(
             mean, torch.diag_embed((0.5 * log_variance).exp().flatten(1)), 0.5 * log_variance.sum(dim=-1)
         )
+
+    def log_prob(self, values: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Log-density (B, C) of node values (B, N, d) in each of C contexts (C, K), under the mechanisms.
+
+        By a change of variables to the noise, `log N(z; 0, I) + log |det dz/dc|`. What `values` are a function of does
+        not matter when contexts are compared: its volume is the same in all of them.
+
+        Raises:
+            ValueError: if there are expressive layers, which have no inverse.
+        """
+        if self.config.expressive_depth > 0:
+            raise ValueError("Expressive layers have no inverse; the density is known for `expressive_depth=0` alone.")
+        masks = masks.to(values)
+        weight, bias = self.mechanism.coefficients(masks)
+        unmix = self.causal.inverse_matrix(masks)
+        e = torch.einsum("cij,bj->bci", unmix, values.flatten(1)).unflatten(-1, values.shape[1:])
+        z = torch.einsum("cnij,bcnj->bcni", torch.linalg.inv(weight), e - bias)
+        log_normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(2, 3))
+        log_volume = torch.linalg.slogdet(unmix).logabsdet - torch.linalg.slogdet(weight).logabsdet.sum(dim=1)
+        return log_normal + log_volume
+
+    def read_values(self, latents: torch.Tensor) -> torch.Tensor:
+        """Most likely values (B, N, d_c) of the nodes, read off latents (B, C, h, w) by an inverse posterior."""
+        mean, _ = self.head(self.encoder(latents.to(self.dtype)))
+        return mean
 
     def _invert_mechanisms(
         self, mean: torch.Tensor, log_variance: torch.Tensor, mask: torch.Tensor

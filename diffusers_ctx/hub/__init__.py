@@ -1,7 +1,7 @@
 """Adapters on the Hub and on disk: finding and checking them, their model cards, and pushing them."""
 
 from .model_card import render_model_card, save_model_card
-from .push import push_adapter_folder
+from .push import create_repository, push_adapter_folder
 from .validation import (
     CARD_NAME,
     CONFIG_NAME,
@@ -28,6 +28,7 @@ __all__ = [
     "MODULE_FOLDER",
     "WEIGHTS_NAME",
     "AdapterError",
+    "create_repository",
     "push_adapter_folder",
     "read_adapter_config",
     "render_model_card",

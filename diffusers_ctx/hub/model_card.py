@@ -62,14 +62,16 @@ def render_model_card(
 
     base_model = _hub_id(config.get("base_model_name_or_path"))
     concepts = config["concepts"]
+    adapter_argument = repo_id or "path/to/this/folder"
     columns = {**results.get("metrics", {}), **results.get("references", {})}
     content = _template().render(
         metadata=_metadata(config, base_model, repo_id, results).to_yaml(),
         marker=_MARKER,
         title=repo_id or "Context adapter: " + ", ".join(concepts),
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a local checkpoint",
-        base_argument=base_model or "path/to/the/checkpoint",
-        adapter_argument=repo_id or "path/to/this/folder",
+        # an adapter of mode `full` lies in the folder of its own pipeline
+        base_argument=adapter_argument if config["mode"] == "full" else base_model or "path/to/the/checkpoint",
+        adapter_argument=adapter_argument,
         obs_context=config["obs_context"],
         concepts=concepts,
         composed=concepts[:2],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ def push_adapter_folder(
 ) -> CommitInfo:
     """Uploads the adapter in `folder`, its model card and the pictures that the card shows, as one commit.
 
+    An adapter of mode `full` takes the pipeline that learned with it along.
+
     Args:
         folder: an adapter's folder; checkpoints, logs and whatever else lies in it stay where they are.
         repo_id: repository to upload to, created if need be; without a namespace, the token's owner's.
@@ -42,19 +45,14 @@ def push_adapter_folder(
         What the Hub says of the commit, its address among it.
 
     Raises:
-        AdapterError: if the folder is not a whole adapter with a model card, or a picture of the card is missing.
+        AdapterError: if the folder is not a whole adapter with a model card, a picture of the card is missing, or the
+            pipeline of an adapter of mode `full` is.
         LocalTokenNotFoundError: if there is no token.
         PermissionError: if the Hub does not accept the token.
     """
     files = files_to_push(folder)
-    api = HfApi(token=_require_token(token), library_name=LIBRARY)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise PermissionError(f"The Hub does not accept this token. {_LOGIN}.") from error
-    return api.upload_folder(
+    repo_id = create_repository(repo_id, token=token, private=private)
+    return _api(token).upload_folder(
         repo_id=repo_id,
         folder_path=Path(folder),
         allow_patterns=[glob.escape(name) for name in files],
@@ -65,17 +63,54 @@ def push_adapter_folder(
     )
 
 
+def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """Makes sure that there is a repository to push to, and so that the token may push.
+
+    Args:
+        repo_id: its name; without a namespace, the token's owner's.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+        private: whether a repository that must be created is private; by default its owner's own default.
+
+    Returns:
+        Its full name.
+
+    Raises:
+        LocalTokenNotFoundError: if there is no token.
+        PermissionError: if the Hub does not accept the token.
+    """
+    try:
+        return _api(token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise PermissionError(f"The Hub does not accept this token. {_LOGIN}.") from error
+
+
 def files_to_push(folder: str | os.PathLike) -> list[str]:
     """Names, relative to `folder`, of what a push uploads.
 
     Raises:
-        AdapterError: if the folder is not a whole adapter with a model card, or a picture of the card is missing.
+        AdapterError: if the folder is not a whole adapter with a model card, a picture of the card is missing, or the
+            pipeline of an adapter of mode `full` is.
     """
     config = validate_adapter_folder(folder)
     card = Path(folder) / CARD_NAME
     if not card.is_file():
         raise AdapterError(f"There is no {card}: write the model card first, with `render_model_card`.")
-    return [*adapter_files(config), CARD_NAME, *_pictures(card)]
+    pipeline = _pipeline_files(Path(folder)) if config["mode"] == "full" else []
+    return [*adapter_files(config), *pipeline, CARD_NAME, *_pictures(card)]
+
+
+def _pipeline_files(folder: Path) -> list[str]:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise AdapterError(
+            f"There is no {index}: an adapter of mode full is nothing without its own pipeline. Save that in {folder} "
+            "as well, with `pipe.save_pretrained`."
+        )
+    components = [folder / name for name in json.loads(index.read_text(encoding="utf-8"))]
+    files = [path for component in components for path in sorted(component.rglob("*")) if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in (index, *files)]
 
 
 def _pictures(card: Path) -> list[str]:
@@ -90,8 +125,8 @@ def _pictures(card: Path) -> list[str]:
     return [picture.as_posix() for picture in pictures]
 
 
-def _require_token(token: str | None) -> str:
+def _api(token: str | None) -> HfApi:
     token = token or get_token()
     if not token:
         raise LocalTokenNotFoundError(f"Pushing to the Hub takes an access token. {_LOGIN}.")
-    return token
+    return HfApi(token=token, library_name=LIBRARY)

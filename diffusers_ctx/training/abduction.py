@@ -1,18 +1,29 @@
-"""The first part of training: what the concepts are, learned with a light decoder in the place of the UNet."""
+"""The first part of training: what the concepts are, learned with a light decoder in the place of the UNet.
+
+In a diffusion loss, most of which does not depend on the context, that signal drowns. A light decoder sees it at a
+thousandth of the cost.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ..context import ContextModule
 from ..data import ContextBalancedSampler
+from .abduction_objective import AbductionObjective
 from .config import TrainingConfig
 from .latents import ContextLatents
 from .noise import KeyedNoise
-from .objective import AbductionObjective
+
+
+_DIRECTIONS = 64
+_MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
 
 
 def learn_abduction(
@@ -20,57 +31,70 @@ def learn_abduction(
 ) -> dict[str, float]:
     """Trains mechanisms, causal layer and posterior; the read-out learns later, with the UNet.
 
+    Every process does the same steps and takes the main process's result: the steps are cheap, and their terms
+    compare images within the batch, which must not be torn apart.
+
     Returns:
-        The last step's figures: `abduction_mse` and, for each node, `kl/<name>` in nats.
+        The last step's figures, among them `kl/<name>` for each node, in nats.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    options = config.context
-    channels, size = latents.mean.shape[2], latents.mean.shape[-1]
+    options, seed = config.context, config.optimization.seed
+    contexts, labels = latents.masks.unique(dim=0, return_inverse=True)
     context_module.requires_grad_(True).read_out.requires_grad_(False)
-    objective = AbductionObjective(
-        context_module, channels, size, options.acyclicity_weight, options.sparsity_weight
-    ).to(accelerator.device)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.abduction_learning_rate, weight_decay=1e-4)
+    channels, size = latents.mean.shape[2], latents.mean.shape[-1]
+    objective = AbductionObjective(context_module, contexts, channels, size, options).to(accelerator.device)
+    optimizer, parameters = _create_optimizer(objective, options.abduction_learning_rate)
     steps = options.abduction_steps
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
 
-    batch_size = -(-options.abduction_batch_size // accelerator.num_processes)
-    batches = _batches(latents, config.optimization.seed, accelerator.num_processes * batch_size)
     figures: dict[str, torch.Tensor] = {}
-    for step in tqdm(range(steps), desc="Learning concepts", disable=not accelerator.is_main_process):
-        rows = next(batches).chunk(accelerator.num_processes)[accelerator.process_index]
-        # negative steps: the numbers of this part of training are not those of the next
-        noise = KeyedNoise(config.optimization.seed, -1 - step, accelerator.process_index, accelerator.num_processes)
-        drawn = latents.draw(rows, noise.normal(len(rows), *latents.mean.shape[2:]), noise.uniform(len(rows)))
-        exogenous = noise.normal(len(rows), *context_module.noise_shape)
-        kl_weight = options.kl_weight * min(1.0, (step + 1) / max(1, options.kl_warmup_steps))
-        loss, figures = wrapped(
-            drawn.to(accelerator.device),
-            latents.masks[rows].to(accelerator.device),
-            exogenous.to(accelerator.device),
-            kl_weight,
-        )
-        if not accelerator.reduce(loss.detach(), "mean").isfinite():
+    batches = _batches(latents.contexts, labels, seed, options.abduction_batch_size)
+    progress = tqdm(range(steps), desc="Learning concepts", disable=not accelerator.is_main_process)
+    for step in progress:
+        rows = next(batches)
+        # negative numbers: those of the second part of training start at zero
+        inputs = _step_inputs(latents, labels, rows, KeyedNoise(seed, -1 - step), context_module.noise_shape)
+        loss, figures = objective(*(tensor.to(accelerator.device) for tensor in inputs), step)
+        if not loss.isfinite():
             raise FloatingPointError(
                 f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
             )
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 50.0)  # the bound is a sum over dimensions, and so are its gradients
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 50.0)  # the bound is a sum over dimensions; so are its gradients
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    accelerator.free_memory(wrapped, optimizer)
-    divergences = dict(zip(context_module.node_names, figures["kl"].tolist()))
-    return {"abduction_mse": figures["abduction_mse"].item()} | {f"kl/{name}": kl for name, kl in divergences.items()}
+        progress.set_postfix(
+            {name: f"{value:.3f}" for name, value in figures.items() if value.ndim == 0}, refresh=False
+        )
+    for parameter in context_module.parameters():
+        parameter.data = broadcast(parameter.data)
+    divergences = dict(zip(context_module.node_names, figures.pop("kl").tolist()))
+    return {name: value.item() for name, value in figures.items()} | {
+        f"kl/{name}": divergence for name, divergence in divergences.items()
+    }
 
 
-def _batches(latents: ContextLatents, seed: int, batch_size: int):
-    """Endless batches of rows (batch_size,), with every context as often as the others."""
-    sampler = ContextBalancedSampler(latents.contexts, seed)
+def _create_optimizer(
+    objective: AbductionObjective, learning_rate: float
+) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    module = objective.context_module
+    mechanisms = [*module.mechanism.parameters(), *module.causal.parameters()]
+    known = {id(parameter) for parameter in mechanisms}
+    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in known]
+    groups = [
+        {"params": others, "weight_decay": 1e-4},
+        {"params": mechanisms, "weight_decay": 0.0, "lr": _MECHANISMS_RATE * learning_rate},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate), mechanisms + others
+
+
+def _batches(contexts: list[str], labels: torch.Tensor, seed: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """Endless batches of rows, equally many of every context and sorted by it; at least `batch_size` of them."""
+    sampler = ContextBalancedSampler(contexts, seed)
+    batch_size = -(-batch_size // sampler.num_contexts) * sampler.num_contexts
     rows: list[int] = []
     epoch = 0
     while True:
@@ -78,5 +102,16 @@ def _batches(latents: ContextLatents, seed: int, batch_size: int):
             sampler.set_epoch(epoch)
             rows += list(sampler)
             epoch += 1
-        yield torch.tensor(rows[:batch_size])
+        batch = torch.tensor(rows[:batch_size])
+        yield batch[labels[batch].argsort(stable=True)]
         rows = rows[batch_size:]
+
+
+def _step_inputs(
+    latents: ContextLatents, labels: torch.Tensor, rows: torch.Tensor, noise: KeyedNoise, noise_shape: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
+    size = len(rows)
+    drawn = latents.draw(rows, noise.normal(size, *latents.mean.shape[2:]), noise.uniform(size))
+    exogenous, reference = noise.normal(size, *noise_shape), noise.normal(size, *noise_shape)
+    directions = torch.nn.functional.normalize(noise.normal(noise_shape[0] * noise_shape[1], _DIRECTIONS), dim=0)
+    return drawn, labels[rows], exogenous, reference, directions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 
 
-_PREFIX = "checkpoint-"
+_NAME = re.compile(r"checkpoint-\d+")
+_UNFINISHED = "unfinished-"
 _WEIGHTS = "trained.safetensors"
 
 
@@ -42,22 +44,26 @@ def register_trained_weights(accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> Path:
-    """Writes `output_dir/checkpoint-<step>`, then removes the oldest ones beyond `total_limit`.
+    """Writes `output_dir/checkpoint-<step>`, then removes the oldest of those up to it beyond `total_limit`.
 
     It is written under another name and renamed when it is whole: a run that dies in between leaves nothing that
     could be taken for a checkpoint.
     """
-    target = output_dir / f"{_PREFIX}{step}"
-    unfinished = output_dir / f"unfinished-{target.name}"
+    target = output_dir / f"checkpoint-{step}"
+    unfinished = output_dir / f"{_UNFINISHED}{target.name}"
+    if accelerator.is_main_process:
+        for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that died
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         unfinished.rename(target)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+        earlier = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) <= step]
+        for old in earlier[:-total_limit] if total_limit else []:
+            _remove(old)
     accelerator.wait_for_everyone()
     return target
 
@@ -72,7 +78,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     if name == "latest":
         return checkpoints[-1] if checkpoints else None
     for path in (output_dir / name, Path(name)):
-        if path.is_dir():
+        if _is_checkpoint(path):
             return path
     raise FileNotFoundError(
         f"There is no checkpoint '{name}'; {output_dir} has {[path.name for path in checkpoints]}."
@@ -81,12 +87,21 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints in `output_dir`, oldest first."""
-    return sorted(output_dir.glob(f"{_PREFIX}[0-9]*"), key=checkpoint_step)
+    return sorted(filter(_is_checkpoint, output_dir.glob("*")), key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step after which it was made."""
-    return int(checkpoint.name.removeprefix(_PREFIX))
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Renames it first: a run that dies in between must not leave a part of it that could be taken for the whole."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_UNFINISHED}removal-of-{checkpoint.name}")))
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -49,17 +49,19 @@ class ContextConfig:
     graph: list[str] | None = field(
         default=None, metadata={"help": "Edges `cause->effect` of a known graph; by default the graph is learned."}
     )
-    num_hidden_factors: int = _option(2, "Factors that no context intervenes on.")
-    noise_dim: int = _option(4, "Width of each concept's exogenous noise.")
+    num_hidden_factors: int = _option(4, "Factors that no context intervenes on.")
+    noise_dim: int = _option(1, "Width of each concept's exogenous noise.")
     tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.")
     posterior_type: str = _option("inverse", "`inverse` (inverts the mechanisms) or `amortized`.")
     expressive_depth: int = _option(0, "Layers between mechanism and causal layer; needs an amortized posterior.")
     kl_weight: float = _option(1.0, "Weight β of the KL divergence, in units of the likelihood.")
-    kl_warmup_steps: int = _option(300, "Steps over which β grows from zero.")
+    kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.")
+    contrastive_weight: float = _option(30.0, "First weight of the contrast between contexts; it fades to 1.")
+    matching_weight: float = _option(50.0, "Weight of the match of the noise in each context to its prior.")
     acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
     sparsity_weight: float = _option(0.0, "Weight of the group lasso on the edges of the causal layer.")
     abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
-    abduction_batch_size: int = _option(224, "Images per such step, all contexts and processes together.")
+    abduction_batch_size: int = _option(336, "Images per such step, all contexts together.")
     abduction_learning_rate: float = _option(3e-3, "Peak learning rate of these steps.")
 
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
-import diffusers
-import peft
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -27,21 +21,20 @@ from tqdm.auto import tqdm
 from ..adapter import attach_context_module
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, interventions_of, load_context_dataset
-from ..hub import push_adapter_folder
-from ..version import __version__
+from ..hub import create_repository, push_adapter_folder
 from .abduction import learn_abduction
 from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
+from .checks import check_options, check_validation_contexts, check_writable
 from .config import TrainingConfig
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import prepare_mode, split_parameters
 from .noise import KeyedNoise
 from .objective import DiffusionObjective
+from .record import options_of, training_record
 from .validation import draw_grid, sample_rows
 
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
 
 
 class ContextTrainer:
@@ -56,30 +49,27 @@ class ContextTrainer:
             [`~adapter.ContextAdapterLoaderMixin`].
 
     Raises:
-        ValueError, FileNotFoundError: if data, concepts or options cannot work; before any training.
+        ValueError, OSError: if data, concepts or options cannot work, or there is no way to write or push what will be
+            learned. Nothing has been computed or written then.
     """
 
     def __init__(self, config: TrainingConfig, pipeline: StableDiffusionPipeline):
+        check_options(config, pipeline.vae_scale_factor)
         self.config = config
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = self._create_accelerator()
         set_seed(config.optimization.seed)
-        dataset = load_context_dataset(
-            Path(config.data.train_data_dir) if config.data.train_data_dir else config.data.dataset_name,
-            obs_context=config.data.obs_context,
-            concepts=config.data.concepts,
-            image_column=config.data.image_column,
-            context_column=config.data.context_column,
-            text_column=config.data.caption_column,
-            skip_unreadable=config.data.skip_unreadable,
-            cache_dir=config.data.cache_dir,
-            max_samples_per_context=config.data.max_train_samples,
-            seed=config.optimization.seed,
-        )
+        dataset = self._load_dataset()
         self.context_module = self._create_context_module(
             config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
         )
+        check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
+        self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
+        self.max_train_steps = self._count_steps()
+        self.checkpoint = self._find_checkpoint()
+        check_writable(self.output_dir)
+        self.repo_id = self._create_repository()
         self._prepare_models()
         self.latents = self._encode(dataset)
 
@@ -96,18 +86,15 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if the loss is not finite; checkpoints and weights on disk are as they were.
         """
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        resume = self.config.output.resume_from_checkpoint
-        checkpoint = find_checkpoint(self.output_dir, resume) if resume else None
         figures: dict[str, float] = {}
-        if checkpoint is None:
+        if self.checkpoint is None:
             figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
         self._prepare_training()
         step = 0
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            step = checkpoint_step(checkpoint)
-        self.accelerator.init_trackers("context-adapter", config=self._flat_config())
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            step = checkpoint_step(self.checkpoint)
+        self.accelerator.init_trackers("context-adapter", config=self._tracked_options())
         self.accelerator.log(figures, step=step)
         self._run(step)
         self._save()
@@ -132,6 +119,21 @@ class ContextTrainer:
             ),
         )
 
+    def _load_dataset(self) -> datasets.Dataset:
+        data = self.config.data
+        return load_context_dataset(
+            Path(data.train_data_dir) if data.train_data_dir else data.dataset_name,
+            obs_context=data.obs_context,
+            concepts=data.concepts,
+            image_column=data.image_column,
+            context_column=data.context_column,
+            text_column=data.caption_column,
+            skip_unreadable=data.skip_unreadable,
+            cache_dir=data.cache_dir,
+            max_samples_per_context=data.max_train_samples,
+            seed=self.config.optimization.seed,
+        )
+
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
         options, unet, vae = self.config.context, self.pipeline.unet, self.pipeline.vae
         return ContextModule(
@@ -150,16 +152,57 @@ class ContextTrainer:
             posterior_sample_size=self.config.data.resolution // self.pipeline.vae_scale_factor,
         )
 
+    def _count_steps(self) -> int:
+        """Optimizer steps of the run."""
+        options = self.config.optimization
+        batches = len(self.sampler) // self._global_batch_size
+        if not batches:
+            raise ValueError(
+                f"An epoch has {len(self.sampler)} images, fewer than the {self._global_batch_size} of a step; lower"
+                " `train_batch_size`."
+            )
+        steps = options.max_train_steps or options.num_train_epochs * batches // options.gradient_accumulation_steps
+        if not steps:
+            raise ValueError(
+                f"{options.num_train_epochs} epochs of {batches} batches make no step of"
+                f" {options.gradient_accumulation_steps} batches; raise `num_train_epochs` or set `max_train_steps`."
+            )
+        return steps
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, if any."""
+        name = self.config.output.resume_from_checkpoint
+        if name is None:
+            return None
+        checkpoint = find_checkpoint(self.output_dir, name)
+        if checkpoint is None:
+            logger.warning(f"There is no checkpoint in {self.output_dir} yet; training starts from the beginning.")
+        elif checkpoint_step(checkpoint) > self.max_train_steps:
+            raise ValueError(
+                f"{checkpoint} is beyond the {self.max_train_steps} steps of this run; raise `max_train_steps`, or"
+                " resume from another checkpoint."
+            )
+        return checkpoint
+
+    def _create_repository(self) -> str | None:
+        """Full name of the repository to push to, which exists from here on: the token has proved good."""
+        output = self.config.output
+        if not (output.push_to_hub and self.accelerator.is_main_process):
+            return None
+        return create_repository(output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token)
+
     def _prepare_models(self) -> None:
+        """Moves them to their device and type, and attaches the context module."""
         model, unet = self.config.model, self.pipeline.unet
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
         self.pipeline.to(self.accelerator.device)
         self.pipeline.vae.requires_grad_(False)
-        self.pipeline.text_encoder.requires_grad_(False).to(dtype)
+        frozen = [self.pipeline.text_encoder.requires_grad_(False)]
+        if model.mode != "full":  # what learns stays in float32
+            frozen.append(unet)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        for module in frozen:
+            module.to(torch.empty(0, device=self.accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
         attach_context_module(unet, self.context_module)
-        prepare_mode(unet, model.mode, model.rank)
-        unet.to(dtype)
-        cast_training_params([unet], torch.float32)
         self.context_module.float()
         if model.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -178,11 +221,13 @@ class ContextTrainer:
         )
 
     def _prepare_training(self) -> None:
-        """Optimizer, schedule and data, handed to Accelerate."""
-        options = self.config.optimization
-        self._adapter_parameters, self._backbone_parameters = split_parameters(self.pipeline.unet)
+        """What learns, optimizer, schedule and data, handed to Accelerate."""
+        options, unet = self.config.optimization, self.pipeline.unet
+        prepare_mode(unet, self.config.model.mode, self.config.model.rank)
+        cast_training_params(unet, torch.float32)
+        self._adapter_parameters, self._backbone_parameters = split_parameters(unet)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        objective = DiffusionObjective(self.pipeline.unet, self.context_module, scheduler, options.snr_gamma)
+        objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma)
         learning_rate = options.learning_rate
         if options.scale_lr:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
@@ -193,17 +238,8 @@ class ContextTrainer:
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
         )
-        sampler = ContextBalancedSampler(self.latents.contexts, options.seed)
-        if len(sampler) < self._global_batch_size:
-            raise ValueError(
-                f"An epoch has {len(sampler)} images, fewer than the {self._global_batch_size} of a step; lower"
-                " `train_batch_size`."
-            )
-        loader = DataLoader(self.latents, sampler=sampler, batch_size=options.train_batch_size, drop_last=True)
+        loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
-        self.max_train_steps = options.max_train_steps or (
-            options.num_train_epochs * len(self.loader) // options.gradient_accumulation_steps
-        )
         # not prepared: Accelerate would step it once per process
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -213,6 +249,11 @@ class ContextTrainer:
         )
         self.accelerator.register_for_checkpointing(self.schedule)
         register_trained_weights(self.accelerator)
+
+    @property
+    def _validation_contexts(self) -> list[str]:
+        """The compositions to validate beside the single contexts."""
+        return self.config.output.validation_interventions or []
 
     @property
     def _global_batch_size(self) -> int:
@@ -230,6 +271,7 @@ class ContextTrainer:
             disable=not self.accelerator.is_main_process,
         )
         batches = self._batches(step * accumulation)
+        self.pipeline.unet.train()
         while step < self.max_train_steps:
             loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
             step += 1
@@ -302,7 +344,7 @@ class ContextTrainer:
         if self.accelerator.is_main_process:
             output, obs_context = self.config.output, self.config.data.obs_context
             prompts = [output.validation_prompt or ""] * output.num_validation_images
-            names = [obs_context, *self.concepts, *(output.validation_interventions or [])]
+            names = [obs_context, *self.concepts, *self._validation_contexts]
             self.pipeline.unet.eval()
             self.pipeline.set_progress_bar_config(disable=True)
             with self.accelerator.autocast():
@@ -332,41 +374,22 @@ class ContextTrainer:
         if not self.accelerator.is_main_process:
             return
         mode, output = self.config.model.mode, self.config.output
-        self.pipeline.unet.to(torch.float32).eval()
+        self.pipeline.unet.float().eval()
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
+        record = training_record(self.config, self.accelerator, self.max_train_steps, len(self.latents))
         self.pipeline.save_context_adapter(
-            self.output_dir, mode=mode, card={"repo_id": output.hub_model_id, "training": self._training_record()}
+            self.output_dir, mode=mode, card={"repo_id": self.repo_id, "training": record}
         )
-        (self.output_dir / "training_config.json").write_text(json.dumps(self._flat_config(), indent=2) + "\n")
-        if output.push_to_hub:
-            push_adapter_folder(
-                self.output_dir, output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token
-            )
+        (self.output_dir / "training_config.json").write_text(json.dumps(options_of(self.config), indent=2) + "\n")
+        if self.repo_id is not None:
+            push_adapter_folder(self.output_dir, self.repo_id, token=output.hub_token)
 
-    def _training_record(self) -> dict[str, Any]:
-        return {
-            "command": ["accelerate", "launch", *sys.argv],
-            "seed": self.config.optimization.seed,
-            "machine": f"{platform.machine()}, {self.accelerator.num_processes} x {self.accelerator.device.type}",
-            "versions": {"diffusers_ctx": __version__}
-            | {library.__name__: library.__version__ for library in _LIBRARIES},
-            "hyperparameters": {
-                "steps": self.max_train_steps,
-                "batch size": self._global_batch_size * self.config.optimization.gradient_accumulation_steps,
-                "learning rate": self.config.optimization.learning_rate,
-                "causal form": self.config.context.causal_form,
-                "images": len(self.latents),
-            },
-        }
-
-    def _flat_config(self) -> dict[str, Any]:
-        """Every option, as trackers take them; the token stays out."""
-        groups = (vars(group) for group in vars(self.config).values())
-        options = {name: value for group in groups for name, value in group.items() if name != "hub_token"}
+    def _tracked_options(self) -> dict[str, Any]:
+        """Every option, as trackers take them."""
         return {
             name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
-            for name, value in options.items()
+            for name, value in options_of(self.config).items()
         }
 
     def _last_checkpoint(self) -> str:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CONCEPTS, make_components, make_context_module
-from diffusers import StableDiffusionPipeline
+from accelerate import cpu_offload
+from conftest import CONCEPTS, attach_random_module, make_components, make_context_module, make_pipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
@@ -22,43 +24,32 @@ def sample(pipeline, **arguments) -> np.ndarray:
     return pipeline("a picture of a circle", **(defaults | arguments)).images
 
 
-def attach(pipeline, values: bool = True):
-    """Attaches a module whose attention values are random, or zero as in a fresh adapter."""
-    attach_context_module(pipeline.unet, make_context_module())
-    if values:
-        torch.manual_seed(2)
-        for layer in context_attention_layers(pipeline.unet).values():
-            torch.nn.init.normal_(layer["value"].weight, std=0.5)
-    return pipeline
-
-
-def add_lora(pipeline, name: str) -> None:
+def add_lora(pipeline, name: str, component: str = "unet", targets: tuple[str, ...] = ("to_q", "to_v")) -> None:
     torch.manual_seed(3)
-    pipeline.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]), name)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=list(targets))
+    getattr(pipeline, component).add_adapter(config, name)
 
 
 @pytest.fixture
 def saved_adapter(plain_pipeline, tmp_path) -> Path:
-    return attach(plain_pipeline).save_context_adapter(tmp_path / "adapter")
+    return attach_random_module(plain_pipeline).save_context_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
 def fresh_pipeline() -> ComposablePipeline:
-    pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return make_pipeline()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_a_fresh_adapter_and_scale_zero_and_unload_are_the_plain_pipeline(plain_pipeline, guidance_scale):
     stock = StableDiffusionPipeline(**plain_pipeline.components, requires_safety_checker=False)
     expected = sample(stock, guidance_scale=guidance_scale)
-    attach(plain_pipeline, values=False)
+    attach_context_module(plain_pipeline.unet, make_context_module())
     arguments = {"interventions": ["snow"], "guidance_scale": guidance_scale}
     np.testing.assert_array_equal(sample(plain_pipeline, **arguments), expected)
     plain_pipeline.unload_context_adapter()
 
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     assert np.abs(sample(plain_pipeline, **arguments) - expected).max() > 1e-3
     plain_pipeline.set_context_scale(0)
     np.testing.assert_array_equal(sample(plain_pipeline, **arguments), expected)
@@ -70,7 +61,7 @@ def test_a_fresh_adapter_and_scale_zero_and_unload_are_the_plain_pipeline(plain_
 
 
 def test_saving_and_loading_gives_the_same_images(plain_pipeline, fresh_pipeline, tmp_path):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
@@ -86,7 +77,7 @@ def test_saving_and_loading_gives_the_same_images(plain_pipeline, fresh_pipeline
 
 
 def test_lora_mode_saves_the_lora_that_stock_diffusers_loads(plain_pipeline, fresh_pipeline, tmp_path):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     add_lora(plain_pipeline, LORA_ADAPTER)
     folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
     assert json.loads((folder / "context_adapter_config.json").read_text())["mode"] == "lora"
@@ -103,12 +94,21 @@ def test_lora_mode_saves_the_lora_that_stock_diffusers_loads(plain_pipeline, fre
     np.testing.assert_array_equal(sample(fresh_pipeline), plain)
 
 
+def test_an_adapter_without_lora_saved_over_one_with_leaves_none_behind(plain_pipeline, saved_adapter, tmp_path):
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "other")
+    plain_pipeline.delete_adapters(LORA_ADAPTER)
+    plain_pipeline.save_context_adapter(folder)
+    names = [sorted(path.relative_to(root).as_posix() for path in root.rglob("*")) for root in (folder, saved_adapter)]
+    assert names[0] == names[1]
+    assert json.loads((folder / "context_adapter_config.json").read_text())["mode"] == "frozen"
+
+
 @pytest.mark.parametrize("first", ["lora", "adapter"])
 def test_a_lora_of_the_users_own_before_or_after(saved_adapter, fresh_pipeline, first):
     both = []
     for order in (["lora", "adapter"], ["adapter", "lora"]):
-        pipeline = ComposablePipeline(**make_components(), requires_safety_checker=False)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = make_pipeline()
         for step in order:
             if step == "lora":
                 add_lora(pipeline, "style")
@@ -124,20 +124,42 @@ def test_a_lora_of_the_users_own_before_or_after(saved_adapter, fresh_pipeline, 
 
 
 def test_unloading_leaves_the_users_lora(plain_pipeline, fresh_pipeline, tmp_path):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     add_lora(plain_pipeline, LORA_ADAPTER)
     folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
     add_lora(fresh_pipeline, "style")
     expected = sample(fresh_pipeline)
     fresh_pipeline.load_context_adapter(folder)
+    assert fresh_pipeline.unet.active_adapters() == ["style", LORA_ADAPTER]
     fresh_pipeline.unload_context_adapter()
     assert list(fresh_pipeline.unet.peft_config) == ["style"]
-    fresh_pipeline.set_adapters("style")
+    np.testing.assert_array_equal(sample(fresh_pipeline), expected)
+
+
+def test_unloading_leaves_a_lora_of_the_text_encoder(plain_pipeline, fresh_pipeline, tmp_path):
+    attach_random_module(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    add_lora(fresh_pipeline, "style", "text_encoder", ("q_proj", "v_proj"))
+    expected = sample(fresh_pipeline)
+    fresh_pipeline.load_context_adapter(folder)
+    fresh_pipeline.unload_context_adapter()
+    np.testing.assert_array_equal(sample(fresh_pipeline), expected)
+
+
+def test_a_lora_of_the_adapters_name_is_left_alone(plain_pipeline, fresh_pipeline, tmp_path):
+    attach_random_module(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    add_lora(fresh_pipeline, LORA_ADAPTER)
+    expected = sample(fresh_pipeline)
+    with pytest.raises(ValueError, match="delete_adapters"):
+        fresh_pipeline.load_context_adapter(folder)
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(plain_pipeline):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     unet, module = plain_pipeline.unet.train(), plain_pipeline.context_module
     x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
     mask = torch.eye(3)[:2]
@@ -154,7 +176,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(plain_pipeline):
 
 
 def test_torch_compile_makes_one_graph(plain_pipeline):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     module = plain_pipeline.context_module
     tokens = module(torch.ones(1, *module.noise_shape), torch.eye(3)[:1])
     arguments = (torch.randn(1, 4, 16, 16), torch.tensor(10), torch.randn(1, 5, 32))
@@ -165,24 +187,73 @@ def test_torch_compile_makes_one_graph(plain_pipeline):
         torch.testing.assert_close(compiled(*arguments, **kwargs).sample, expected)
 
 
-def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path):
+def test_a_compiled_unet_loads_saves_and_unloads(plain_pipeline, fresh_pipeline, tmp_path):
+    plain = sample(plain_pipeline)
+    attach_random_module(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    expected = sample(plain_pipeline, interventions=["snow"], context_guidance_scale=2.0)
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+
+    fresh_pipeline.unet = torch.compile(fresh_pipeline.unet, backend="eager")
+    fresh_pipeline.load_context_adapter(folder)
+    again = fresh_pipeline.save_context_adapter(tmp_path / "again")
+    for path in folder.rglob("*.safetensors"):
+        weights, saved = (safetensors.torch.load_file(root / path.relative_to(folder)) for root in (folder, again))
+        assert weights.keys() == saved.keys()
+    got = sample(fresh_pipeline, interventions=["snow"], context_guidance_scale=2.0)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    fresh_pipeline.unload_context_adapter()
+    np.testing.assert_allclose(sample(fresh_pipeline), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, "style", LORA_ADAPTER])
+def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, lora):
+    """Without the layers of a LoRA, whose names a plain UNet does not know."""
     expected = sample(plain_pipeline)
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
+    if lora is not None:
+        add_lora(plain_pipeline, lora)
     adapted = sample(plain_pipeline, interventions=["snow"])
     plain_pipeline.save_pretrained(str(tmp_path))
     np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), adapted)
-    stock = StableDiffusionPipeline.from_pretrained(str(tmp_path))
-    stock.set_progress_bar_config(disable=True)
+    stock = DiffusionPipeline.from_pretrained(str(tmp_path))
+    assert type(stock) is StableDiffusionPipeline
     np.testing.assert_array_equal(sample(stock), expected)
 
 
 def test_replaced_processors_are_noticed(plain_pipeline):
-    attach(plain_pipeline)
+    attach_random_module(plain_pipeline)
     plain_pipeline.unet.set_default_attn_processor()
     with pytest.raises(RuntimeError, match="unload_context_adapter"):
         sample(plain_pipeline, interventions=["snow"])
     plain_pipeline.unload_context_adapter()
     sample(plain_pipeline)
+
+
+def test_the_attention_of_the_plain_pipeline_is_kept(plain_pipeline):
+    """Also where it is not the default: scale 0 and unloading give the very same numbers."""
+    plain_pipeline.unet.set_default_attn_processor()
+    expected = sample(plain_pipeline)
+    attach_random_module(plain_pipeline).set_context_scale(0)
+    np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), expected)
+    plain_pipeline.unload_context_adapter()
+    assert {type(processor) for processor in plain_pipeline.unet.attn_processors.values()} == {AttnProcessor}
+    np.testing.assert_array_equal(sample(plain_pipeline), expected)
+
+
+def test_unfusing_after_unloading_gives_the_plain_pipeline(plain_pipeline):
+    expected = sample(plain_pipeline)
+    attach_random_module(plain_pipeline).fuse_qkv_projections()
+    plain_pipeline.unload_context_adapter()
+    plain_pipeline.unfuse_qkv_projections()
+    np.testing.assert_array_equal(sample(plain_pipeline), expected)
+
+
+def test_offloaded_weights_are_not_loaded_into(plain_pipeline, context_module):
+    cpu_offload(plain_pipeline.unet, "cpu")
+    with pytest.raises(ValueError, match="after loading"):
+        attach_context_module(plain_pipeline.unet, context_module)
+    assert not next(context_module.parameters()).is_meta
 
 
 def test_a_second_adapter_is_refused(plain_pipeline, saved_adapter):

@@ -341,3 +341,36 @@ def test_half_precision_runs():
 def test_contradictions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ContextModule(**{"concepts": CONCEPTS, "token_dim": 6, **options})
+
+
+@pytest.mark.parametrize("form", ["structural", "reduced_form"])
+def test_density_of_values_in_every_context(form):
+    """Against the Gaussian that the values have by the forward map: its mean and covariance, column by column."""
+    module = make_module(causal_form=form, num_hidden_factors=1, noise_dim=2, concept_dim=2)
+    module.causal.load_state_dict({name: 0.5 * weight for name, weight in module.causal.state_dict().items()})
+    masks = torch.tensor(MASKS, dtype=torch.float64)
+    values = torch.randn(7, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    log_prob = module.log_prob(values, masks)
+    for context, mask in enumerate(masks):
+        mean = module.concept_values(torch.zeros(1, 4, 2).double(), mask[None]).flatten()
+        units = torch.eye(8, dtype=torch.float64).view(8, 4, 2)
+        columns = module.concept_values(units, mask.expand(8, -1)).flatten(1) - mean
+        law = torch.distributions.MultivariateNormal(mean, columns.T @ columns)
+        torch.testing.assert_close(log_prob[:, context], law.log_prob(values.flatten(1)), rtol=1e-6, atol=1e-6)
+
+
+def test_contexts_differ_in_the_density_of_the_intervened_concept_alone():
+    """What the contrast between two contexts can see: the intervened node, given its causes."""
+    module = make_module(graph=[("a", "b"), ("b", "c")], num_hidden_factors=0)
+    masks = torch.tensor([[0, 0, 0], [0, 1, 0]], dtype=torch.float64)
+    values = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+    observational, intervened = module.log_prob(values, masks)[0]
+    (gradient,) = torch.autograd.grad(intervened - observational, values)
+    assert (gradient[0, :2].abs().sum(dim=-1) > 1e-3).all()
+    assert gradient[0, 2].abs().max() < 1e-9
+
+
+def test_density_needs_an_inverse():
+    module = make_module(posterior_type="amortized", expressive_depth=1)
+    with pytest.raises(ValueError, match="expressive_depth=0"):
+        module.log_prob(torch.zeros(1, 5, 4).double(), torch.zeros(1, 3).double())

@@ -326,20 +326,16 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
     return entry
 
 
-def run_client(
-    code: str, *arguments: str | Path, endpoint: str, hf_home: str | Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a new process whose Hub is `endpoint`: huggingface_hub reads that when it is imported.
+def client_environment(endpoint: str, hf_home: str | Path, **variables: str) -> dict[str, str]:
+    """The environment of a new process whose Hub is `endpoint`: huggingface_hub reads that when it is imported.
 
     Args:
-        code: what to run.
-        arguments: `sys.argv[1:]` of the code.
         endpoint: address of the Hub.
         hf_home: folder of the cache and of a stored token, if any.
         variables: further environment variables, such as `HF_TOKEN`.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(hf_home),
         "HF_HUB_DISABLE_XET": "1",
@@ -349,10 +345,17 @@ def run_client(
         "HF_HUB_DOWNLOAD_TIMEOUT": "60",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
+
+
+def run_client(
+    code: str, *arguments: str | Path, endpoint: str, hf_home: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a new process, in `client_environment`; `arguments` are its `sys.argv[1:]`."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment | variables,
+        env=client_environment(endpoint, hf_home, **variables),
         cwd=hf_home,
         capture_output=True,
         text=True,

@@ -180,6 +180,8 @@ def test_each_mode_says_what_was_trained(mode):
     }
     text = render_model_card(CONFIG | {"mode": mode}).text
     assert [name for name, word in words.items() if word in text] == [mode]
+    base = "some-org/some-base" if mode != "full" else "path/to/this/folder"
+    assert f'ComposablePipeline.from_pretrained("{base}")' in text
 
 
 def test_the_paper_is_cited():

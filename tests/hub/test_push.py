@@ -14,14 +14,14 @@ from .hub_double import TOKEN, USER, HubDouble, run_client
 
 
 REPO = f"{USER}/weather"
-PUSH, RESOLVE = "push_adapter_folder", "resolve_adapter_folder"
+CREATE, PUSH, RESOLVE = "create_repository", "push_adapter_folder", "resolve_adapter_folder"
 CALLS = """
 import json, sys
 from diffusers_ctx import hub
 for name, arguments in json.loads(sys.argv[1]):
     try:
         value = getattr(hub, name)(**arguments)
-        outcome = {"path": str(value)} if name.startswith("resolve") else {"oid": value.oid, "pr_url": value.pr_url}
+        outcome = {"oid": value.oid, "pr_url": value.pr_url} if name.startswith("push") else {"path": str(value)}
     except Exception as error:
         outcome = {"error": type(error).__name__, "message": str(error)}
     print(json.dumps(outcome))
@@ -136,6 +136,45 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_uploaded(hub, adapt
     assert "hf auth login" in bad_token["message"] and "hf_expired" not in bad_token["message"]
     assert {request.token for request in hub.requests} == {"hf_expired"}  # the other two never reached the Hub
     assert hub.repos == hub.blobs == {}
+
+
+def test_a_repository_can_be_made_before_there_is_anything_to_push(hub, adapter, tmp_path):
+    made, again, no_token, bad_token, pushed = call(
+        hub,
+        tmp_path / "home",
+        (CREATE, {"repo_id": "weather", "token": TOKEN}),
+        (CREATE, {"repo_id": REPO, "token": TOKEN}),
+        (CREATE, {"repo_id": "other"}),
+        (CREATE, {"repo_id": "other", "token": "hf_expired"}),
+        (PUSH, {"folder": adapter, "repo_id": REPO, "token": TOKEN}),
+    )
+    assert made == again == {"path": REPO}
+    assert no_token["error"] == "LocalTokenNotFoundError" and bad_token["error"] == "PermissionError"
+    assert list(hub.repos) == [REPO] and hub.repos[REPO].branches["main"][-1].oid == pushed["oid"]
+
+
+def test_an_adapter_of_mode_full_takes_its_pipeline_along(tmp_path):
+    folder = write_adapter(tmp_path / "full", mode="full")
+    with pytest.raises(AdapterError, match=r"model_index\.json.*save_pretrained"):
+        files_to_push(folder)
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index | parts))
+    for name in (
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer/vocab.json",
+        "logs/events",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    pipeline = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    expected = ADAPTER_FILES - {"pytorch_lora_weights.safetensors"} | pipeline | {"tokenizer/vocab.json"}
+    assert sorted(files_to_push(folder)) == sorted(expected)
 
 
 def test_the_card_must_be_there(adapter):

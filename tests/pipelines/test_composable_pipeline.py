@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_components, make_context_module
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from conftest import attach_random_module, make_components
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.adapter import attach_context_module, context_attention_layers
+from diffusers_ctx.pipelines.guidance import context_guidance
 
 
 PROMPT = "a picture of a circle"
@@ -20,11 +21,7 @@ PROMPT = "a picture of a circle"
 
 @pytest.fixture
 def pipeline(plain_pipeline) -> ComposablePipeline:
-    attach_context_module(plain_pipeline.unet, make_context_module())
-    torch.manual_seed(2)
-    for layer in context_attention_layers(plain_pipeline.unet).values():
-        torch.nn.init.normal_(layer["value"].weight, std=0.5)
-    return plain_pipeline
+    return attach_random_module(plain_pipeline)
 
 
 def sample(pipeline, prompt=PROMPT, seed=0, **arguments):
@@ -70,6 +67,18 @@ def test_the_generator_gives_the_plain_pipelines_latents(pipeline):
     noise = pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
     latents = torch.randn(noise.shape, generator=torch.Generator().manual_seed(5))
     assert (noise - latents).abs().min() > 1e-6  # not the diffusion noise over again
+
+
+def test_without_a_generator_every_call_has_noise_of_its_own(pipeline):
+    """On the CPU the diffusion noise advances the generator that both come from, elsewhere it has one of its own."""
+    torch.manual_seed(0)
+    outputs = [sample(pipeline, generator=None) for _ in range(2)]
+    assert not torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
+    torch.manual_seed(0)
+    assert torch.equal(sample(pipeline, generator=None).exogenous_noise, outputs[0].exogenous_noise)
+    pipeline.to("meta")
+    noises = [pipeline.prepare_exogenous_noise(1) for _ in range(2)]
+    assert not torch.equal(noises[0], noises[1])
 
 
 def test_every_image_of_a_prompt_has_noise_of_its_own(pipeline):
@@ -150,9 +159,53 @@ def test_context_guidance_adds_the_contrast(pipeline, guidance_scale, context_sc
     assert not pipeline.unet._forward_hooks
 
 
+def test_context_guidance_keeps_the_other_conditions_of_the_unet(pipeline):
+    """SDXL's UNet takes the size and a pooled text beside the tokens; both halves get the contrast at the prompt."""
+    config = dict(pipeline.unet.config) | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 8,
+    }
+    pipeline.unet = UNet2DConditionModel.from_config(config).eval()
+    attach_random_module(pipeline)
+    generator = torch.Generator().manual_seed(0)
+    module = pipeline.context_module
+    noise, mask = torch.randn(2, *module.noise_shape, generator=generator), torch.tensor([[0.0, 1, 0], [1, 0, 0]])
+    shapes = {"latents": (4, 4, 16, 16), "text": (4, 5, 32), "pooled": (4, 8), "sizes": (4, 6)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def predict(tokens, rows):
+        conditions = {"text_embeds": given["pooled"][rows], "time_ids": given["sizes"][rows], "image_embeds": [tokens]}
+        text = given["text"][rows]
+        return pipeline.unet(
+            given["latents"][rows], 10, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False
+        )[0]
+
+    with torch.no_grad():
+        intervened, observational = module(noise, mask), module(noise, torch.zeros_like(mask))
+        plain = predict(torch.cat([intervened] * 2), slice(None))
+        contrast = predict(intervened, slice(2, None)) - predict(observational, slice(2, None))
+        with context_guidance(pipeline.unet, observational, scale=3.0):
+            guided = predict(torch.cat([intervened] * 2), slice(None))
+    torch.testing.assert_close(guided, plain + 2.0 * contrast.repeat(2, 1, 1, 1))
+
+
+def test_context_guidance_outlives_classifier_free_guidance(pipeline):
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    arguments = {"num_inference_steps": 4, "guidance_scale": 3.0, "callback_on_step_end": cutoff}
+    images = [
+        sample(pipeline, interventions=["snow"], context_guidance_scale=scale, **arguments).images
+        for scale in (1.0, 2.0)
+    ]
+    assert images[0].shape == images[1].shape == (1, 32, 32, 3)
+    assert np.abs(images[0] - images[1]).max() > 1e-3
+
+
 def test_without_an_adapter_it_is_the_plain_pipeline(plain_pipeline):
     stock = StableDiffusionPipeline(**plain_pipeline.components, requires_safety_checker=False)
-    np.testing.assert_array_equal(sample(plain_pipeline).images, sample(stock).images)
+    output = sample(plain_pipeline)
+    np.testing.assert_array_equal(output.images, sample(stock).images)
+    assert output.exogenous_noise is None
     assert len(sample(plain_pipeline, return_dict=False)) == 2
 
 
@@ -181,6 +234,31 @@ def test_a_counterfactual_changes_with_the_intervention_alone(pipeline):
     assert (factual.images - changed.images).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "dtype"),
+    [("v_prediction", torch.float32), ("epsilon", torch.float32), ("v_prediction", torch.bfloat16)],
+)
+def test_a_counterfactual_inverts_every_kind_of_model(prediction_type, dtype):
+    components = make_components(prediction_type=prediction_type)
+    pipeline = attach_random_module(ComposablePipeline(**components, requires_safety_checker=False))
+    pipeline.unet.conv_out.weight.data *= 0.05
+    pipeline.to(dtype)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = pipeline.vae.encode((2 * image - 1).to(dtype)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    back = pipeline.counterfactual(image, num_inference_steps=50, output_type="latent").images
+    assert back.dtype == dtype
+    assert (back - latents).abs().max() < 0.01 * latents.abs().max()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_a_counterfactual_depends_on_the_noise_schedule_and_not_on_the_sampler(pipeline, name):
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = pipeline.counterfactual(image, ["snow"], num_inference_steps=4, output_type="pt").images
+    pipeline.scheduler = getattr(schedulers, name).from_config(pipeline.scheduler.config)
+    got = pipeline.counterfactual(image, ["snow"], num_inference_steps=4, output_type="pt").images
+    assert torch.equal(got, expected)
+
+
 def test_pictures_arrays_and_tensors_are_taken(pipeline):
     array = np.random.default_rng(0).random((1, 32, 32, 3)).astype(np.float32)
     array = np.rint(array * 255) / 255
@@ -189,13 +267,6 @@ def test_pictures_arrays_and_tensors_are_taken(pipeline):
     noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0])]
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
-
-
-def test_from_pipe_both_ways(pipeline):
-    stock = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
-    ours = ComposablePipeline.from_pipe(stock)
-    assert ours.unet is stock.unet
-    np.testing.assert_array_equal(sample(ours).images, sample(stock).images)
 
 
 def test_custom_pipeline_from_the_folder(plain_pipeline, tmp_path):
@@ -224,12 +295,18 @@ def test_half_precision_follows_the_unet(pipeline):
         ({"interventions": [["snow"], ["fog"]]}, "2 entries for 1 prompts"),
         ({"exogenous_noise": torch.zeros(1, 2, 3)}, r"need \(1, 5, 4\)"),
         ({"ip_adapter_image_embeds": [torch.zeros(1, 1, 32)]}, "IP-Adapter"),
+        ({"generator": [torch.Generator() for _ in range(3)]}, "3 entries for 1 images"),
     ],
 )
 def test_mistakes_are_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         sample(pipeline, **arguments)
     sample(pipeline)
+
+
+def test_a_counterfactual_takes_one_prompt_or_one_each(pipeline):
+    with pytest.raises(ValueError, match="3 entries for 2 images"):
+        pipeline.counterfactual(torch.zeros(2, 3, 32, 32), prompt=["a", "b", "c"])
 
 
 def test_import_needs_no_network():

@@ -1,18 +1,22 @@
 """DDIM and its inverse against the formulas of the papers, and against diffusers' own scheduler."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_ctx.pipelines.inversion import denoise, evenly_spaced_timesteps, invert, velocity
+from diffusers_ctx.pipelines.inversion import ddim_coefficients, denoise, evenly_spaced_timesteps, invert
 
 
-@pytest.fixture
-def scheduler() -> DDIMScheduler:
+def make_scheduler(prediction_type: str) -> DDIMScheduler:
+    """With zero terminal SNR where the prediction type allows it: a prediction of the noise says nothing there."""
     return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type != "epsilon",
         clip_sample=False,
         set_alpha_to_one=False,
     )
@@ -22,40 +26,38 @@ def smooth_model(x, t):
     return 0.5 * torch.sin(x) + 0.1 * x.roll(1, -1) - 0.0003 * t
 
 
-def test_velocity_from_every_prediction_type():
-    generator = torch.Generator().manual_seed(0)
-    x_0, noise = torch.randn(2, 3, 4, generator=generator).unbind()
-    alpha = torch.tensor(0.3)
-    x = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
-    expected = alpha.sqrt() * noise - (1 - alpha).sqrt() * x_0
-    for prediction, kind in ((noise, "epsilon"), (x_0, "sample"), (expected, "v_prediction")):
-        torch.testing.assert_close(velocity(prediction, x, alpha, kind), expected)
-    with pytest.raises(ValueError, match="flow"):
-        velocity(noise, x, alpha, "flow")
-
-
-def test_denoising_is_ddim(scheduler):
-    """Step for step what diffusers' scheduler does, from pure noise on, where the signal is zero."""
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_denoising_is_ddim(prediction_type):
+    """Step for step what diffusers' scheduler does, from the noisy end on."""
+    scheduler = make_scheduler(prediction_type)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = [999, 749, 499, 249, 0]
-    got = denoise(smooth_model, x, scheduler.alphas_cumprod, timesteps)
+    got = denoise(smooth_model, x, scheduler.alphas_cumprod, timesteps, prediction_type)
     scheduler.num_inference_steps = 1000
-    for t, s in zip(timesteps[:-1], timesteps[1:]):
+    for t, s in pairwise(timesteps):
         scheduler.config.num_train_timesteps = 1000 * (t - s)  # makes the scheduler's step lead from t to s
         x = scheduler.step(smooth_model(x, t), t, x).prev_sample
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
 
 
-def test_inversion_is_undone_by_denoising(scheduler):
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_inversion_is_undone_by_denoising(prediction_type):
+    alphas = make_scheduler(prediction_type).alphas_cumprod
     clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = evenly_spaced_timesteps(1000, 20)
     errors = []
-    for iterations in (1, 2, 4):
-        noise = invert(smooth_model, clean, scheduler.alphas_cumprod, timesteps, iterations)
+    for iterations in (1, 2, 3, 6):
+        noise = invert(smooth_model, clean, alphas, timesteps, prediction_type, iterations)
         assert (noise - clean).abs().max() > 0.1
-        errors.append((denoise(smooth_model, noise, scheduler.alphas_cumprod, timesteps) - clean).abs().max().item())
-    assert errors[0] > 10 * errors[1] > 100 * errors[2]
-    assert errors[2] < 1e-4
+        back = denoise(smooth_model, noise, alphas, timesteps, prediction_type)
+        errors.append((back - clean).abs().max().item())
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] > 125 * errors[3]
+    assert errors[3] < 1e-4
+
+
+def test_unknown_prediction_types_are_refused():
+    with pytest.raises(ValueError, match="flow"):
+        ddim_coefficients(torch.tensor(0.1), torch.tensor(0.5), "flow")
 
 
 def test_timesteps_span_the_schedule():

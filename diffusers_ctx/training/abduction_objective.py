@@ -1,0 +1,150 @@
+"""What is minimised while the concepts are learned: a small VAE around the context module, told what contexts differ in.
+
+Three terms, each against one way to fail:
+
+- The evidence bound alone lets any entangled code settle before the mechanisms have a say.
+- The contrast between contexts, for which only what an intervention changed is of use, leads each concept to its node.
+- The match of the noise in each context to N(0, I) makes noise drawn from the prior mean what abducted noise means.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..context import ContextModule
+from .config import ContextConfig
+
+
+_CONTRASTIVE_SHARE = 0.2  # of the steps, in which only the contrast is learned
+_CONTRAST_FADES_BY = 0.6  # the share of the steps after which its weight is 1, that of the likelihood
+_LARGEST_SIZE = 16  # larger latents are averaged down: concepts are seen from afar, and the decoder stays light
+
+
+class LightDecoder(nn.Module):
+    """Decodes concept values (B, N, d_c) to small latents (B, C, s, s); used in training and then thrown away."""
+
+    def __init__(self, num_nodes: int, concept_dim: int, channels: int, size: int, width: int = 64):
+        super().__init__()
+        self.width = width
+        self.project = nn.Sequential(
+            nn.Linear(num_nodes * concept_dim, 256), nn.SiLU(), nn.Linear(256, width * 16), nn.SiLU()
+        )
+        layers: list[nn.Module] = [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+        for _ in range(round(math.log2(size / 4))):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, concept_values: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.project(concept_values.flatten(1)).unflatten(1, (self.width, 4, 4)))
+
+
+class AbductionObjective(nn.Module):
+    """The loss of a step, on a batch with equally many images of every context.
+
+    Args:
+        context_module: the module.
+        contexts: (C, K), the different masks of the data.
+        latent_channels: channels of the latents.
+        latent_size: height and width of the latents.
+        config: the weights of the terms.
+    """
+
+    contexts: torch.Tensor
+
+    def __init__(
+        self,
+        context_module: ContextModule,
+        contexts: torch.Tensor,
+        latent_channels: int,
+        latent_size: int,
+        config: ContextConfig,
+    ):
+        super().__init__()
+        self.context_module = context_module
+        self.config = config
+        self.size = min(latent_size, _LARGEST_SIZE)
+        nodes, _ = context_module.noise_shape
+        self.decoder = LightDecoder(nodes, context_module.config.concept_dim, latent_channels, self.size)
+        self.register_buffer("contexts", contexts, persistent=False)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        exogenous: torch.Tensor,
+        reference: torch.Tensor,
+        directions: torch.Tensor,
+        step: int,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and figures to log.
+
+        Args:
+            latents: (B, C, h, w), sorted by context.
+            labels: (B,), the row of `contexts` that each image belongs to.
+            exogenous: standard normal numbers (B, N, d_z) to draw from the posterior with.
+            reference: standard normal numbers (B, N, d_z) to compare the draws with.
+            directions: (N d_z, P) unit vectors to compare them along.
+            step: number of the step.
+        """
+        progress = step / self.config.abduction_steps
+        contrast = self.contrast(latents, labels)
+        if progress < _CONTRASTIVE_SHARE and self.config.posterior_type == "inverse":
+            # the contrast does not fix the values' scale far from zero
+            loss = self.config.contrastive_weight * contrast
+            loss = loss + 0.01 * self.context_module.read_values(latents).square().sum(dim=(1, 2)).mean()
+            return loss, {"contrast": contrast.detach()}
+
+        mask = self.contexts[labels]
+        posterior = self.context_module.abduct(latents, mask)
+        z = posterior.at(exogenous)
+        mse, kl = self.reconstruction_error(latents, z, mask), posterior.kl()
+        mismatch = self.mismatch(z, reference, directions)
+        dimensions = latents.shape[1] * self.size**2
+        fading = self.config.contrastive_weight * max(0.0, 1 - progress / _CONTRAST_FADES_BY)
+        warm_up = min(1.0, (step - _CONTRASTIVE_SHARE * self.config.abduction_steps + 1) / self.config.kl_warmup_steps)
+        causal = self.context_module.causal
+        loss = (
+            # the Gaussian likelihood at its best variance (Rybkin et al. 2021, arXiv 2006.13202, equation 5), so that
+            # the KL term weighs what it should, whatever the scale of the latents
+            dimensions / 2 * mse.log()
+            + self.config.kl_weight * warm_up * kl.sum(dim=1).mean()
+            + (1 + fading) * contrast
+            + self.config.matching_weight * mismatch
+            + self.config.acyclicity_weight * causal.acyclicity()
+            + self.config.sparsity_weight * causal.group_lasso()
+        )
+        figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "kl": kl.mean(dim=0)}
+        return loss, {name: figure.detach() for name, figure in figures.items()}
+
+    def contrast(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of guessing an image's context from its values, by Bayes' rule with equal priors.
+
+        The values' volume cancels, and so do all mechanisms but those that an intervention replaced (in the manner of
+        Buchholz et al. 2023, arXiv 2306.02235, section 5). Zero where the posterior is amortized: its values depend
+        on the context that would have to be guessed.
+        """
+        if self.config.posterior_type != "inverse":
+            return latents.new_zeros(())
+        log_densities = self.context_module.log_prob(self.context_module.read_values(latents), self.contexts)
+        return F.cross_entropy(log_densities, labels)
+
+    def reconstruction_error(self, latents: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the decoded latents."""
+        target = F.adaptive_avg_pool2d(latents, self.size)
+        return F.mse_loss(self.decoder(self.context_module.concept_values(z, mask)), target)
+
+    def mismatch(self, z: torch.Tensor, reference: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """Squared sliced Wasserstein distance of abducted noise to N(0, I): in each context, plus over all of them."""
+        groups = len(self.contexts)
+        projected, expected = z.flatten(1) @ directions, reference.flatten(1) @ directions
+        return _sorted_distance(projected, expected, groups) + _sorted_distance(projected, expected, 1)
+
+
+def _sorted_distance(a: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
+    """Mean squared distance of the order statistics of columns (B, P), within `groups` equal parts of the rows."""
+    a, b = (x.unflatten(0, (groups, -1)).sort(dim=1).values for x in (a, b))
+    return (a - b).square().mean()

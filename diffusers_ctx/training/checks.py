@@ -1,0 +1,73 @@
+"""What would stop a run later is looked for before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from diffusers.optimization import SchedulerType
+
+from ..data import context_mask
+from .config import TrainingConfig
+from .record import options_of
+
+
+_COUNTS = (
+    "rank",
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_validation_images",
+)
+
+
+def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
+    """Checks what is known without the data.
+
+    Raises:
+        ValueError: if an option cannot work.
+    """
+    options = options_of(config)
+    for name in _COUNTS:
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"`{name}` is {options[name]}; it must be 1 or more.")
+    if config.data.resolution % vae_scale_factor:
+        raise ValueError(
+            f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"
+            f" {vae_scale_factor}."
+        )
+    schedules = [kind.value for kind in SchedulerType]
+    if config.optimization.lr_scheduler not in schedules:
+        raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
+
+
+def check_validation_contexts(contexts: Sequence[str], concepts: Sequence[str], obs_context: str) -> None:
+    """Checks that every context to validate is made of known concepts.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    try:
+        context_mask(contexts, concepts, obs_context)
+    except ValueError as error:
+        raise ValueError(f"`validation_interventions` cannot be used: {error}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder if need be, and checks that files can be written to it.
+
+    Raises:
+        OSError: if they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"`output_dir` {folder} cannot be written to ({error.strerror}); choose another.") from error

@@ -1,0 +1,55 @@
+"""What a run says about itself: to trackers, beside its weights and on the model card."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import Any
+
+import accelerate
+import datasets
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+
+from ..version import __version__
+from .config import TrainingConfig
+
+
+_LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
+
+
+def options_of(config: TrainingConfig) -> dict[str, Any]:
+    """Every option by the name of its flag; the token stays out."""
+    options = {name: value for group in vars(config).values() for name, value in vars(group).items()}
+    del options["hub_token"]
+    return options
+
+
+def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int, images: int) -> dict[str, Any]:
+    """How an adapter was trained, as its model card tells it; see [`~hub.render_model_card`]."""
+    options = config.optimization
+    per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
+    return {
+        "command": _command(),
+        "seed": options.seed,
+        "machine": f"{platform.machine()}, {accelerator.num_processes} x {accelerator.device.type}",
+        "versions": {"diffusers_ctx": __version__} | {library.__name__: library.__version__ for library in _LIBRARIES},
+        "hyperparameters": {
+            "steps": steps,
+            "batch size": per_step,
+            "learning rate": options.learning_rate,
+            "mixed precision": accelerator.mixed_precision,
+            "causal form": config.context.causal_form,
+            "images": images,
+        },
+    }
+
+
+def _command() -> list[str]:
+    """The command line of this process; the launcher's own flags are not known to it."""
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ  # which `accelerate launch` always sets, and nothing else
+    return [*(["accelerate", "launch"] if launched else ["python"]), *sys.argv]

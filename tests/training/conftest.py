@@ -1,0 +1,148 @@
+"""A tiny base model, photos in contexts, and ways to run the training script on them."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import make_components
+from hub.hub_double import HubDouble
+from PIL import Image
+
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.training import ContextTrainer, parse_training_config
+
+
+SCRIPT = Path(__file__).parents[2] / "train_scripts" / "train_context_text_to_image.py"
+IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest
+
+
+@pytest.fixture(autouse=True)
+def accelerate_as_in_a_new_process():
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny-stable-diffusion"
+    ComposablePipeline(**make_components(), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Folders of noisy pictures, 40x36, with captions; each context has a shade of its own."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for shade, (context, count) in zip((40, 100, 200), IMAGES.items()):
+        (root / context).mkdir(parents=True)
+        captions = ["file_name,text"]
+        for index in range(count):
+            pixels = rng.normal(shade, 40, (36, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / context / f"{index}.png")
+            captions.append(f"{index}.png,a street number {index}")
+        (root / context / "metadata.csv").write_text("\n".join(captions))
+    return root
+
+
+@pytest.fixture(scope="session")
+def parquet(photos) -> Path:
+    """The same photos in a folder that `datasets.load_dataset` reads."""
+    folder = photos.parent / "table"
+    folder.mkdir()
+    files = [photos / context / f"{index}.png" for context, count in IMAGES.items() for index in range(count)]
+    columns = {
+        "image": [str(file) for file in files],
+        "context": [file.parent.name for file in files],
+        "text": [f"a street number {file.stem}" for file in files],
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.to_parquet(str(folder / "train.parquet"))
+    return folder
+
+
+@pytest.fixture
+def options(base_model, photos, tmp_path) -> dict:
+    return make_options(base_model, photos, tmp_path / "adapter")
+
+
+@pytest.fixture(scope="session")
+def hub():
+    with HubDouble() as hub:
+        yield hub
+
+
+def make_options(base_model: Path, photos: Path | None, output_dir: Path, **changes) -> dict:
+    """Options of a run of a second; `None` leaves one at its default."""
+    return {
+        "pretrained_model_name_or_path": str(base_model),
+        "train_data_dir": str(photos) if photos else None,
+        "output_dir": str(output_dir),
+        "resolution": 32,
+        "rank": 2,
+        "abduction_steps": 2,
+        "abduction_batch_size": 6,
+        "train_batch_size": 4,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 0,
+        "report_to": "none",
+    } | changes
+
+
+def flags(options: dict) -> list[str]:
+    given = {name: value for name, value in options.items() if value is not None}
+    return [
+        part
+        for name, value in given.items()
+        for part in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))
+    ]
+
+
+def create_trainer(options: dict) -> ContextTrainer:
+    """What the training script creates, in this process."""
+    config = parse_training_config(flags(options))
+    pipeline = ComposablePipeline.from_pretrained(config.model.pretrained_model_name_or_path, safety_checker=None)
+    return ContextTrainer(config, pipeline)
+
+
+def launch(
+    options: dict,
+    *,
+    num_processes: int = 1,
+    environment: dict[str, str] | None = None,
+    config_file: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs the training script as a user does, on the CPU; with `config_file`, the options are written there."""
+    arguments = flags(options)
+    if config_file is not None:
+        config_file.write_text(yaml.safe_dump(options))
+        arguments = [str(config_file)]
+    launcher = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    if num_processes > 1:  # `--cpu` would start a single process
+        launcher += ["--multi_gpu", f"--num_processes={num_processes}", "--main_process_port=0"]
+    else:
+        launcher += ["--cpu", "--num_processes=1"]
+    run = subprocess.run(
+        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, SCRIPT, *arguments],
+        env=(environment or dict(os.environ)) | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    # two gloo processes may abort at their exit, after all is written: judge those by their files
+    assert run.returncode == 0 or num_processes > 1, run.stderr
+    return run
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    with contextlib.suppress(FileNotFoundError):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {}

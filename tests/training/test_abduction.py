@@ -1,0 +1,180 @@
+"""Learning the concepts: every term of the objective recomputed, and a case whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import CONCEPTS, make_context_module
+
+from diffusers_ctx import ContextModule
+from diffusers_ctx.training.abduction import _batches, learn_abduction
+from diffusers_ctx.training.abduction_objective import AbductionObjective
+from diffusers_ctx.training.config import (
+    ContextConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    TrainingConfig,
+)
+from diffusers_ctx.training.latents import ContextLatents
+
+
+CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+CONFIG = ContextConfig(
+    abduction_steps=100,
+    kl_warmup_steps=10,
+    kl_weight=0.7,
+    contrastive_weight=5.0,
+    matching_weight=2.0,
+    acyclicity_weight=3.0,
+    sparsity_weight=0.4,
+)
+
+
+@pytest.fixture
+def objective() -> AbductionObjective:
+    torch.manual_seed(0)
+    return AbductionObjective(make_context_module(), CONTEXTS, latent_channels=4, latent_size=16, config=CONFIG)
+
+
+@pytest.fixture
+def inputs(objective) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    shape = objective.context_module.noise_shape
+    latents = torch.randn(12, 4, 16, 16, generator=generator)
+    labels = torch.arange(4).repeat_interleave(3)
+    exogenous, reference = torch.randn(2, 12, *shape, generator=generator).unbind()
+    directions = torch.nn.functional.normalize(torch.randn(shape[0] * shape[1], 5, generator=generator), dim=0)
+    return latents, labels, exogenous, reference, directions
+
+
+def cross_entropy_by_hand(module: ContextModule, latents: torch.Tensor, labels: torch.Tensor) -> float:
+    losses = []
+    for row, label in enumerate(labels):
+        values = module.read_values(latents[row : row + 1])
+        densities = [module.log_prob(values, context[None])[0, 0].item() for context in CONTEXTS]
+        losses.append(np.log(np.exp(densities).sum()) - densities[label])
+    return float(np.mean(losses))
+
+
+def mismatch_by_hand(z: np.ndarray, reference: np.ndarray, directions: np.ndarray) -> float:
+    def squared_wasserstein(a, b):
+        return np.mean([(x - y) ** 2 for x, y in zip(sorted(a), sorted(b))])
+
+    total = 0.0
+    for direction in directions.T:
+        a, b = z @ direction, reference @ direction
+        total += np.mean([squared_wasserstein(a[3 * g : 3 * g + 3], b[3 * g : 3 * g + 3]) for g in range(4)])
+        total += squared_wasserstein(a, b)
+    return total / directions.shape[1]
+
+
+def test_the_loss_is_its_terms(objective, inputs):
+    latents, labels, exogenous, reference, directions = inputs
+    module, mask = objective.context_module, CONTEXTS[labels]
+    with torch.no_grad():
+        loss, figures = objective(*inputs, step=45)
+        posterior = module.abduct(latents, mask)
+        z = posterior.at(exogenous)
+        pooled = latents.view(12, 4, 16, 16)  # 16 is the largest size, so nothing is averaged
+        mse = (objective.decoder(module.concept_values(z, mask)) - pooled).square().mean()
+        contrast = cross_entropy_by_hand(module, latents, labels)
+        mismatch = mismatch_by_hand(z.flatten(1).numpy(), reference.flatten(1).numpy(), directions.numpy())
+        expected = (
+            4 * 16 * 16 / 2 * np.log(mse.item())
+            + 0.7 * 1.0 * posterior.kl().sum(dim=1).mean().item()
+            + (1 + 5.0 * (1 - 0.45 / 0.6)) * contrast
+            + 2.0 * mismatch
+            + 3.0 * module.causal.acyclicity().item()
+            + 0.4 * module.causal.strengths().sum().item()
+        )
+    assert figures["contrast"].item() == pytest.approx(contrast, rel=1e-3)
+    assert figures["mismatch"].item() == pytest.approx(mismatch, rel=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_first_steps_learn_the_contrast_alone(objective, inputs):
+    latents, labels = inputs[:2]
+    with torch.no_grad():
+        loss, figures = objective(*inputs, step=10)
+        size = objective.context_module.read_values(latents).square().sum(dim=(1, 2)).mean().item()
+    expected = 5.0 * cross_entropy_by_hand(objective.context_module, latents, labels) + 0.01 * size
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+    assert set(figures) == {"contrast"}
+
+
+def test_batches_have_every_context_equally_often():
+    contexts = ["obs"] * 5 + ["snow"] * 2 + ["night"] * 3
+    labels = torch.tensor([0] * 5 + [2] * 2 + [1] * 3)
+    batches = _batches(contexts, labels, seed=0, batch_size=7)
+    for _ in range(5):
+        assert labels[next(batches)].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def two_concept_latents(n: int) -> tuple[ContextLatents, torch.Tensor]:
+    """Latents of a world with night → snow, each shown in a half of the picture; and the concepts' true values."""
+    generator = torch.Generator().manual_seed(0)
+    rows, values, names = [], [], []
+    for context, name in enumerate(("obs", "night", "snow")):
+        noise = torch.randn(n, 2, generator=generator)
+        night = 2 + 0.5 * noise[:, 0] if context == 1 else noise[:, 0]
+        snow = -2 + 0.5 * noise[:, 1] if context == 2 else 1.5 * night + noise[:, 1]
+        picture = torch.zeros(n, 1, 8, 8)
+        picture[:, :, :, :4] = night[:, None, None, None] / 2
+        picture[:, :, :, 4:] = snow[:, None, None, None] / 2
+        rows.append(picture)
+        values.append(torch.stack([night, snow], dim=1))
+        names += [name] * n
+    masks = torch.tensor([[0.0, 0], [1, 0], [0, 1]]).repeat_interleave(n, dim=0)
+    mean = torch.cat(rows)[None]
+    return ContextLatents(mean, torch.full_like(mean, 0.05), masks, names, [""] * (3 * n)), torch.cat(values)
+
+
+def test_concepts_of_a_known_world_are_found():
+    """Each node holds its own concept; the learned mechanisms give the law of a pair that was never seen."""
+    torch.manual_seed(0)
+    latents, truth = two_concept_latents(500)
+    module = ContextModule(
+        ["night", "snow"],
+        token_dim=8,
+        num_hidden_factors=0,
+        noise_dim=1,
+        concept_dim=1,
+        posterior_in_channels=1,
+        posterior_width=8,
+    )
+    config = TrainingConfig(
+        ModelConfig("unused"),
+        DataConfig(train_data_dir="unused"),
+        ContextConfig(num_hidden_factors=0, abduction_steps=400, abduction_batch_size=96),
+        OptimizationConfig(),
+    )
+    figures = learn_abduction(Accelerator(cpu=True), module, latents, config)
+    assert {"kl/night", "kl/snow", "reconstruction", "contrast", "mismatch"} == set(figures)
+    with torch.no_grad():
+        values = module.read_values(latents.mean[0])[..., 0]
+        correlations = np.corrcoef(values.T.numpy(), truth.T.numpy())[:2, 2:]
+        assert abs(correlations[0, 0]) > 0.97 and abs(correlations[1, 1]) > 0.97
+
+        # do(night, snow): night ~ N(2, 0.5²), snow ~ N(-2, 0.5²), no longer related
+        pair = module.concept_values(torch.randn(4000, 2, 1), torch.ones(4000, 2))[..., 0]
+        design = torch.stack([values.new_ones(len(values)), values[:, 0], values[:, 1]], dim=1)
+        to_truth = torch.linalg.lstsq(design, truth).solution
+        samples = torch.cat([torch.ones(4000, 1), pair], dim=1) @ to_truth
+    assert samples.mean(dim=0).tolist() == pytest.approx([2, -2], abs=0.35)
+    assert abs(np.corrcoef(samples.T.numpy())[0, 1]) < 0.25
+    strengths = module.causal.strengths()
+    assert strengths[1, 0] > 3 * strengths[0, 1]  # night → snow, and not the other way
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    latents, _ = two_concept_latents(10)
+    latents.mean[0, 3] = float("nan")
+    module = ContextModule(["night", "snow"], token_dim=8, posterior_in_channels=1, posterior_width=8)
+    config = TrainingConfig(ModelConfig("unused"), DataConfig(train_data_dir="unused"))
+    with pytest.raises(FloatingPointError, match="abduction_learning_rate"):
+        learn_abduction(Accelerator(cpu=True), module, latents, config)
+
+
+def test_concepts_are_named():
+    assert make_context_module().node_names == [*CONCEPTS, "hidden_0", "hidden_1"]

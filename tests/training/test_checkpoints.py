@@ -1,0 +1,143 @@
+"""Checkpoints on disk: whole or not there, pruned, and found again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusers_ctx.training.checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    register_trained_weights,
+    save_checkpoint,
+)
+
+from .conftest import files_in
+
+
+class Model(nn.Module):
+    def __init__(self, rank: int = 2):
+        super().__init__()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.learning = nn.Linear(2, rank)
+        self.inner = nn.Module()
+        self.inner.context_module = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x):
+        return self.learning(self.inner.context_module(self.frozen(x)))
+
+
+def start(model: nn.Module) -> Accelerator:
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model, torch.optim.AdamW(model.learning.parameters()))
+    register_trained_weights(accelerator)
+    return accelerator
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def accelerator(model) -> Accelerator:
+    return start(model)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_learns_and_the_context_module_are_saved_and_come_back(accelerator, model, tmp_path):
+    checkpoint = save_checkpoint(accelerator, tmp_path, 3, None)
+    assert checkpoint == tmp_path / "checkpoint-3" and checkpoint_step(checkpoint) == 3
+    saved = safetensors.torch.load_file(checkpoint / "trained.safetensors")
+    expected = {name: weight.clone() for name, weight in model.state_dict().items() if not name.startswith("frozen")}
+    assert saved.keys() == expected.keys() and len(saved) == 4
+    assert "trained.safetensors" in names(checkpoint) and "model.safetensors" not in names(checkpoint)
+
+    for parameter in model.parameters():
+        parameter.data += 1
+    frozen = model.frozen.weight.clone()
+    accelerator.load_state(str(checkpoint))
+    for name, weight in expected.items():
+        assert torch.equal(model.state_dict()[name], weight)
+    assert torch.equal(model.frozen.weight, frozen)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(accelerator, tmp_path):
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, None)
+    other = Model()
+    other.learning.bias.requires_grad_(False)
+    before = {name: weight.clone() for name, weight in other.state_dict().items()}
+    with pytest.raises(ValueError, match="resume with the options that it was made with"):
+        start(other).load_state(str(checkpoint))
+    assert all(torch.equal(other.state_dict()[name], weight) for name, weight in before.items())
+
+
+def die(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
+def test_one_that_was_being_written_is_never_taken_for_a_checkpoint(accelerator, model, tmp_path):
+    first = save_checkpoint(accelerator, tmp_path, 1, None)
+    before = files_in(first)
+    hook = accelerator.register_save_state_pre_hook(die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
+    hook.remove()
+    assert (tmp_path / "unfinished-checkpoint-2" / "trained.safetensors").is_file()  # it died half-way
+    assert list_checkpoints(tmp_path) == [first] and find_checkpoint(tmp_path, "latest") == first
+    with pytest.raises(FileNotFoundError):
+        find_checkpoint(tmp_path, "unfinished-checkpoint-2")
+    assert files_in(first) == before
+
+    save_checkpoint(accelerator, tmp_path, 2, total_limit=None)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]  # and what lay half-written is gone
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_one_that_was_being_removed_is_never_taken_for_a_checkpoint(accelerator, tmp_path, monkeypatch, step):
+    save_checkpoint(accelerator, tmp_path, 1, None)
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=1)
+    assert tmp_path / "checkpoint-1" not in list_checkpoints(tmp_path)
+    monkeypatch.undo()
+    save_checkpoint(accelerator, tmp_path, 3, total_limit=2)
+    assert [path for path in names(tmp_path) if path.startswith("unfinished")] == []
+
+
+def test_the_same_step_again_replaces_it(accelerator, model, tmp_path):
+    save_checkpoint(accelerator, tmp_path, 1, None)
+    model.learning.weight.data.fill_(7)
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, None)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert (safetensors.torch.load_file(checkpoint / "trained.safetensors")["learning.weight"] == 7).all()
+
+
+def test_pruning_keeps_the_newest_and_always_the_one_just_written(accelerator, tmp_path):
+    for step in (5, 10, 100):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    save_checkpoint(accelerator, tmp_path, 1, total_limit=1)  # a new run in the folder of a longer one
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-10", "checkpoint-100"]
+
+
+def test_finding(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11-backup", "unfinished-checkpoint-12", "logs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-13").write_text("a file")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find_checkpoint(tmp_path / "elsewhere", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    for name in ("checkpoint-8", "logs", "checkpoint-11-backup", "checkpoint-13", ""):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint '.*'; .* has \['checkpoint-9', 'checkpoint-10'\]"):
+            find_checkpoint(tmp_path, name)

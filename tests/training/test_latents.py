@@ -1,0 +1,128 @@
+"""Images to latents, and the random numbers that make a run repeatable."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.noise import KeyedNoise
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows from left to right, green from top to bottom."""
+    red = np.tile(np.linspace(0, 255, width), (height, 1))
+    green = np.tile(np.linspace(0, 255, height)[:, None], (1, width))
+    return Image.fromarray(np.stack([red, green, np.zeros_like(red)], axis=2).round().astype(np.uint8))
+
+
+# images to pixels
+
+
+@pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 128), (96, 32)])
+def test_the_shorter_side_is_resized_and_the_longer_one_cropped(width, height):
+    pixels = ImageTransform(32, center_crop=True, seed=0)(gradient(width, height), index=0)
+    assert pixels.shape == (3, 32, 32)
+    red, green = pixels[0].mean(dim=0), pixels[1].mean(dim=1)
+    kept = min(width, height) / max(width, height)  # of the longer side, around its middle
+    longer, shorter = (red, green) if width > height else (green, red)
+    for line, span in ((longer, kept), (shorter, 1.0)):
+        expected = torch.linspace(-span, span, 65)[1::2]  # centres of 32 equal parts
+        torch.testing.assert_close(line, expected, atol=0.05, rtol=0)
+
+
+def test_pixels_are_scaled_to_minus_one_and_one():
+    image = Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8)).resize((40, 32))
+    pixels = ImageTransform(32, center_crop=True, seed=0)(image, index=0)
+    expected = torch.tensor([-1, 128 / 127.5 - 1, 1])[:, None, None].expand(3, 32, 32)
+    torch.testing.assert_close(pixels, expected)
+
+
+def test_other_kinds_of_images_become_rgb():
+    pixels = ImageTransform(32, center_crop=True, seed=0)(Image.new("L", (40, 32), 255), index=0)
+    assert torch.equal(pixels, torch.ones(3, 32, 32))
+
+
+def test_the_place_of_a_random_crop_is_the_images_own():
+    transform, image = ImageTransform(32, center_crop=False, seed=0), gradient(128, 32)
+    crops = [transform(image, index) for index in range(40)]
+    again = [transform(image, index) for index in reversed(range(40))][::-1]
+    assert all(map(torch.equal, crops, again))
+    starts = torch.stack([crop[0, 0, 0] for crop in crops])
+    assert starts.min() < -0.8 and starts.max() > 0.3  # from the left end to the last place that has 32 pixels left
+    assert len(starts.unique()) > 20
+    assert not torch.equal(ImageTransform(32, center_crop=False, seed=1)(image, 0), crops[0])
+
+
+# pixels to latents
+
+
+@pytest.fixture
+def dataset() -> datasets.Dataset:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(5)]
+    columns = {"image": images, "context": ["obs", "night", "obs", "snow", "night"], "text": list("abcde")}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image(mode="RGB"))
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_encoding_is_the_autoencoders_scaled(plain_pipeline, dataset, random_flip):
+    vae = plain_pipeline.vae
+    masks = torch.tensor([[0.0, 0], [1, 0], [0, 0], [0, 1], [1, 0]])
+    latents = encode_images(
+        vae, dataset, masks, ImageTransform(32, True, 0), random_flip, batch_size=2, show_progress=False
+    )
+    assert latents.mean.shape == latents.std.shape == (2 if random_flip else 1, 5, 4, 16, 16)
+    for row in range(5):
+        pixels = torch.from_numpy(np.array(dataset[row]["image"])).permute(2, 0, 1)[None] / 127.5 - 1
+        for view, seen in enumerate([pixels, pixels.flip(-1)][: len(latents.mean)]):
+            posterior = vae.encode(seen).latent_dist
+            torch.testing.assert_close(latents.mean[view, row], posterior.mean[0].detach() * 0.18215)
+            torch.testing.assert_close(latents.std[view, row], posterior.std[0].detach() * 0.18215)
+    assert len(latents) == 5 and latents.contexts == ["obs", "night", "obs", "snow", "night"]
+    assert latents[3]["index"] == 3 and latents[3]["caption"] == "d" and latents[3]["mask"].tolist() == [0, 1]
+
+
+def test_draws_are_mean_plus_std_times_noise_of_the_view_that_the_coin_chose():
+    mean, std = torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 4, 2, 2)
+    latents = ContextLatents(mean, std, torch.zeros(3, 1), ["obs"] * 3, [""] * 3)
+    indices, noise, coin = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.9, 0.5])
+    drawn = latents.draw(indices, noise, coin)
+    for row, (view, index) in enumerate([(0, 2), (1, 0), (1, 2)]):
+        torch.testing.assert_close(drawn[row], mean[view, index] + std[view, index] * noise[row])
+    unflipped = ContextLatents(mean[:1], std[:1], torch.zeros(3, 1), ["obs"] * 3, [""] * 3)
+    torch.testing.assert_close(unflipped.draw(indices, noise, coin)[1], mean[0, 0] + std[0, 0] * noise[1])
+
+
+# random numbers
+
+
+def draws(noise: KeyedNoise, batch_size: int) -> list[torch.Tensor]:
+    return [noise.normal(batch_size, 3, 2), noise.uniform(batch_size), noise.normal(batch_size)]
+
+
+def test_the_shares_of_processes_make_up_what_one_process_draws():
+    whole = draws(KeyedNoise(seed=5, step=7), 8)
+    for num_processes in (2, 4):
+        shares = [draws(KeyedNoise(5, 7, index, num_processes), 8 // num_processes) for index in range(num_processes)]
+        for one, parts in zip(whole, zip(*shares)):
+            assert torch.equal(torch.cat(parts), one)
+
+
+def test_numbers_depend_on_seed_and_step_and_on_nothing_else():
+    first = draws(KeyedNoise(5, 7), 8)
+    torch.randn(100)
+    draws(KeyedNoise(5, 6), 3)
+    assert all(map(torch.equal, draws(KeyedNoise(5, 7), 8), first))
+    for other in (KeyedNoise(5, 8), KeyedNoise(6, 7), KeyedNoise(5, -8), KeyedNoise(5, -7)):
+        assert not any(map(torch.equal, draws(other, 8), first))
+    assert not torch.equal(first[0][:, 0, 0], first[2])
+
+
+def test_numbers_have_the_laws_that_they_are_named_after():
+    noise = KeyedNoise(0, 0)
+    normal, uniform = noise.normal(20_000), noise.uniform(20_000)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+    assert 0 <= uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.std() - 12**-0.5) < 0.01

@@ -1,0 +1,103 @@
+"""What learns in each mode, by name, and from when on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from diffusers_ctx.adapter import attach_context_module
+from diffusers_ctx.training.modes import prepare_mode, split_parameters
+
+from .conftest import create_trainer
+
+
+ATTENTION = [
+    "down_blocks.1.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+]
+LAYERS = [f"{block}.transformer_blocks.0.attn{number}" for block in ATTENTION for number in (1, 2)]
+MODULE = "encoder_hid_proj.image_projection_layers.0.context_module."
+READ_OUT = re.compile(re.escape(MODULE) + r"read_out\.")
+CONTEXT_ATTENTION = re.compile(r"\.attn2\.processor\.to_[kv]_ip\.0\.weight$")
+
+
+def learning(unet) -> set[str]:
+    return {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def adapter_names(unet) -> set[str]:
+    read_out = {name for name, _ in unet.named_parameters() if READ_OUT.match(name)}
+    assert len(read_out) == len(list(unet.get_submodule(MODULE + "read_out").parameters())) > 0
+    processors = {f"{layer}.processor" for layer in LAYERS if layer.endswith("attn2")}
+    return read_out | {f"{name}.to_{part}_ip.0.weight" for name in processors for part in "kv"}
+
+
+@pytest.fixture
+def unet(plain_pipeline, context_module):
+    attach_context_module(plain_pipeline.unet, context_module)
+    context_module.requires_grad_(True).read_out.requires_grad_(False)  # as learning the concepts leaves it
+    return plain_pipeline.unet
+
+
+def test_frozen(unet):
+    prepare_mode(unet, "frozen", rank=2)
+    assert learning(unet) == adapter_names(unet)
+    assert not any("lora" in name for name, _ in unet.named_parameters())
+
+
+def test_lora(unet):
+    prepare_mode(unet, "lora", rank=3)
+    lora = {
+        f"{layer}.{target}.lora_{matrix}.context.weight"
+        for layer in LAYERS
+        for target in ("to_q", "to_k", "to_v", "to_out.0")
+        for matrix in "AB"
+    }
+    assert learning(unet) == adapter_names(unet) | lora
+    assert {unet.get_parameter(name).shape[0] for name in lora if "lora_A" in name} == {3}
+
+
+def test_full(unet):
+    backbone = {name for name, _ in unet.named_parameters() if not (MODULE in name or CONTEXT_ATTENTION.search(name))}
+    assert len(backbone) > 100
+    prepare_mode(unet, "full", rank=2)
+    assert learning(unet) == adapter_names(unet) | backbone
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_adapter_and_backbone_are_told_apart(unet, mode):
+    prepare_mode(unet, mode, rank=2)
+    names = {id(parameter): name for name, parameter in unet.named_parameters()}
+    adapter, backbone = ([names[id(parameter)] for parameter in part] for part in split_parameters(unet))
+    assert sorted(adapter) == sorted(adapter_names(unet))
+    assert set(backbone) == learning(unet) - adapter_names(unet)
+    assert (mode == "frozen") == (not backbone)
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_the_backbone_waits_for_the_adapter(options, mode):
+    options |= {"mode": mode, "max_train_steps": 4, "unfreeze_after": 0.5, "checkpointing_steps": 1}
+    output_dir = create_trainer(options | {"learning_rate": 1e-3}).train()
+    states = [
+        {
+            name.removeprefix("unet."): weight
+            for name, weight in safetensors.torch.load_file(
+                Path(output_dir) / f"checkpoint-{step}" / "trained.safetensors"
+            ).items()
+        }
+        for step in range(1, 5)
+    ]
+    adapter = {name for name in states[0] if READ_OUT.match(name) or CONTEXT_ATTENTION.search(name)}
+    module = {name for name in states[0] if name.startswith(MODULE)} - adapter
+    backbone = states[0].keys() - adapter - module
+    assert adapter and module and (mode == "frozen") == (not backbone)
+    assert moved(states[0], states[1]) == adapter
+    assert moved(states[1], states[3]) == adapter | backbone

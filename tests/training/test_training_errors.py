@@ -1,0 +1,156 @@
+"""What cannot work stops before anything is computed or written, with one message that names the mend."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+
+from .conftest import create_trainer, files_in
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path, options):
+    """Photos that a test may spoil."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    options["train_data_dir"] = str(root)
+    return root
+
+
+@pytest.fixture
+def refuses(options, tmp_path):
+    """Asserts the error of a run with changed options, and that it left nothing on disk."""
+
+    def check(error: type[Exception], message: str, **changes) -> None:
+        before = files_in(tmp_path)
+        with pytest.raises(error, match=message):
+            create_trainer(options | changes)
+        assert files_in(tmp_path) == before
+
+    return check
+
+
+def test_the_same_options_unspoilt_are_accepted(options):
+    trainer = create_trainer(options)
+    assert trainer.max_train_steps == 2 and len(trainer.latents) == 18
+
+
+# data
+
+
+def test_a_missing_observational_context(refuses, own_photos):
+    shutil.rmtree(own_photos / "obs")
+    refuses(ValueError, "no observational context 'obs'; found .*'night', 'snow'.*obs_context")
+
+
+def test_an_unreadable_image(refuses, own_photos, options):
+    path = own_photos / "snow" / "3.png"
+    path.write_bytes(path.read_bytes()[:100])
+    refuses(ValueError, r"1 of 18 images cannot be read: .*snow/3\.png.*skip_unreadable")
+    with pytest.warns(UserWarning, match=r"snow/3\.png.*left out"):
+        assert len(create_trainer(options | {"skip_unreadable": True}).latents) == 17
+
+
+def test_an_empty_context(refuses, own_photos):
+    (own_photos / "fog").mkdir()
+    refuses(ValueError, "fog holds no images")
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        (["night", "snow", "night"], r"\['night'\] are named more than once"),
+        (["night", "sleet"], r"choose one or more of \['night', 'snow'\]"),
+    ],
+)
+def test_concepts_that_cannot_be(refuses, concepts, message):
+    refuses(ValueError, message, concepts=concepts)
+
+
+def test_a_folder_or_a_dataset_and_not_both_or_neither(refuses, parquet):
+    message = "either `train_data_dir` or `dataset_name`"
+    refuses(ValueError, message, dataset_name=str(parquet))
+    refuses(ValueError, message, train_data_dir=None)
+    refuses(FileNotFoundError, "nowhere", train_data_dir="/nowhere")
+
+
+def test_a_batch_larger_than_an_epoch(refuses):
+    refuses(ValueError, "21 images, fewer than the 22 of a step; lower `train_batch_size`", train_batch_size=22)
+
+
+def test_too_few_epochs_for_one_step(refuses):
+    changes = {"max_train_steps": None, "num_train_epochs": 1, "gradient_accumulation_steps": 6}
+    refuses(ValueError, "1 epochs of 5 batches make no step of 6 batches; raise `num_train_epochs`", **changes)
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "frosen"}, "Unknown mode 'frosen'; choose frozen, lora or full"),
+        ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
+        ({"train_batch_size": 0}, "`train_batch_size` is 0"),
+        ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
+        ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
+        ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'; choose one of .*'cosine'"),
+        ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
+        ({"validation_interventions": ["night+sleet"]}, "`validation_interventions` .*'sleet'; known are .*'snow'"),
+        ({"validation_interventions": ["night+"]}, "`validation_interventions` .*'night[+]'"),
+    ],
+)
+def test_options_that_cannot_work(refuses, changes, message):
+    refuses(ValueError, message, **changes)
+
+
+def test_a_folder_that_cannot_be_written_to(refuses, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    refuses(OSError, "`output_dir` .*taken cannot be written to .*choose another", output_dir=str(tmp_path / "taken"))
+
+
+def test_a_checkpoint_that_is_not_there(refuses, options, tmp_path):
+    refuses(FileNotFoundError, "no checkpoint 'checkpoint-7'", resume_from_checkpoint="checkpoint-7")
+
+
+def test_a_checkpoint_beyond_the_run(refuses, tmp_path):
+    (tmp_path / "adapter" / "checkpoint-3").mkdir(parents=True)
+    refuses(ValueError, "checkpoint-3 is beyond the 2 steps of this run", resume_from_checkpoint="latest")
+
+
+def test_the_latest_checkpoint_of_a_run_that_has_none_is_its_beginning(options, caplog):
+    trainer = create_trainer(options | {"resume_from_checkpoint": "latest"})
+    assert trainer.checkpoint is None and "training starts from the beginning" in caplog.text
+
+
+def test_no_token_to_push_with(refuses, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    refuses(huggingface_hub.errors.LocalTokenNotFoundError, "hf auth login.*--hub_token", push_to_hub=True)
+
+
+# in training
+
+
+def test_a_loss_that_is_not_finite_writes_no_adapter(options, tmp_path):
+    output_dir = tmp_path / "adapter"
+    create_trainer(options | {"checkpointing_steps": 1, "max_train_steps": 1}).train()
+    (output_dir / "context_adapter_config.json").unlink()
+    before = files_in(output_dir)
+    trainer = create_trainer(options | {"learning_rate": 1e30, "max_train_steps": 9})
+    with pytest.raises(FloatingPointError, match=r"at step \d.*`learning_rate`.*last checkpoint is .*checkpoint-1"):
+        trainer.train()
+    assert files_in(output_dir) == before
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(options, tmp_path):
+    trainer = create_trainer(options | {"learning_rate": 1e30, "max_train_steps": 9})
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+        trainer.train()
+    assert files_in(tmp_path / "adapter") == {}
+
+
+def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
+    trainer = create_trainer(options | {"abduction_learning_rate": 1e30, "abduction_steps": 20})
+    with pytest.raises(FloatingPointError, match="learning the concepts; lower `abduction_learning_rate`"):
+        trainer.train()
+    assert files_in(tmp_path / "adapter") == {}
