@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from diffusers_ctx.adapter import ContextAdapterLoaderMixin, weights_at_hand
 from diffusers_ctx.context import Interventions, intervention_mask
@@ -85,7 +86,7 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
             interventions: concepts to intervene on: a list of names, a mapping from names to strengths in [0, 1], or
                 one of these per prompt. None is the observational context.
             exogenous_noise (`torch.Tensor` of shape (number of images, N, d_z), *optional*): the concepts' noise,
-                drawn from `generator` if not given.
+                drawn from `generator`, or from torch's own on the CPU, if not given.
             context_guidance_scale (`float`): exaggerates (above 1) or weakens (below 1) the contrast between the
                 interventions and the observational context; 1 costs nothing.
 
@@ -283,7 +284,7 @@ class ComposablePipeline(ContextAdapterLoaderMixin, StableDiffusionPipeline):
 
     def _encode_images(self, image: PipelineImageInput) -> torch.Tensor:
         pixels = self.image_processor.preprocess(image).to(device=self._execution_device, dtype=self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        return retrieve_latents(self.vae.encode(pixels), sample_mode="argmax") * self.vae.config.scaling_factor
 
 
 def _number_of_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:

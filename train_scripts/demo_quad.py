@@ -56,12 +56,12 @@ def train(args: argparse.Namespace) -> Path:
         ),
         OutputConfig(output_dir=str(args.output_dir / "adapter"), checkpointing_steps=args.max_train_steps),
     )
-    pipeline = ComposablePipeline.from_pretrained(embedded_base(), safety_checker=None)
+    pipeline = ComposablePipeline.from_pretrained(embedded_base())
     return ContextTrainer(config, pipeline).train()
 
 
 def load(adapter: Path) -> ComposablePipeline:
-    pipeline = ComposablePipeline.from_pretrained(embedded_base(), safety_checker=None)
+    pipeline = ComposablePipeline.from_pretrained(embedded_base())
     pipeline.load_context_adapter(adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

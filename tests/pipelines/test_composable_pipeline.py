@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import attach_random_module, make_components
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from diffusers_ctx import ComposablePipeline
@@ -248,6 +248,17 @@ def test_a_counterfactual_inverts_every_kind_of_model(prediction_type, dtype):
     back = pipeline.counterfactual(image, num_inference_steps=50, output_type="latent").images
     assert back.dtype == dtype
     assert (back - latents).abs().max() < 0.01 * latents.abs().max()
+
+
+def test_a_counterfactual_takes_an_autoencoder_without_a_posterior(pipeline):
+    pipeline.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    images = pipeline.counterfactual(torch.rand(1, 3, 32, 32), num_inference_steps=2, output_type="pt").images
+    assert images.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
