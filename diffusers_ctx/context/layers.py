@@ -94,11 +94,11 @@ class ReadOut(nn.Module):
     def __init__(self, num_nodes: int, concept_dim: int, width: int, num_tokens: int, token_dim: int):
         super().__init__()
         self.num_tokens = num_tokens
-        self.proj_in = NodewiseLinear(num_nodes, concept_dim, width)
+        self.hidden = NodewiseLinear(num_nodes, concept_dim, width)
         self.act = nn.SiLU()
-        self.proj_out = NodewiseLinear(num_nodes, width, num_tokens * token_dim)
+        self.tokens = NodewiseLinear(num_nodes, width, num_tokens * token_dim)
         self.norm = nn.LayerNorm(token_dim)
 
     def forward(self, c: torch.Tensor) -> torch.Tensor:
-        tokens = self.proj_out(self.act(self.proj_in(c)))
+        tokens = self.tokens(self.act(self.hidden(c)))
         return self.norm(tokens.unflatten(-1, (self.num_tokens, -1)))

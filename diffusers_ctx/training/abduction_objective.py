@@ -1,4 +1,4 @@
-"""What is minimised while the concepts are learned: a small VAE around the context module, told what contexts differ in.
+"""What is minimised while the concepts are learned: a small VAE around the module, told what contexts differ in.
 
 Three terms, each against one way to fail:
 

@@ -108,9 +108,9 @@ def tokens_by_hand(w: dict, c: np.ndarray, num_tokens: int) -> np.ndarray:
     """Step 5: an MLP per node, then a layer norm of each token."""
     rows = []
     for k in range(len(c)):
-        hidden = nodewise(c[k], w["read_out.proj_in.weight"][k], w["read_out.proj_in.bias"][k])
+        hidden = nodewise(c[k], w["read_out.hidden.weight"][k], w["read_out.hidden.bias"][k])
         hidden = np.array([silu(value) for value in hidden])
-        tokens = nodewise(hidden, w["read_out.proj_out.weight"][k], w["read_out.proj_out.bias"][k])
+        tokens = nodewise(hidden, w["read_out.tokens.weight"][k], w["read_out.tokens.bias"][k])
         normed = []
         for token in tokens.reshape(num_tokens, -1):
             token = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
