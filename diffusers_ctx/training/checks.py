@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from accelerate import Accelerator
 from diffusers.optimization import SchedulerType
 
 from ..data import context_mask
@@ -45,6 +46,16 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Checks that the device computes in the precision that was asked for.
+
+    Raises:
+        ValueError: if it does not; Accelerate would ignore it, and types would clash in the first step.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("Mixed precision in fp16 needs a GPU; on a CPU set `mixed_precision` to bf16 or no.")
 
 
 def check_validation_contexts(contexts: Sequence[str], concepts: Sequence[str], obs_context: str) -> None:

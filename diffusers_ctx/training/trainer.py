@@ -24,7 +24,7 @@ from ..data import ContextBalancedSampler, concepts_of, context_mask, interventi
 from ..hub import create_repository, push_adapter_folder
 from .abduction import learn_abduction
 from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
-from .checks import check_options, check_validation_contexts, check_writable
+from .checks import check_options, check_precision, check_validation_contexts, check_writable
 from .config import TrainingConfig
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import prepare_mode, split_parameters
@@ -59,6 +59,7 @@ class ContextTrainer:
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = self._create_accelerator()
+        check_precision(self.accelerator)
         set_seed(config.optimization.seed)
         dataset = self._load_dataset()
         self.context_module = self._create_context_module(

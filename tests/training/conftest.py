@@ -2,6 +2,10 @@
 
 import contextlib
 import os
+
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU adds in another order each time
+
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +136,7 @@ def launch(
         launcher += ["--cpu", "--num_processes=1"]
     run = subprocess.run(
         [Path(sys.executable).with_name("accelerate"), "launch", *launcher, SCRIPT, *arguments],
-        env=(environment or dict(os.environ)) | {"ACCELERATE_USE_CPU": "true"},
+        env=environment or dict(os.environ),
         capture_output=True,
         text=True,
         timeout=600,

@@ -78,6 +78,12 @@ def test_adapter_and_backbone_are_told_apart(unet, mode):
     assert (mode == "frozen") == (not backbone)
 
 
+def trained_at(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by the parameter's name in the UNet."""
+    weights = safetensors.torch.load_file(output_dir / f"checkpoint-{step}" / "trained.safetensors")
+    return {name.removeprefix("unet."): weight for name, weight in weights.items()}
+
+
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -86,18 +92,27 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
 def test_the_backbone_waits_for_the_adapter(options, mode):
     options |= {"mode": mode, "max_train_steps": 4, "unfreeze_after": 0.5, "checkpointing_steps": 1}
     output_dir = create_trainer(options | {"learning_rate": 1e-3}).train()
-    states = [
-        {
-            name.removeprefix("unet."): weight
-            for name, weight in safetensors.torch.load_file(
-                Path(output_dir) / f"checkpoint-{step}" / "trained.safetensors"
-            ).items()
-        }
-        for step in range(1, 5)
-    ]
+    states = [trained_at(output_dir, step) for step in range(1, 5)]
     adapter = {name for name in states[0] if READ_OUT.match(name) or CONTEXT_ATTENTION.search(name)}
     module = {name for name in states[0] if name.startswith(MODULE)} - adapter
     backbone = states[0].keys() - adapter - module
     assert adapter and module and (mode == "frozen") == (not backbone)
     assert moved(states[0], states[1]) == adapter
     assert moved(states[1], states[3]) == adapter | backbone
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_in_half_precision_what_learns_is_not_rounded(options, base_model, mode):
+    options |= {"mode": mode, "mixed_precision": "bf16", "unfreeze_after": 0.5, "checkpointing_steps": 1}
+    trainer = create_trainer(options)
+    output_dir = trainer.train()
+    before, after = trained_at(output_dir, 1), trained_at(output_dir, 2)
+    assert {weight.dtype for weight in (before | after).values()} == {torch.float32}
+    base = safetensors.torch.load_file(base_model / "unet" / "diffusion_pytorch_model.safetensors")
+    if mode == "full":
+        assert all(torch.equal(before[name], weight) for name, weight in base.items())  # not yet unfrozen
+        assert all(not torch.equal(after[name], weight) for name, weight in base.items())
+    else:
+        frozen = trainer.pipeline.unet.state_dict()  # in float32 again, to be saved
+        rounded = base["conv_in.weight"].bfloat16().float()
+        assert torch.equal(frozen["conv_in.weight"].cpu(), rounded) and not before.keys() & base.keys()

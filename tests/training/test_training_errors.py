@@ -103,6 +103,10 @@ def test_options_that_cannot_work(refuses, changes, message):
     refuses(ValueError, message, **changes)
 
 
+def test_half_precision_without_a_gpu(refuses):
+    refuses(ValueError, "fp16 needs a GPU; on a CPU set `mixed_precision` to bf16 or no", mixed_precision="fp16")
+
+
 def test_a_folder_that_cannot_be_written_to(refuses, tmp_path):
     (tmp_path / "taken").write_text("a file")
     refuses(OSError, "`output_dir` .*taken cannot be written to .*choose another", output_dir=str(tmp_path / "taken"))
