@@ -14,18 +14,23 @@ from .config import TrainingConfig
 from .record import options_of
 
 
-_COUNTS = (
-    "rank",
-    "resolution",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_train_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "num_validation_images",
-)
+_SMALLEST = {
+    "rank": 1,
+    "resolution": 1,
+    "noise_dim": 1,
+    "tokens_per_concept": 1,
+    "kl_warmup_steps": 1,
+    "abduction_steps": 2,  # the contrast goes first, alone
+    "abduction_batch_size": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1,
+    "max_train_steps": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+    "validation_steps": 1,
+    "num_validation_images": 1,
+}
 
 
 def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
@@ -35,9 +40,9 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         ValueError: if an option cannot work.
     """
     options = options_of(config)
-    for name in _COUNTS:
-        if options[name] is not None and options[name] < 1:
-            raise ValueError(f"`{name}` is {options[name]}; it must be 1 or more.")
+    for name, smallest in _SMALLEST.items():
+        if options[name] is not None and options[name] < smallest:
+            raise ValueError(f"`{name}` is {options[name]}; it must be {smallest} or more.")
     if config.data.resolution % vae_scale_factor:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"

@@ -16,8 +16,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.training import parse_training_config
 
-from .conftest import create_trainer, files_in, launch, make_options
+from .conftest import create_trainer, files_in, flags, launch, make_options
 
 
 REPO = f"{USER}/weather"
@@ -138,9 +139,10 @@ def test_the_record_of_the_run_is_true_and_runs_again(run):
     assert "accelerate launch .../train_context_text_to_image.py --pretrained_model_name_or_path" in card
     assert "| steps | `6` |" in card and "| batch size | `8` |" in card and "| images | `18` |" in card
     assert f"# {REPO}\n" in card and f'pipe.load_context_adapter("{REPO}")' in card
-    record = json.loads((run.output_dir / "training_config.json").read_text())
-    assert run.options.items() <= record.items()
-    assert "hub_token" not in record and TOKEN not in card
+    record = run.output_dir / "training_config.json"
+    given = parse_training_config(flags(run.options | {"push_to_hub": True}))
+    assert parse_training_config([str(record)]) == given
+    assert "hub_token" not in json.loads(record.read_text()) and TOKEN not in card
 
 
 def test_the_push_is_the_adapter_and_nothing_else(run, hub):
