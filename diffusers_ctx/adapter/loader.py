@@ -19,6 +19,7 @@ from ..hub import (
     CONFIG_NAME,
     LORA_WEIGHTS_NAME,
     MODULE_FOLDER,
+    AdapterError,
     push_adapter_folder,
     render_model_card,
     resolve_adapter_folder,
@@ -106,9 +107,7 @@ class ContextAdapterLoaderMixin:
         try:
             load_attention(self.unet, read_attention(folder))
             if config["mode"] == "lora":
-                active = self.unet.active_adapters() if self._unet_loras else []
-                self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
-                self.unet.set_adapter([*active, LORA_ADAPTER])  # loading leaves the new one alone active
+                self._load_context_lora(folder)
         except Exception:
             self.unload_context_adapter()
             raise
@@ -229,6 +228,16 @@ class ContextAdapterLoaderMixin:
         if module is None:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
         return module
+
+    def _load_context_lora(self, folder: Path) -> None:
+        active = self.unet.active_adapters() if self._unet_loras else []
+        try:
+            self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
+        except Exception as error:  # diffusers and PEFT raise many types, and name no file
+            raise AdapterError(
+                f"{folder / LORA_WEIGHTS_NAME} does not fit the UNet ({error}); save or download the adapter again."
+            ) from error
+        self.unet.set_adapter([*active, LORA_ADAPTER])  # loading leaves the new one alone active
 
     @property
     def _unet_loras(self) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def broken_lora(folder: Path) -> None:
         (foreign_layers, "does not fit"),
         (no_module, "context_module"),
         (newer_format, "upgrade"),
-        (broken_lora, ""),
+        (broken_lora, "pytorch_lora_weights.safetensors"),
     ],
 )
 def test_unfit_adapters_leave_the_pipeline_as_it_was(saved_adapter, spoil, message):
@@ -330,7 +330,7 @@ def test_unfit_adapters_leave_the_pipeline_as_it_was(saved_adapter, spoil, messa
     pipeline = ComposablePipeline(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     before, processors = sample(pipeline), {type(p) for p in pipeline.unet.attn_processors.values()}
-    with pytest.raises(AdapterError if message else Exception, match=message):
+    with pytest.raises(AdapterError, match=message):
         pipeline.load_context_adapter(saved_adapter)
     assert pipeline.context_module is None and pipeline.unet.encoder_hid_proj is None
     assert {type(p) for p in pipeline.unet.attn_processors.values()} == processors
