@@ -21,7 +21,8 @@ from .config import ContextConfig
 
 _CONTRASTIVE_SHARE = 0.2  # of the steps, in which only the contrast is learned
 _CONTRAST_FADES_BY = 0.6  # the share of the steps after which its weight is 1, that of the likelihood
-_LARGEST_SIZE = 16  # larger latents are averaged down: concepts are seen from afar, and the decoder stays light
+# latents are averaged to one of these sizes: concepts are seen from afar, and the decoder, which doubles, stays light
+_SIZES = (4, 8, 16)
 
 
 class LightDecoder(nn.Module):
@@ -66,7 +67,7 @@ class AbductionObjective(nn.Module):
         super().__init__()
         self.context_module = context_module
         self.config = config
-        self.size = min(latent_size, _LARGEST_SIZE)
+        self.size = max(size for size in _SIZES if size <= max(latent_size, _SIZES[0]))
         nodes, _ = context_module.noise_shape
         self.decoder = LightDecoder(nodes, context_module.config.concept_dim, latent_channels, self.size)
         self.register_buffer("contexts", contexts, persistent=False)

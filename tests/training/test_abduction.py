@@ -93,6 +93,15 @@ def test_the_loss_is_its_terms(objective, inputs):
     assert loss.item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("latent_size", "decoded"), [(3, 4), (8, 8), (12, 8), (64, 16)])
+def test_latents_of_any_size_are_averaged_to_one_that_the_decoder_makes(latent_size, decoded):
+    objective = AbductionObjective(make_context_module(), CONTEXTS, 4, latent_size, CONFIG)
+    z = torch.zeros(2, *objective.context_module.noise_shape)
+    assert objective.size == decoded
+    latents = torch.ones(2, 4, latent_size, latent_size)
+    assert objective.reconstruction_error(latents, z, torch.zeros(2, 3)).isfinite()
+
+
 def test_the_first_steps_learn_the_contrast_alone(objective, inputs):
     latents, labels = inputs[:2]
     with torch.no_grad():
