@@ -1,7 +1,7 @@
 """The first part of training: what the concepts are, learned with a light decoder in the place of the UNet.
 
-In a diffusion loss, most of which does not depend on the context, that signal drowns. A light decoder sees it at a
-thousandth of the cost.
+In a diffusion loss, most of which does not depend on the context, that signal drowns. A light decoder sees little
+else, and its steps are cheap.
 """
 
 from __future__ import annotations
