@@ -2,6 +2,7 @@
 
     python train_scripts/train_quad_base.py autoencoder --output_dir runs/base
     python train_scripts/train_quad_base.py unet --output_dir runs/base
+    python train_scripts/train_quad_base.py unet --output_dir runs/longer --pretrained_model_name_or_path runs/base
 
 Neither stage sees a context label: the autoencoder sees images, the UNet and the text encoder images and captions.
 Every step draws fresh images from seeds below `quad.FIRST_HELD_OUT_SEED`.
@@ -46,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("stage", choices=("autoencoder", "unet"))
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="The pipeline's folder; `unet` reads the VAE in it."
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", help="For `unet`: a pipeline made by this script, to train for longer."
     )
     parser.add_argument("--max_train_steps", type=int, default=6000)
     parser.add_argument("--train_batch_size", type=int, default=32)
@@ -163,6 +167,21 @@ def train_tokenizer() -> CLIPTokenizer:
     )
 
 
+def load_models(args: argparse.Namespace) -> tuple[AutoencoderKL, CLIPTokenizer, torch.nn.ModuleDict]:
+    """The autoencoder, the tokenizer and what `unet` trains: new or, to go on with, those of an older pipeline."""
+    source = args.pretrained_model_name_or_path
+    if source is None:
+        vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae")
+        tokenizer = train_tokenizer()
+        unet, text_encoder = create_unet(quad.RESOLUTION // 8), create_text_encoder(tokenizer)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+        vae, tokenizer = pipeline.vae, pipeline.tokenizer
+        unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
+    # one module, so that one optimizer, one EMA and one gradient norm cover both
+    return vae.requires_grad_(False), tokenizer, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+
+
 def create_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
@@ -225,16 +244,12 @@ def encoded_batches(vae: AutoencoderKL, batch_size: int, seed: int) -> Iterator[
 
 def train_unet(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae").to(accelerator.device).requires_grad_(False)
-    tokenizer = train_tokenizer()
     scheduler = create_scheduler()
-    # one module, so that one optimizer, one EMA and one gradient norm cover both
-    model = torch.nn.ModuleDict(
-        {"unet": create_unet(quad.RESOLUTION // 8), "text_encoder": create_text_encoder(tokenizer)}
-    ).to(accelerator.device)
+    vae, tokenizer, model = load_models(args)
+    vae, model = vae.to(accelerator.device), model.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
-    ema = EMAModel(model.parameters(), decay=0.998, use_ema_warmup=True)
+    ema = EMAModel(model.parameters(), decay=0.999)
     log = Log(args.output_dir / "logs" / "unet.jsonl", args.log_every)
     rng = np.random.default_rng(args.seed)
 
