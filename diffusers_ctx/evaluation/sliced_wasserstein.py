@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
+
+from .images import check_images, pixel_scale
 
 
 _CHUNK = 256  # images converted to float at once
@@ -32,24 +35,7 @@ def sliced_wasserstein_distance(a: np.ndarray, b: np.ndarray, n_projections: int
         ValueError: if a set is empty, is no array of images of one of these types, or has images of another shape
             than the other set.
     """
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError(
-            "The sliced Wasserstein distance needs POT; install it with `pip install diffusers-ctx[eval]`."
-        ) from error
-
-    for images in (a, b):
-        if images.ndim != 4 or not len(images) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-            raise ValueError(
-                f"Got an array of shape {images.shape} and type {images.dtype}; give uint8 or float images of shape "
-                "(n, H, W, C) with n at least 1."
-            )
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"The images have the shapes {a.shape[1:]} and {b.shape[1:]}; resize them to one.")
-    dimension = math.prod(a.shape[1:])
-    directions = ot.sliced.get_random_projections(dimension, n_projections, seed).astype(np.float32)
-    squares = ot.wasserstein_1d(_project(a, directions), _project(b, directions), p=2)
+    squares = _pot().wasserstein_1d(*_projections(a, b, n_projections, seed), p=2)
     return float(np.sqrt(squares.mean()))
 
 
@@ -63,9 +49,91 @@ def debiased(distance: float, floor: float) -> float:
     return math.sqrt(max(0.0, distance**2 - floor**2))
 
 
+def bootstrap_interval(
+    a: np.ndarray,
+    b: np.ndarray,
+    n_projections: int = 200,
+    seed: int = 0,
+    resamples: int = 200,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """How far `sliced_wasserstein_distance` of the same arguments might have been off, had other images been drawn.
+
+    Percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) of the squared distance `S`, with one correction.
+    Both sets are resampled with replacement, whole images, to the squared distances `S*`. Resamples repeat images,
+    which raises all `S*` as few images raise the floor: near the floor their own quantiles would miss even `S`. So
+    only their spread is used, about `S`: with the quantiles `q` of `S* - mean(S*)` the ends are the roots of
+    `S + q_lower` and `S + q_upper`, cut at 0.
+
+    The interval is for the expected figure *at these sizes of the sets, floor included*, and so belongs beside the
+    floor; `debiased` can be applied to either end. Near the floor it is about twice as wide as it need be, for what
+    the repeated images add also varies. It is conditional on the directions.
+
+    Args:
+        a: images (n, H, W, C), uint8, which is scaled to [0, 1], or float, which is taken as it is.
+        b: images (m, H, W, C); m may differ from n.
+        n_projections: number of directions.
+        seed: seed of the directions and of the resampling.
+        resamples: number of resamples; a few seconds for 200 with n = m = 2,000.
+        level: share of intervals that hold what they are for, between 0 and 1.
+
+    Returns:
+        the lower and the upper end, both at least 0.
+
+    Raises:
+        ImportError: if POT is not installed.
+        ValueError: as `sliced_wasserstein_distance` does, and if `level` is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"`level` is {level}; it must lie between 0 and 1, such as 0.95.")
+    u, v = (np.ascontiguousarray(x.T) for x in _projections(a, b, n_projections, seed))
+    coupling = _coupling(len(a), len(b))
+    rng = np.random.default_rng(seed)
+    resampled = np.array(
+        [
+            _mean_square(u[:, rng.integers(0, len(a), len(a))], v[:, rng.integers(0, len(b), len(b))], coupling)
+            for _ in range(resamples)
+        ]
+    )
+    tails = np.quantile(resampled - resampled.mean(), [(1 - level) / 2, (1 + level) / 2])
+    lower, upper = np.sqrt(np.maximum(0, _mean_square(u, v, coupling) + tails))
+    return float(lower), float(upper)
+
+
+def _projections(a: np.ndarray, b: np.ndarray, n_projections: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Projections (n, directions) and (m, directions) on the same directions."""
+    check_images(a, b)
+    dimension = math.prod(a.shape[1:])
+    directions = _pot().sliced.get_random_projections(dimension, n_projections, seed).astype(np.float32)
+    return _project(a, directions), _project(b, directions)
+
+
 def _project(images: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Projections (n, directions) in float64, without a float copy of all images."""
-    scale = 255 if images.dtype == np.uint8 else 1
     flat = images.reshape(len(images), -1)
-    chunks = (flat[start : start + _CHUNK].astype(np.float32) / scale for start in range(0, len(flat), _CHUNK))
+    starts = range(0, len(flat), _CHUNK)
+    chunks = (flat[start : start + _CHUNK].astype(np.float32) / pixel_scale(images) for start in starts)
     return np.concatenate([chunk @ directions for chunk in chunks]).astype(np.float64)
+
+
+def _coupling(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The optimal coupling of n with m sorted numbers: which of the n meets which of the m, and with what mass."""
+    steps = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)  # of the quantile functions, times n m
+    return (steps - 1) // m, (steps - 1) // n, np.diff(steps, prepend=0) / (n * m)
+
+
+def _mean_square(u: np.ndarray, v: np.ndarray, coupling: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
+    """Squared sliced distance of projections (directions, n) and (directions, m); faster than POT's general one."""
+    rows, columns, mass = coupling
+    difference = np.sort(u, axis=1)[:, rows] - np.sort(v, axis=1)[:, columns]
+    return float((difference**2 @ mass).mean())
+
+
+def _pot() -> ModuleType:
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError(
+            "The sliced Wasserstein distance needs POT; install it with `pip install diffusers-ctx[eval]`."
+        ) from error
+    return ot

@@ -7,7 +7,7 @@ import ot
 import pytest
 
 from diffusers_ctx.data import quad
-from diffusers_ctx.evaluation import debiased, sliced_wasserstein_distance
+from diffusers_ctx.evaluation import bootstrap_interval, debiased, sliced_wasserstein_distance
 
 
 def random_images(n, seed, shape=(4, 5, 3)):
@@ -104,6 +104,55 @@ def test_debiased():
     assert debiased(0.03, 0.04) == 0
 
 
+def gaussians(n, rng, shift=0.0):
+    points = rng.standard_normal((n, 1, 1, 3))
+    points[..., 0] += shift
+    return points
+
+
+@pytest.mark.parametrize("n, m", [(30, 30), (30, 45), (7, 3), (1, 5)])
+def test_one_resample_has_no_spread_about_the_distance(n, m):
+    a, b = random_images(n, seed=13), random_images(m, seed=14) // 2
+    distance = sliced_wasserstein_distance(a, b, 20, seed=3)
+    assert bootstrap_interval(a, b, 20, seed=3, resamples=1) == pytest.approx((distance, distance), rel=1e-6)
+
+
+def test_intervals_cover_the_known_distance_of_two_laws():
+    """Gaussians 2 apart along one axis, where the floor hardly counts, so the laws' own distance is to be covered."""
+    rng = np.random.default_rng(15)
+    distance = math.sqrt(np.mean((2 * unit_directions(3, 20, seed=0)[0]) ** 2))
+    pairs = [(gaussians(200, rng), gaussians(150, rng, shift=2)) for _ in range(100)]
+    intervals = np.array([bootstrap_interval(a, b, 20, resamples=100) for a, b in pairs])
+    assert 0.9 <= np.mean((intervals[:, 0] <= distance) & (distance <= intervals[:, 1])) <= 0.99
+    narrower = np.array([bootstrap_interval(a, b, 20, resamples=100, level=0.5) for a, b in pairs])
+    assert 0.35 <= np.mean((narrower[:, 0] <= distance) & (distance <= narrower[:, 1])) <= 0.65
+
+
+def test_intervals_of_one_law_hold_the_floor():
+    rng = np.random.default_rng(16)
+    pairs = [(gaussians(100, rng), gaussians(100, rng)) for _ in range(60)]
+    distances = np.array([sliced_wasserstein_distance(a, b, 20) for a, b in pairs])
+    lower, upper = np.array([bootstrap_interval(a, b, 20, resamples=100) for a, b in pairs]).T
+    floor = math.sqrt(np.mean(distances**2))
+    assert ((lower <= distances) & (distances <= upper)).all()
+    assert np.mean((lower <= floor) & (floor <= upper)) >= 0.95
+    assert np.mean(upper - lower) < 3 * np.ptp(np.quantile(distances, [0.025, 0.975]))
+
+
+def test_intervals_narrow_with_the_number_of_images_and_repeat_with_the_seed():
+    a, b = quad.generate((), n=800, seed=34).images, quad.generate(("quad4",), n=800, seed=35).images
+    wide, narrow = (np.ptp(bootstrap_interval(a[:n], b[:n], 50, resamples=50)) for n in (50, 800))
+    assert 2 < wide / narrow < 8  # four, the root of 16, but for chance
+    few = a[:20], b[:20], 20
+    assert bootstrap_interval(*few, seed=1) == bootstrap_interval(*few, seed=1) != bootstrap_interval(*few, seed=2)
+
+
+@pytest.mark.parametrize("level", [0, 1, 95])
+def test_a_level_that_is_no_share(level):
+    with pytest.raises(ValueError, match=f"`level` is {level}"):
+        bootstrap_interval(random_images(2, 0), random_images(2, 0), level=level)
+
+
 @pytest.mark.parametrize(
     "a, b, message",
     [
@@ -119,7 +168,10 @@ def test_arrays_that_are_no_images(a, b, message):
 
 
 def test_pot_is_optional(monkeypatch):
-    code = "import sys, diffusers_ctx.evaluation, diffusers_ctx.data; print({'ot', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, diffusers_ctx.evaluation, diffusers_ctx.data;"
+        "print({'ot', 'matplotlib', 'sklearn'} & set(sys.modules))"
+    )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "set()"
     monkeypatch.setitem(sys.modules, "ot", None)

@@ -1,0 +1,152 @@
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from diffusers_ctx.data import quad
+from diffusers_ctx.evaluation import (
+    bootstrap_interval,
+    kernel_distance,
+    sliced_wasserstein_distance,
+)
+from diffusers_ctx.evaluation.report import (
+    draw_strengths,
+    measure_context,
+    measure_counterfactuals,
+    render_markdown,
+    summarize,
+)
+
+
+def mean_colors(images):
+    return images.mean(axis=(1, 2)) / 255
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, np.ndarray]:
+    """Images of two laws, and real ones twice."""
+    laws = {"same": ((), 41), "other": (("quad4",), 42), "real": ((), 43), "again": ((), 44)}
+    return {name: quad.generate(context, n=200, seed=seed).images for name, (context, seed) in laws.items()}
+
+
+def test_figures_are_those_of_the_metrics(sets):
+    figures = measure_context(sets["other"], sets["real"], sets["again"], mean_colors, seed=3)
+    distance = sliced_wasserstein_distance(sets["other"], sets["real"], seed=3)
+    floor = sliced_wasserstein_distance(sets["again"], sets["real"], seed=3)
+    assert figures["n"] == 200 and (figures["swd"], figures["floor"]) == (distance, floor)
+    assert figures["debiased"] ** 2 == pytest.approx(distance**2 - floor**2)
+    assert tuple(figures["interval"]) == bootstrap_interval(sets["other"], sets["real"], seed=3)
+    colors = {name: mean_colors(images) for name, images in sets.items()}
+    assert (figures["kid"], figures["kid_error"]) == kernel_distance(colors["other"], colors["real"], 100, 100, 3)
+    assert figures["kid_floor"] == kernel_distance(colors["again"], colors["real"], 100, 100, 3)[0]
+
+
+def test_they_tell_a_right_law_from_a_wrong_one(sets):
+    right, wrong = (
+        measure_context(sets[name], sets["real"], sets["again"], mean_colors) for name in ("same", "other")
+    )
+    assert right["interval"][0] < right["floor"] < right["interval"][1] and right["debiased"] < 0.05
+    assert wrong["interval"][0] > 2 * wrong["floor"] and wrong["debiased"] > 0.2
+    assert wrong["kid"] > 5 * max(abs(right["kid"]), abs(right["kid_floor"]))
+
+
+def test_without_features_there_is_no_kernel_distance(sets):
+    figures = measure_context(sets["same"], sets["real"], sets["again"])
+    assert figures.keys() == {"n", "swd", "interval", "floor", "debiased"}
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 6), (5, 6, 6), (1, 1, 1)])
+def test_sets_of_different_sizes(sets, sizes):
+    names = ("same", "real", "again")
+    with pytest.raises(ValueError, match=rf"{sizes[0]} samples, {sizes[1]} and {sizes[2]} real images; give as many"):
+        measure_context(*(sets[name][:size] for name, size in zip(names, sizes)))
+
+
+def test_means_are_over_their_own_contexts():
+    interventions = {"obs": (), "a": ("a",), "b": ("b",), "a+b": ("a", "b"), "a+b+c": ("a", "b", "c")}
+    values = dict(zip(interventions, (9.0, 0.1, 0.2, 0.4, 0.8)))
+    figures = {
+        name: {"n": 5, "swd": value, "floor": value / 2, "debiased": value / 4, "interval": [0, 1]}
+        for name, value in values.items()
+    }
+    summary = summarize(figures, interventions)
+    assert summary["concept"] == pytest.approx({"contexts": 2, "swd": 0.15, "floor": 0.075, "debiased": 0.0375})
+    assert summary["composition"] == pytest.approx({"contexts": 2, "swd": 0.6, "floor": 0.3, "debiased": 0.15})
+    assert summary["gap"] == pytest.approx(0.15 - 0.0375)
+    assert summarize({"obs": figures["obs"], "a": figures["a"]}, interventions).keys() == {"concept"}
+
+
+def test_axioms_are_distances_to_the_images():
+    images = np.full((3, 2, 2, 3), 100, dtype=np.uint8)
+    measured = measure_counterfactuals(
+        images, {0: images, 10: images + 51}, {"a": (images + 102, images), "b": (images, images - 51)}
+    )
+    assert measured["n"] == 3
+    assert measured["composition"] == pytest.approx({0: 0, 10: 0.2})
+    assert measured["change"] == pytest.approx({"a": 0.4, "b": 0})
+    assert measured["reversibility"] == pytest.approx({"a": 0, "b": 0.2})
+
+
+def cells_of(markdown: str) -> list[list[str]]:
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+RESULTS = {
+    "contexts": {
+        "obs": {"n": 20, "swd": 0.1234, "floor": 0.1, "debiased": 0.07, "interval": [0.11, 0.14], "kid": -0.0004,
+                "kid_error": 0.001, "kid_floor": 0.0006},
+        "night": {"n": 7, "swd": 0.2, "floor": 0.1, "debiased": 0.173, "interval": [0.1, 0.3], "kid": 2.0,
+                  "kid_error": 0.1, "kid_floor": 0.0},
+    },
+    "concept": {"contexts": 1, "swd": 0.2, "floor": 0.1, "debiased": 0.173, "kid": 2.0, "kid_floor": 0.0},
+}  # fmt: skip
+
+
+def test_the_table_has_a_row_per_context_and_mean():
+    assert cells_of(render_markdown(RESULTS)) == [
+        ["context", "n", "SWD", "95 % interval", "floor", "debiased", "KID", "KID floor"],
+        ["obs", "20", "0.123", "0.110 to 0.140", "0.100", "0.070", "-0.000", "0.001"],
+        ["night", "7", "0.200", "0.100 to 0.300", "0.100", "0.173", "2.000", "0.000"],
+        ["mean of 1, concept", "", "0.200", "", "0.100", "0.173", "2.000", "0.000"],
+    ]
+
+
+def test_the_lines_of_the_table_are_as_long_as_one_another():
+    lines = [line for line in render_markdown(RESULTS).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1 and re.fullmatch(r"\|-+\|(-+:\|)+", lines[1])
+
+
+def test_what_was_not_measured_is_not_in_the_table():
+    contexts = {"obs": {"n": 2, "swd": 0.1, "floor": 0.1, "debiased": 0.0, "interval": [0.0, 0.2]}}
+    markdown = render_markdown({"contexts": contexts})
+    assert cells_of(markdown)[0][-1] == "debiased" and "Counterfactuals" not in markdown and "gap" not in markdown
+
+
+def test_counterfactuals_have_tables_of_their_own():
+    measured = {"n": 4, "composition": {0: 0.01, 10: 0.05}, "change": {"night": 0.3}, "reversibility": {"night": 0.02}}
+    markdown = render_markdown(RESULTS | {"counterfactuals": measured, "gap": 0.0321})
+    assert "gap of the debiased SWD: 0.032" in markdown and "Counterfactuals of 4 observational images" in markdown
+    assert cells_of(markdown)[4:] == [
+        ["rounds without intervention", "error"],
+        ["0", "0.0100"],
+        ["10", "0.0500"],
+        ["intervention", "error when undone", "change when made"],
+        ["night", "0.0200", "0.3000"],
+    ]
+
+
+def test_the_heat_map_shows_every_strength_at_its_place():
+    strengths = np.array([[0, 2.0], [0.5, 0]])
+    axes = draw_strengths(strengths, ["night", "snow"]).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), strengths)  # rows from the top down
+    assert axes.get_xlabel() == "cause" and axes.get_ylabel() == "effect"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["night", "snow"]
+    assert axes.yaxis_inverted() and not axes.xaxis_inverted()
+
+
+def test_matplotlib_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install diffusers-ctx\[eval\]"):
+        draw_strengths(np.zeros((1, 1)), ["night"])

@@ -1,0 +1,303 @@
+"""The evaluation script as users run it: once in this process, and once by `accelerate launch` in two processes."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONCEPTS, attach_random_module
+from PIL import Image, ImageOps
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from diffusers_ctx import ComposablePipeline, embedded_base
+from diffusers_ctx.evaluation import sliced_wasserstein_distance
+
+from .conftest import files_in, flags
+
+
+SCRIPT = Path(__file__).parents[2] / "train_scripts" / "evaluate_context_adapter.py"
+PICTURES = ("grid.png", "graph.png", "counterfactuals.png")
+
+
+@pytest.fixture(scope="session")
+def script():
+    specification = importlib.util.spec_from_file_location("evaluate_context_adapter", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def adapter(base_model, tmp_path_factory) -> Path:
+    pipeline = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
+    return attach_random_module(pipeline).save_context_adapter(tmp_path_factory.mktemp("adapter") / "weather")
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory) -> Path:
+    """Noisy pictures, 40x36, of two concepts and their composition; `obs` alone has captions."""
+    root = tmp_path_factory.mktemp("data") / "held-out"
+    rng = np.random.default_rng(7)
+    for context, shade, count in (("obs", 100, 9), ("night", 40, 7), ("snow", 200, 6), ("night+snow", 140, 6)):
+        (root / context).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.normal(shade, 40, (36, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / context / f"{index}.png")
+    captions = ["file_name,text", *(f"{index}.png,a street number {index}" for index in range(9))]
+    (root / "obs" / "metadata.csv").write_text("\n".join(captions))
+    return root
+
+
+@pytest.fixture
+def options(base_model, tmp_path) -> dict:
+    return make_options(base_model, tmp_path / "results")
+
+
+def make_options(base_model: Path, output_dir: Path) -> dict:
+    return {
+        "pretrained_model_name_or_path": str(base_model),
+        "output_dir": str(output_dir),
+        "num_inference_steps": 2,
+        "num_counterfactuals": 3,
+        "batch_size": 2,
+    }
+
+
+def evaluate(script, adapter: Path, data: Path, options: dict) -> dict:
+    script.Evaluation(script.EvaluationConfig(**options), str(adapter), str(data)).run()
+    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def results(script, adapter, held_out, base_model, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("evaluation") / "results"
+    evaluate(script, adapter, held_out, make_options(base_model, output_dir))
+    return output_dir
+
+
+def figures_of(folder: Path) -> dict:
+    results = json.loads((folder / "results.json").read_text())
+    return {name: results[name] for name in ("contexts", "concept", "composition", "gap", "counterfactuals", "graph")}
+
+
+def read(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+# what a run leaves
+
+
+def test_contexts_have_half_as_many_samples_as_images_each_from_noise_of_its_own(results):
+    counts = {folder.name: len(list(folder.iterdir())) for folder in (results / "samples").iterdir()}
+    assert counts == {"obs": 4, "night": 3, "snow": 3, "night+snow": 3}
+    samples = np.concatenate([read(results / "samples" / context) for context in counts])
+    assert samples.shape == (13, 32, 32, 3) and len(np.unique(samples, axis=0)) == 13
+
+
+def test_the_figures_are_of_samples_and_two_halves_of_the_images(results, held_out):
+    def cropped(path: Path) -> np.ndarray:
+        return np.asarray(ImageOps.fit(Image.open(path), (32, 32), Image.Resampling.LANCZOS))
+
+    figures = figures_of(results)
+    assert list(figures["contexts"]) == ["obs", "night", "snow", "night+snow"]
+    images = np.stack([cropped(held_out / "night+snow" / f"{index}.png") for index in range(6)])
+    order = np.random.default_rng(0).permutation(6)
+    real, again = images[order[0::2]], images[order[1::2]]
+    measured = figures["contexts"]["night+snow"]
+    assert measured["n"] == 3
+    assert measured["floor"] == pytest.approx(sliced_wasserstein_distance(again, real))
+    samples = read(results / "samples" / "night+snow")
+    assert measured["swd"] == pytest.approx(sliced_wasserstein_distance(samples, real))
+    assert figures["concept"]["contexts"] == 2 and figures["composition"]["swd"] == measured["swd"]
+
+
+def test_samples_are_those_of_the_pipeline_under_the_interventions(results, script, adapter, base_model):
+    pipeline = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
+    pipeline.load_context_adapter(adapter)
+
+    def sample(context: str, interventions: list[str]) -> np.ndarray:
+        generators = [script.keyed_generator(f"0/{context}/{index}") for index in range(2)]
+        output = pipeline(
+            ["", ""],
+            interventions=interventions,
+            generator=generators,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="np",
+        )
+        return np.rint(output.images * 255)
+
+    saved = read(results / "samples" / "night+snow")[:2]
+    np.testing.assert_array_equal(sample("night+snow", ["night", "snow"]), saved)
+    assert np.abs(sample("night+snow", []) - saved).max() > 5
+
+
+def test_counterfactuals_are_of_observational_images(results):
+    figures = figures_of(results)["counterfactuals"]
+    assert figures["n"] == 3 and list(figures["composition"]) == ["0", "1", "10"]
+    assert list(figures["reversibility"]) == list(figures["change"]) == CONCEPTS
+    there, images = (read(results / "counterfactuals" / name) for name in ("do-snow", "unchanged-0"))
+    assert there.shape == (3, 32, 32, 3) and not np.array_equal(there, images)
+
+
+def test_the_table_and_the_pictures(results, capsys):
+    table = (results / "results.md").read_text()
+    assert "| night+snow" in table and "| mean of 2, concept" in table and "Composition gap" in table
+    grid, graph, counterfactuals = (Image.open(results / name) for name in PICTURES)
+    assert grid.size == ((4 + 1 + 4) * 32, 4 * (32 + 14)) and graph.width > 100
+    assert counterfactuals.size == (3 * 32, (1 + 2 + 2 * len(CONCEPTS)) * (32 + 14))
+
+
+def test_the_record_names_all_that_the_figures_depend_on(results):
+    record = json.loads((results / "results.json").read_text())
+    assert record["settings"]["pretrained_model_name_or_path"] == "tiny-stable-diffusion"
+    assert record["settings"]["num_inference_steps"] == 2 and record["settings"]["resolution"] == 32
+    assert record["versions"].keys() >= {"diffusers-ctx", "torch", "POT"} and record["num_processes"] == 1
+    assert record["graph"]["nodes"] == [*CONCEPTS, "hidden_0", "hidden_1"] and record["adapter_commit"] is None
+
+
+# stopped and gone on, in two processes
+
+
+@pytest.fixture(scope="session")
+def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
+    """By two processes, from a part of the images; another part is unlike what would be made."""
+    output_dir = shutil.copytree(results, tmp_path_factory.mktemp("resumed") / "results")
+    for name in (
+        "results.json",
+        "results.md",
+        *PICTURES,
+        "samples/night/00001.png",
+        "counterfactuals/do-fog/00002.png",
+    ):
+        (output_dir / name).unlink()
+    for name in ("samples/obs", "samples/night+snow", "counterfactuals/unchanged-4", "counterfactuals/undo-snow"):
+        shutil.rmtree(output_dir / name)
+    (output_dir / "samples" / "night" / "00001.unfinished").write_bytes(b"of a run that died")
+    launcher = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    launcher += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    arguments = [adapter, held_out, *flags(make_options(base_model, output_dir))]
+    run = subprocess.run(
+        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, SCRIPT, *arguments],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    # two gloo processes may abort at their exit, after all is written
+    assert (output_dir / "graph.png").exists(), run.stderr
+    assert (output_dir / "results.md").read_text() in run.stdout
+    return output_dir
+
+
+def test_two_processes_that_go_on_find_what_one_did(results, resumed):
+    assert json.loads((resumed / "results.json").read_text())["num_processes"] == 2
+    assert figures_of(resumed) == figures_of(results)
+    before, after = ({k: v for k, v in files_in(x).items() if k.endswith(".png")} for x in (results, resumed))
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_images_that_are_there_are_not_made_again(script, results, adapter, held_out, options):
+    shutil.copytree(results, options["output_dir"])
+    mark = Path(options["output_dir"]) / "samples" / "snow" / "00000.png"
+    Image.new("RGB", (32, 32), "red").save(mark)
+    marked = mark.read_bytes()
+    figures = evaluate(script, adapter, held_out, options)["contexts"]
+    assert mark.read_bytes() == marked
+    former = figures_of(results)["contexts"]
+    assert figures["snow"] != former["snow"] and figures["night"] == former["night"]
+
+
+# options
+
+
+def test_fewer_samples_no_counterfactuals_and_features_of_clip(script, adapter, held_out, options, tmp_path):
+    clip = tmp_path / "clip"
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPVisionConfig(**shape, image_size=8, patch_size=4, projection_dim=5)
+    CLIPVisionModelWithProjection(config).save_pretrained(clip)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(clip)
+    options |= {"max_samples": 2, "num_counterfactuals": 0, "feature_extractor": str(clip)}
+    results = evaluate(script, adapter, held_out, options)
+    assert {figures["n"] for figures in results["contexts"].values()} == {2}
+    assert "counterfactuals" not in results and not (Path(options["output_dir"]) / "counterfactuals.png").exists()
+    assert all(abs(figures["kid"]) < 1e3 for figures in results["contexts"].values())
+
+
+def test_the_base_is_what_the_adapter_names_where_that_can_be_loaded(script):
+    def base(name: str | None, mode: str = "lora") -> str:
+        return script.recorded_base("user/weather", {"base_model_name_or_path": name, "mode": mode})
+
+    assert base("embedded_base()") == embedded_base()
+    assert base("stable-diffusion-v1-5/stable-diffusion-v1-5") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert base("anything", mode="full") == "user/weather"
+    for name in (None, "tiny-stable-diffusion"):
+        with pytest.raises(ValueError, match=f"only as {name!r}; give .*--pretrained_model_name_or_path"):
+            base(name)
+
+
+# what cannot work stops before anything is made
+
+
+@pytest.fixture
+def refuses(script, adapter, held_out, options):
+    def check(message: str, data: Path = held_out, **changes) -> None:
+        before = files_in(Path(options["output_dir"]))
+        with pytest.raises(ValueError, match=message):
+            evaluate(script, adapter, data, options | changes)
+        assert files_in(Path(options["output_dir"])) == before
+
+    return check
+
+
+@pytest.fixture
+def own_data(held_out, tmp_path) -> Path:
+    """Held-out images that a test may spoil."""
+    return shutil.copytree(held_out, tmp_path / "held-out")
+
+
+def test_a_context_that_the_adapter_does_not_know(refuses, own_data):
+    shutil.copytree(own_data / "snow", own_data / "night+rain")
+    refuses(r"'night\+rain' intervenes on 'rain'; known are \['night', 'snow', 'fog'\]", own_data)
+
+
+def test_a_context_with_too_few_images(refuses, own_data):
+    for index in range(3):
+        (own_data / "snow" / f"{index}.png").unlink()
+    refuses("'snow' has 3 images", own_data)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_samples", 1), ("num_counterfactuals", -1), ("batch_size", 0)])
+def test_options_out_of_range(refuses, name, value):
+    refuses(f"`{name}` is {value}; it must be", **{name: value})
+
+
+def test_samples_of_other_settings(refuses, results, options, own_data):
+    shutil.copytree(results, options["output_dir"])
+    message = "other settings: `num_inference_steps` was 2 and is 3; `guidance_scale` was 1.0 and is 2.0. Go back"
+    refuses(message, num_inference_steps=3, guidance_scale=2.0)
+    refuses("settings: `max_samples` was None and is 2", max_samples=2)
+    captions = own_data / "obs" / "metadata.csv"
+    captions.write_text(captions.read_text().replace("street", "road"))
+    refuses("`captions of obs` was", own_data)
+
+
+def test_samples_of_another_adapter(script, refuses, results, options, adapter, held_out, tmp_path):
+    shutil.copytree(results, options["output_dir"])
+    other = shutil.copytree(adapter, tmp_path / "weather")
+    weights = other / "context_adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(ValueError, match=r"`adapter` was '.*' and is"):
+        evaluate(script, other, held_out, options)
+
+
+def test_samples_of_unknown_settings(refuses, results, options):
+    shutil.copytree(results / "samples", Path(options["output_dir"]) / "samples")
+    refuses("`seed` was None and is 0")
