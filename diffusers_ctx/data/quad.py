@@ -60,8 +60,8 @@ INTERVENTIONS = {
 RESOLUTION = 64
 # Seeds from here on are for evaluation: nothing that the library ships was trained on an image drawn from one.
 FIRST_HELD_OUT_SEED = 1_000_000
-_MAX_EXTENT = 48.0
-_HUES = np.array(
+MAX_EXTENT = 48.0
+HUES = np.array(
     [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]], dtype=np.float32
 )  # red, yellow, green, cyan, blue, magenta
 _CHUNK = 64  # images rendered at once; small enough to stay in the processor's cache
@@ -192,16 +192,16 @@ def _solve(noise: np.ndarray, interventions: tuple[str, ...], dependent: bool) -
 
 def hue(unit: np.ndarray) -> np.ndarray:
     """RGB in [0, 1], shape (..., 3), of positions in [0, 1] on the way from red over green and blue to magenta."""
-    position = np.clip(unit, 0, 1) * (len(_HUES) - 1)
-    lower = np.minimum(position.astype(int), len(_HUES) - 2)
+    position = np.clip(unit, 0, 1) * (len(HUES) - 1)
+    lower = np.minimum(position.astype(int), len(HUES) - 2)
     fraction = (position - lower)[..., None].astype(np.float32)
-    return _HUES[lower] * (1 - fraction) + _HUES[lower + 1] * fraction
+    return HUES[lower] * (1 - fraction) + HUES[lower + 1] * fraction
 
 
 def _render(unit: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """Images (n, 64, 64, 3) from factors in [0, 1] (n, 8) and the index of each shape (n,)."""
     images = np.empty((len(unit), RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
-    for shape, coverage in enumerate(_COVERAGES):  # one shape at a time: its formula is then one array expression
+    for shape, coverage in enumerate(COVERAGES):  # one shape at a time: its formula is then one array expression
         members = np.flatnonzero(shapes == shape)
         for start in range(0, len(members), _CHUNK):
             rows = members[start : start + _CHUNK]
@@ -219,7 +219,7 @@ def _render_chunk(unit: np.ndarray, coverage) -> np.ndarray:
     images[:, :half, :half] = quad3
     images[:, :half, half:] = quad4
 
-    extent = (_MAX_EXTENT * (0.2 + 0.8 * unit[:, 4]))[:, None, None]
+    extent = (MAX_EXTENT * (0.2 + 0.8 * unit[:, 4]))[:, None, None]
     angle = (2 * np.pi * unit[:, 7])[:, None, None]
     cosine, sine = np.cos(angle), np.sin(angle)
     axis = np.arange(RESOLUTION, dtype=np.float32) + 0.5 - half
@@ -256,5 +256,5 @@ def _ellipse(x, y, extent):
     return 0.5 - radius * (radius - 1) / np.maximum(gradient, 1e-6)
 
 
-_COVERAGES = (_circle, _square, _triangle, _ellipse)
+COVERAGES = (_circle, _square, _triangle, _ellipse)
 _CAPTIONS = tuple(f"a picture of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in SHAPES)

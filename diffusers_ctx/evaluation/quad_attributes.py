@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from ..data import quad
-from ..data.quad import _COVERAGES, _HUES, _MAX_EXTENT, RESOLUTION
+from ..data.quad import COVERAGES, HUES, MAX_EXTENT, RESOLUTION
 
 
 # turns after which a shape looks the same again; a circle has no orientation
@@ -21,7 +21,7 @@ PERIODS = dict(zip(quad.SHAPES, (np.nan, 1 / 4, 1 / 3, 1 / 2)))
 _SIZE, _COLOR, _SHAPE, _ORIENTATION = (quad.FACTORS.index(name) for name in ("size", "color", "shape", "orientation"))
 
 _UNREADABLE = 0.5  # residual from which on a figure's attributes are guesses
-_SMALLEST, _LARGEST = 0.2 * _MAX_EXTENT, _MAX_EXTENT
+_SMALLEST, _LARGEST = 0.2 * MAX_EXTENT, MAX_EXTENT
 _EDGE = 2.0  # pixels across which an edge fades: decoders blur, and a soft edge leads the refinement from further off
 _SIZES = 16  # of the templates
 _ARC = 3.0  # pixels that a figure's rim moves from one template to the next
@@ -112,8 +112,8 @@ def hue_position(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The second array is the squared distance from those points.
     """
-    directions = np.diff(_HUES, axis=0)  # of length one: every segment changes one channel from end to end
-    offset = colors[..., None, :] - _HUES[:-1]
+    directions = np.diff(HUES, axis=0)  # of length one: every segment changes one channel from end to end
+    offset = colors[..., None, :] - HUES[:-1]
     along = np.clip((offset * directions).sum(-1), 0, 1)
     squares = ((offset - along[..., None] * directions) ** 2).sum(-1)
     segment = squares.argmin(-1)[..., None]
@@ -148,7 +148,7 @@ def _coverage(shape: int, extent: np.ndarray, turns: np.ndarray) -> np.ndarray:
     """Coverage (n, 4, 1024) by figures of one shape, with edges `_EDGE` pixels wide."""
     extent, angle = (array.astype(np.float32)[:, None, None] for array in (extent, 2 * np.pi * turns))
     cosine, sine = np.cos(angle), np.sin(angle)
-    sharp = _COVERAGES[shape](cosine * _X + sine * _Y, cosine * _Y - sine * _X, extent)
+    sharp = COVERAGES[shape](cosine * _X + sine * _Y, cosine * _Y - sine * _X, extent)
     return np.clip(0.5 + (sharp - 0.5) / _EDGE, 0, 1)
 
 
@@ -174,7 +174,7 @@ def _read(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     fits = []
     for shape, (extent, turns) in enumerate(_closest_templates(departure, background)):
         extent, turns, color, misfit = _refine(shape, extent, turns, departure, background)
-        size = np.clip((extent / _MAX_EXTENT - 0.2) / 0.8, 0, 1)
+        size = np.clip((extent / MAX_EXTENT - 0.2) / 0.8, 0, 1)
         period = list(PERIODS.values())[shape]
         fits.append((size, color, np.full_like(size, shape / 3), turns % period, misfit))
     candidates = np.array(fits)  # (shapes, 5, n)
