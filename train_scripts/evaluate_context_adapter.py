@@ -138,6 +138,8 @@ class Evaluation:
             safety_checker=None,
             requires_safety_checker=False,
         )
+        # a name does not tell whether what is behind it was trained on or replaced
+        self.base_digest = digest(weight.numpy().tobytes() for weight in weights_of(pipeline))
         pipeline.load_context_adapter(self.adapter, cache_dir=self.config.cache_dir)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.accelerator.device, dtype)
@@ -149,6 +151,7 @@ class Evaluation:
         return {
             "adapter": digest(file.read_bytes() for file in adapter_files),
             "pretrained_model_name_or_path": public_name(self.base),
+            "base model": self.base_digest,
             **{name: getattr(self.config, name) for name in options},
             "mixed_precision": self.accelerator.mixed_precision,
             "resolution": self.resolution,
@@ -283,7 +286,7 @@ def draw_counterfactuals(
     images: np.ndarray, rounds: dict[int, np.ndarray], undone: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> Image.Image:
     rows = {"observational images": images}
-    rows |= {f"no intervention, {number} rounds": unchanged for number, unchanged in rounds.items() if number}
+    rows |= {f"no intervention, round {number}": unchanged for number, unchanged in rounds.items() if number}
     for name, (there, back) in undone.items():
         rows |= {f"do({name})": there, f"do({name}), undone": back}
     return draw_grid([row[:COLUMNS] for row in rows.values()], list(rows))
@@ -311,6 +314,11 @@ def keyed_generator(key: str) -> torch.Generator:
 
 def digest(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def weights_of(pipeline: ComposablePipeline) -> Iterable[torch.Tensor]:
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return (weight.float() for module in modules for weight in module.state_dict().values())
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

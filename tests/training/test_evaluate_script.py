@@ -298,6 +298,14 @@ def test_samples_of_another_adapter(script, refuses, results, options, adapter, 
         evaluate(script, other, held_out, options)
 
 
+def test_samples_of_another_base_of_the_same_name(refuses, results, options, base_model, tmp_path):
+    shutil.copytree(results, options["output_dir"])
+    other = shutil.copytree(base_model, tmp_path / base_model.name)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    refuses(r"settings: `base model` was '\w+' and is '\w+'\. Go back", pretrained_model_name_or_path=str(other))
+
+
 def test_samples_of_unknown_settings(refuses, results, options):
     shutil.copytree(results / "samples", Path(options["output_dir"]) / "samples")
     refuses("`seed` was None and is 0")
