@@ -102,7 +102,7 @@ class ContextAdapterLoaderMixin:
                 f"A LoRA of the name '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')`"
                 " first."
             )
-        module = ContextModule.from_pretrained(folder / MODULE_FOLDER).eval()
+        module = _read_module(folder / MODULE_FOLDER)
         attach_context_module(self.unet, module)
         try:
             load_attention(self.unet, read_attention(folder))
@@ -247,3 +247,14 @@ class ContextAdapterLoaderMixin:
         if LORA_ADAPTER not in self._unet_loras:
             return {}
         return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
+
+
+def _read_module(folder: Path) -> ContextModule:
+    module, info = ContextModule.from_pretrained(folder, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise AdapterError(
+            f"The weights in '{folder}' are not those of its configuration ({', '.join(sorted(wrong)[:4])}…): the"
+            " adapter was saved by another version of diffusers_ctx, or its files were mixed up. Save or train it again."
+        )
+    return module.eval()

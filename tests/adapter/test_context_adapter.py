@@ -302,6 +302,14 @@ def no_module(folder: Path) -> None:
     shutil.rmtree(folder / "context_module")
 
 
+def other_module_weights(folder: Path) -> None:
+    """As if saved by a version whose layers had other names."""
+    path = folder / "context_module" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights = {name.replace("read_out", "renamed"): weight for name, weight in weights.items()}
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
 def newer_format(folder: Path) -> None:
     path = folder / "context_adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
@@ -321,6 +329,7 @@ def broken_lora(folder: Path) -> None:
         (truncated, "context_adapter.safetensors"),
         (foreign_layers, "does not fit"),
         (no_module, "context_module"),
+        (other_module_weights, "saved by another version"),
         (newer_format, "upgrade"),
         (broken_lora, "pytorch_lora_weights.safetensors"),
     ],
