@@ -254,7 +254,8 @@ def _read_module(folder: Path) -> ContextModule:
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise AdapterError(
-            f"The weights in '{folder}' are not those of its configuration ({', '.join(sorted(wrong)[:4])}…): the"
-            " adapter was saved by another version of diffusers_ctx, or its files were mixed up. Save or train it again."
+            f"The weights in '{folder}' are not those of its configuration ({', '.join(sorted(wrong)[:4])}…):"
+            " the adapter was saved by another version of diffusers_ctx, or its files were mixed up; save or"
+            " train it again."
         )
     return module.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
@@ -22,7 +23,8 @@ from .latents import ContextLatents
 from .noise import KeyedNoise
 
 
-_DIRECTIONS = 64
+_DIRECTIONS = 64  # in the space of the noise
+_LATENT_DIRECTIONS = 128
 _MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
 
 
@@ -55,7 +57,7 @@ def learn_abduction(
     for step in progress:
         rows = next(batches)
         # negative numbers: those of the second part of training start at zero
-        inputs = _step_inputs(latents, labels, rows, KeyedNoise(seed, -1 - step), context_module.noise_shape)
+        inputs = _step_inputs(latents, labels, rows, KeyedNoise(seed, -1 - step), objective)
         loss, figures = objective(*(tensor.to(accelerator.device) for tensor in inputs), step)
         if not loss.isfinite():
             raise FloatingPointError(
@@ -108,10 +110,11 @@ def _batches(contexts: list[str], labels: torch.Tensor, seed: int, batch_size: i
 
 
 def _step_inputs(
-    latents: ContextLatents, labels: torch.Tensor, rows: torch.Tensor, noise: KeyedNoise, noise_shape: tuple[int, int]
+    latents: ContextLatents, labels: torch.Tensor, rows: torch.Tensor, noise: KeyedNoise, objective: AbductionObjective
 ) -> tuple[torch.Tensor, ...]:
-    size = len(rows)
+    size, (nodes, dim) = len(rows), objective.context_module.noise_shape
     drawn = latents.draw(rows, noise.normal(size, *latents.mean.shape[2:]), noise.uniform(size))
-    exogenous, reference = noise.normal(size, *noise_shape), noise.normal(size, *noise_shape)
-    directions = torch.nn.functional.normalize(noise.normal(noise_shape[0] * noise_shape[1], _DIRECTIONS), dim=0)
-    return drawn, labels[rows], exogenous, reference, directions
+    exogenous, reference = noise.normal(size, nodes, dim), noise.normal(size, nodes, dim)
+    directions = F.normalize(noise.normal(nodes * dim, _DIRECTIONS), dim=0)
+    latent_directions = F.normalize(noise.normal(objective.dimensions, _LATENT_DIRECTIONS), dim=0)
+    return drawn, labels[rows], exogenous, reference, directions, latent_directions

@@ -1,10 +1,11 @@
 """What is minimised while the concepts are learned: a small VAE around the module, told what contexts differ in.
 
-Three terms, each against one way to fail:
+Four terms, each against one way to fail:
 
 - The evidence bound alone lets any entangled code settle before the mechanisms have a say.
 - The contrast between contexts, for which only what an intervention changed is of use, leads each concept to its node.
 - The match of the noise in each context to N(0, I) makes noise drawn from the prior mean what abducted noise means.
+- The match of what such noise is decoded to with the context's images sees what is left of dependence between nodes.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class AbductionObjective(nn.Module):
         self.context_module = context_module
         self.config = config
         self.size = max(size for size in _SIZES if size <= max(latent_size, _SIZES[0]))
+        self.dimensions = latent_channels * self.size**2
         nodes, _ = context_module.noise_shape
         self.decoder = LightDecoder(nodes, context_module.config.concept_dim, latent_channels, self.size)
         self.register_buffer("contexts", contexts, persistent=False)
@@ -79,6 +81,7 @@ class AbductionObjective(nn.Module):
         exogenous: torch.Tensor,
         reference: torch.Tensor,
         directions: torch.Tensor,
+        latent_directions: torch.Tensor,
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and figures to log.
@@ -87,8 +90,9 @@ class AbductionObjective(nn.Module):
             latents: (B, C, h, w), sorted by context.
             labels: (B,), the row of `contexts` that each image belongs to.
             exogenous: standard normal numbers (B, N, d_z) to draw from the posterior with.
-            reference: standard normal numbers (B, N, d_z) to compare the draws with.
-            directions: (N d_z, P) unit vectors to compare them along.
+            reference: standard normal numbers (B, N, d_z) to compare the draws with, and to decode.
+            directions: (N d_z, P) unit vectors to compare draws along.
+            latent_directions: (C s s, P) unit vectors to compare decoded latents along; `s` is `size`.
             step: number of the step.
         """
         progress = step / self.config.abduction_steps
@@ -100,25 +104,28 @@ class AbductionObjective(nn.Module):
             return loss, {"contrast": contrast.detach()}
 
         mask = self.contexts[labels]
+        target = F.adaptive_avg_pool2d(latents, self.size)
         posterior = self.context_module.abduct(latents, mask)
         z = posterior.at(exogenous)
-        mse, kl = self.reconstruction_error(latents, z, mask), posterior.kl()
+        mse, kl = F.mse_loss(self.decode(z, mask), target), posterior.kl()
         mismatch = self.mismatch(z, reference, directions)
-        dimensions = latents.shape[1] * self.size**2
+        misfit = self.misfit(self.decode(reference, mask), target, latent_directions)
         fading = self.config.contrastive_weight * max(0.0, 1 - progress / _CONTRAST_FADES_BY)
         warm_up = min(1.0, (step - _CONTRASTIVE_SHARE * self.config.abduction_steps + 1) / self.config.kl_warmup_steps)
         causal = self.context_module.causal
         loss = (
             # the Gaussian likelihood at its best variance (Rybkin et al. 2021, arXiv 2006.13202, equation 5), so that
             # the KL term weighs what it should, whatever the scale of the latents
-            dimensions / 2 * mse.log()
+            self.dimensions / 2 * mse.log()
             + self.config.kl_weight * warm_up * kl.sum(dim=1).mean()
             + (1 + fading) * contrast
             + self.config.matching_weight * mismatch
+            + self.config.generation_weight * misfit
             + self.config.acyclicity_weight * causal.acyclicity()
             + self.config.sparsity_weight * causal.group_lasso()
         )
-        figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "kl": kl.mean(dim=0)}
+        figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "misfit": misfit}
+        figures["kl"] = kl.mean(dim=0)
         return loss, {name: figure.detach() for name, figure in figures.items()}
 
     def contrast(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -133,16 +140,19 @@ class AbductionObjective(nn.Module):
         log_densities = self.context_module.log_prob(self.context_module.read_values(latents), self.contexts)
         return F.cross_entropy(log_densities, labels)
 
-    def reconstruction_error(self, latents: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of the decoded latents."""
-        target = F.adaptive_avg_pool2d(latents, self.size)
-        return F.mse_loss(self.decoder(self.context_module.concept_values(z, mask)), target)
+    def decode(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Small latents (B, C, s, s) that noise (B, N, d_z) stands for in the contexts of the masks (B, K)."""
+        return self.decoder(self.context_module.concept_values(z, mask))
 
     def mismatch(self, z: torch.Tensor, reference: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         """Squared sliced Wasserstein distance of abducted noise to N(0, I): in each context, plus over all of them."""
         groups = len(self.contexts)
         projected, expected = z.flatten(1) @ directions, reference.flatten(1) @ directions
         return _sorted_distance(projected, expected, groups) + _sorted_distance(projected, expected, 1)
+
+    def misfit(self, generated: torch.Tensor, target: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """Squared sliced Wasserstein distance of decoded prior noise to the latents, in each context."""
+        return _sorted_distance(generated.flatten(1) @ directions, target.flatten(1) @ directions, len(self.contexts))
 
 
 def _sorted_distance(a: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:

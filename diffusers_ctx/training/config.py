@@ -58,6 +58,7 @@ class ContextConfig:
     kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.")
     contrastive_weight: float = _option(30.0, "First weight of the contrast between contexts; it fades to 1.")
     matching_weight: float = _option(50.0, "Weight of the match of the noise in each context to its prior.")
+    generation_weight: float = _option(500.0, "Weight of the match of decoded prior noise in each context to images.")
     acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
     sparsity_weight: float = _option(0.0, "Weight of the group lasso on the edges of the causal layer.")
     abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
