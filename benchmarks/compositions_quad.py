@@ -12,7 +12,8 @@ import torch
 
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
-from diffusers_ctx.evaluation import conformity, debiased, edge_auroc, read_attributes, sliced_wasserstein_distance
+from diffusers_ctx.evaluation import conformity, edge_auroc, read_attributes
+from diffusers_ctx.evaluation.report import measure_context
 
 
 FURTHER = (("quad3", "quad4"), ("size", "orientation"), ("quad1", "quad2", "quad4"), ("quad1", "quad3", "size"))
@@ -50,8 +51,9 @@ def main() -> None:
     for interventions in [*quad.contexts().values(), *quad.HELD_OUT_PAIRS, *FURTHER]:
         real, again = (quad.generate(interventions, args.n, seed) for seed in (args.seed, args.seed + 1))
         samples = sample(pipeline, again.captions, interventions, args.num_inference_steps)
-        distance, floor = (sliced_wasserstein_distance(x, real.images) for x in (samples, again.images))
-        line = f"{'+'.join(interventions) or 'obs'}: {distance:.3f} {floor:.3f} {debiased(distance, floor):.3f}"
+        figures = measure_context(samples, real.images, again.images)
+        distances = " ".join(f"{figures[name]:.3f}" for name in ("swd", "floor", "debiased"))
+        line = f"{'+'.join(interventions) or 'obs'}: {distances}"
         # an orientation read modulo its shape's period fills its whole range under any law
         queried = [quad.FACTORS.index(name) for name in interventions if name != "orientation"]
         if queried:

@@ -14,6 +14,7 @@ from scipy.special import ndtr
 
 from ..data import quad
 from ..data.quad import COVERAGES, HUES, MAX_EXTENT, RESOLUTION
+from .images import pixel_scale
 
 
 # turns after which a shape looks the same again; a circle has no orientation
@@ -80,7 +81,7 @@ def read_attributes(images: np.ndarray) -> QuadAttributes:
     values, residual = np.empty((len(images), len(quad.FACTORS))), np.empty(len(images))
     for start in range(0, len(images), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        pixels = images[rows].astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
+        pixels = images[rows].astype(np.float32) / pixel_scale(images)
         values[rows], residual[rows] = _read(_quadrants(pixels))
     values[residual > _UNREADABLE, 4:] = np.nan
     return QuadAttributes(values, residual)
