@@ -129,13 +129,20 @@ def launch(
     if config_file is not None:
         config_file.write_text(yaml.safe_dump(options))
         arguments = [str(config_file)]
+    return launch_script(SCRIPT, arguments, num_processes, environment)
+
+
+def launch_script(
+    script: Path, arguments: list, num_processes: int, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script by `accelerate launch`, on the CPU."""
     launcher = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
     if num_processes > 1:  # `--cpu` would start a single process
         launcher += ["--multi_gpu", f"--num_processes={num_processes}", "--main_process_port=0"]
     else:
         launcher += ["--cpu", "--num_processes=1"]
     run = subprocess.run(
-        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, SCRIPT, *arguments],
+        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, script, *arguments],
         env=environment or dict(os.environ),
         capture_output=True,
         text=True,

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 
-from .conftest import files_in, flags
+from .conftest import files_in, flags, launch_script
 
 
 SCRIPT = Path(__file__).parents[2] / "train_scripts" / "evaluate_context_adapter.py"
@@ -180,17 +178,8 @@ def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
     for name in ("samples/obs", "samples/night+snow", "counterfactuals/unchanged-4", "counterfactuals/undo-snow"):
         shutil.rmtree(output_dir / name)
     (output_dir / "samples" / "night" / "00001.unfinished").write_bytes(b"of a run that died")
-    launcher = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-    launcher += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
     arguments = [adapter, held_out, *flags(make_options(base_model, output_dir))]
-    run = subprocess.run(
-        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, SCRIPT, *arguments],
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    # two gloo processes may abort at their exit, after all is written
+    run = launch_script(SCRIPT, arguments, num_processes=2)
     assert (output_dir / "graph.png").exists(), run.stderr
     assert (output_dir / "results.md").read_text() in run.stdout
     return output_dir
