@@ -89,7 +89,7 @@ class ContextTrainer:
         """
         figures: dict[str, float] = {}
         if self.checkpoint is None:
-            figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
+            figures = self._learn_concepts()
         self._prepare_training()
         step = 0
         if self.checkpoint is not None:
@@ -101,6 +101,10 @@ class ContextTrainer:
         self._save()
         self.accelerator.end_training()
         return self.output_dir
+
+    def _learn_concepts(self) -> dict[str, float]:
+        """The first part of training; figures to log."""
+        return learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
 
     # what is set up before training
 

@@ -1,0 +1,196 @@
+"""Context adapters in every mode and form, their upper bound, and what is left of them without their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from diffusers_ctx import ComposablePipeline, ContextModule, embedded_base
+from diffusers_ctx.context.posterior import GaussianPosterior
+from diffusers_ctx.data import quad
+from diffusers_ctx.training import ContextTrainer, TrainingConfig
+from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
+from diffusers_ctx.training.latents import ContextLatents
+
+from .setting import Sampler, Setting, in_batches
+
+
+TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
+_HIDDEN = ("color", "shape")  # what no context of the benchmark intervenes on
+_LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
+
+
+class BenchmarkTrainer(ContextTrainer):
+    """Takes the latents that all methods share.
+
+    Args:
+        setting: the comparison.
+        config: the run.
+    """
+
+    def __init__(self, setting: Setting, config: TrainingConfig):
+        self.setting = setting
+        super().__init__(config, ComposablePipeline.from_pretrained(embedded_base()))
+
+    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+        return self.setting.latents()
+
+
+class PooledTrainer(BenchmarkTrainer):
+    """Is not told which image is of which context."""
+
+    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+        latents = super()._encode(dataset)
+        return replace(latents, masks=torch.zeros_like(latents.masks))
+
+
+class UntoldModule(ContextModule):
+    """A module whose posterior is not told the context."""
+
+    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        return super().abduct(latents, torch.zeros_like(mask))
+
+
+class UntoldTrainer(BenchmarkTrainer):
+    """Trains an `UntoldModule`."""
+
+    def _create_context_module(self, concepts: list[str]) -> ContextModule:
+        return UntoldModule.from_config(super()._create_context_module(concepts).config)
+
+
+class GivenNoiseModule(ContextModule):
+    """A module without a posterior: the noise is the standard normal numbers it is handed."""
+
+    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        nodes, dim = self.noise_shape
+        mean = latents.new_zeros(len(latents), nodes, dim)
+        factor = torch.eye(nodes * dim, device=mean.device).expand(len(mean), -1, -1)
+        return GaussianPosterior(mean, factor, mean.new_zeros(len(mean), nodes))
+
+
+class GivenNoiseTrainer(BenchmarkTrainer):
+    """Trains a `GivenNoiseModule` with mechanisms and noise that are given too."""
+
+    def _create_context_module(self, concepts: list[str]) -> ContextModule:
+        return GivenNoiseModule.from_config(super()._create_context_module(concepts).config)
+
+    def _learn_concepts(self) -> dict[str, float]:
+        set_mechanisms(self.context_module, self.setting)
+        self.noise = given_noise(self.setting, self.latents.contexts)
+        return {}
+
+    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        *inputs, exogenous = super()._step_inputs(number, batch)
+        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous))
+
+
+class LabelsTrainer(GivenNoiseTrainer):
+    """Without noise: a node's tokens say whether it was intervened on, and nothing else."""
+
+    def _learn_concepts(self) -> dict[str, float]:
+        with torch.no_grad():
+            self.context_module.mechanism.bias_do.fill_(1)
+        self.noise = torch.zeros(len(self.latents), self.context_module.noise_shape[0])
+        return {}
+
+
+def given_noise(setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
+    """The simulator's noise (n, 8), in the order of the oracle's nodes."""
+    return setting.true_noise(contexts)[:, [quad.FACTORS.index(name) for name in (*quad.CONCEPTS, *_HIDDEN)]]
+
+
+@torch.no_grad()
+def set_mechanisms(module: ContextModule, setting: Setting) -> None:
+    """Gives a structural module with quad's own graph quad's own mechanisms, for standardised factors."""
+    names = [*quad.CONCEPTS, *_HIDDEN]
+    order = [quad.FACTORS.index(name) for name in names]
+    deviation = torch.tensor(quad.observational_deviation(setting.dependent))[order]
+    weights = torch.tensor(quad.edge_matrix(setting.dependent))[order][:, order]
+    module.causal.blocks.copy_((weights * deviation / deviation[:, None])[..., None, None])
+    noise = torch.tensor([quad.NOISE_VARIANCES[name] for name in names]).sqrt() / deviation
+    module.mechanism.weight_obs.copy_(noise[:, None, None])
+    means, variances = torch.tensor([quad.INTERVENTIONS[name] for name in quad.CONCEPTS]).double().T
+    scale = deviation[: len(quad.CONCEPTS)]
+    module.mechanism.weight_do.copy_((variances.sqrt() / scale)[:, None, None])
+    module.mechanism.bias_do.copy_((means / scale)[:, None])
+
+
+def oracle_graph(dependent: bool) -> tuple[str, ...]:
+    renamed = {name: f"hidden_{index}" for index, name in enumerate(_HIDDEN)}
+    edges = quad.EDGES if dependent else ()
+    # with no edge of a hidden factor, the module would let each cause every concept
+    return tuple(f"{renamed.get(cause, cause)}->{renamed.get(effect, effect)}" for cause, effect in edges)
+
+
+@dataclass(frozen=True)
+class ContextAdapter:
+    """A context adapter.
+
+    Attributes:
+        mode: `frozen`, `lora` or `full`.
+        context: options of the module and of learning the concepts.
+        trainer: what trains it.
+        told: whether the sampler is told the interventions.
+        noise: whether samples have exogenous noise.
+    """
+
+    mode: str = "lora"
+    context: ContextConfig = field(default_factory=ContextConfig)
+    trainer: type[BenchmarkTrainer] = BenchmarkTrainer
+    told: bool = True
+    noise: bool = True
+
+    def train(self, setting: Setting, folder: Path) -> None:
+        config = TrainingConfig(
+            ModelConfig(embedded_base(), mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
+            DataConfig(train_data_dir=str(setting.data_dir), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
+            replace(self.context, abduction_steps=setting.concept_steps),
+            OptimizationConfig(
+                seed=setting.seed,
+                train_batch_size=64,
+                max_train_steps=setting.train_steps,
+                learning_rate=_LEARNING_RATES[self.mode],
+                lr_scheduler="cosine",
+                lr_warmup_steps=50,
+            ),
+            OutputConfig(
+                output_dir=str(folder),
+                checkpointing_steps=500,
+                checkpoints_total_limit=1,
+                resume_from_checkpoint="latest",
+            ),
+        )
+        self.trainer(setting, config).train()
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        pipeline = load_pipeline(folder, full=self.mode == "full")
+
+        def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
+            def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
+                shape = (len(prompts), *pipeline.context_module.noise_shape)
+                return pipeline(
+                    prompts,
+                    interventions=list(interventions) if self.told else [],
+                    exogenous_noise=None if self.noise else torch.zeros(shape),
+                    generator=generator,
+                    num_inference_steps=setting.num_inference_steps,
+                    guidance_scale=1.0,
+                    output_type="np",
+                ).images
+
+            return in_batches(sample_batch, captions, seed)
+
+        return sample
+
+
+def load_pipeline(folder: Path, full: bool = False) -> ComposablePipeline:
+    pipeline = ComposablePipeline.from_pretrained(folder if full else embedded_base())
+    pipeline.load_context_adapter(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

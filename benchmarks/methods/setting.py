@@ -1,0 +1,95 @@
+"""What all methods of one comparison share: base, images, budget and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from diffusers_ctx import embedded_base
+from diffusers_ctx.data import context_mask, load_context_dataset, quad
+from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
+
+
+BATCH_SIZE = 100  # images sampled at once
+Sampler = Callable[[Sequence[str], Sequence[str], int], np.ndarray]
+"""Captions (n), interventions and a seed to n images (n, 64, 64, 3) uint8; one seed, one noise in every context."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison.
+
+    Attributes:
+        dependent: quad's variant.
+        seed: of images, weights and batches.
+        images_per_context: training images of each context.
+        train_steps: optimizer steps of the UNet in methods with a first part of training that takes its own time.
+        concept_steps: steps of that first part.
+        rival_steps: optimizer steps of methods without one: as many more as take the same time.
+        num_inference_steps: denoising steps of all samples.
+        work_dir: where images, latents and weights go.
+    """
+
+    dependent: bool
+    seed: int
+    images_per_context: int
+    train_steps: int
+    concept_steps: int
+    rival_steps: int
+    num_inference_steps: int
+    work_dir: Path
+
+    @property
+    def name(self) -> str:
+        return f"{'dependent' if self.dependent else 'independent'}-seed{self.seed}-images{self.images_per_context}"
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of training images, written when first asked for."""
+        folder, done = self.work_dir / self.name / "data", self.work_dir / self.name / "data-written"
+        if not done.exists():
+            quad.write_folders(folder, self.images_per_context, self.seed, self.dependent)
+            done.touch()
+        return folder
+
+    def latents(self) -> ContextLatents:
+        """The training images' latents, encoded when first asked for."""
+        file = self.work_dir / self.name / "latents.pt"
+        if not file.exists():
+            dataset = load_context_dataset(self.data_dir, concepts=list(quad.CONCEPTS))
+            vae = AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae", torch_dtype=torch.float32)
+            mask = context_mask(list(dataset["context"]), list(quad.CONCEPTS))
+            transform = ImageTransform(quad.RESOLUTION, center_crop=True, seed=0)
+            torch.save(encode_images(vae.requires_grad_(False), dataset, mask, transform), file)
+        return torch.load(file, weights_only=False)
+
+    def true_noise(self, contexts: Sequence[str]) -> torch.Tensor:
+        """The simulator's exogenous noise (n, 8) of the training images, in the order of their context names."""
+        drawn = {
+            name: iter(np.random.default_rng(self.seed + offset).standard_normal((self.images_per_context, 8)))
+            for offset, name in enumerate(quad.contexts())
+        }
+        return torch.tensor(np.array([next(drawn[name]) for name in contexts]), dtype=torch.float32)
+
+
+class Method(Protocol):
+    """A row of the benchmark."""
+
+    def train(self, setting: Setting, folder: Path) -> None:
+        """Trains and saves to `folder`."""
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        """The sampler of what `train` saved."""
+
+
+def in_batches(sample: Callable[[list[str], torch.Generator], np.ndarray], captions: Sequence[str], seed: int):
+    """Images (n, H, W, 3) uint8 of all captions, from a function that makes a batch of them in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [list(captions[start : start + BATCH_SIZE]) for start in range(0, len(captions), BATCH_SIZE)]
+    return np.concatenate([np.rint(sample(batch, generator) * 255).astype(np.uint8) for batch in batches])

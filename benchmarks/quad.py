@@ -1,0 +1,188 @@
+"""Trains and measures context adapters and what people would use instead: same base, same images, same budget.
+
+    python benchmarks/quad.py                      # every row, dependent variant, seed 0
+    python benchmarks/quad.py --rows ours prompt-lora --seed 1
+    python benchmarks/quad.py --table              # the tables of what has been measured
+
+Each row's figures go to a file in benchmarks/results/quad as they are measured: the same command, given again, goes on
+where it stopped. Weights, images and latents are kept in --work_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
+from methods.light_vae import LightVae
+from methods.ours import (
+    TRUE_GRAPH,
+    ContextAdapter,
+    GivenNoiseTrainer,
+    LabelsTrainer,
+    PooledTrainer,
+    UntoldTrainer,
+    load_pipeline,
+    oracle_graph,
+)
+from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
+from methods.setting import Method, Sampler, Setting
+from PIL import Image
+from tables import render_tables
+
+from diffusers_ctx.data import quad
+from diffusers_ctx.training import draw_grid
+from diffusers_ctx.training.config import ContextConfig
+
+
+RESULTS = Path(__file__).parent / "results" / "quad"
+COLUMNS = 8  # of pictures
+DRAWN = ("obs", "quad1", "quad4", "size", "quad1+quad4", "quad2+size", "quad1+quad3+orientation")
+
+
+def rows(dependent: bool, seconds: float) -> dict[str, Method]:
+    """Every row by name; `seconds` is how long the first one trained."""
+    forms: dict[str, dict[str, Any]] = {
+        "": {},
+        "-graph": {"graph": list(TRUE_GRAPH) if dependent else []},
+        "-reduced": {"causal_form": "reduced_form"},
+    }
+    ours = {
+        f"{'ours' if mode == 'lora' else mode}{suffix}": ContextAdapter(mode, ContextConfig(**form))
+        for mode in ("lora", "frozen", "full")
+        for suffix, form in forms.items()
+    }
+    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)))
+    amortized = ContextConfig(posterior_type="amortized")
+    return {
+        **ours,
+        "oracle": ContextAdapter(context=given, trainer=GivenNoiseTrainer),
+        "base": PromptLora(contexts=("obs",), named=False),
+        "base-pooled": PromptLora(named=False),
+        "module-pooled": ContextAdapter(trainer=PooledTrainer, told=False),
+        "posterior-untold": ContextAdapter(context=amortized, trainer=UntoldTrainer),
+        "labels-only": ContextAdapter(trainer=LabelsTrainer, noise=False),
+        "prompt-lora": PromptLora(),
+        "lora-per-context": LoraPerContext(),
+        "composable-diffusion": ComposableDiffusion("prompt-lora"),
+        "concept-sliders": ConceptSliders("prompt-lora"),
+        "paper-vae": LightVae(seconds),
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(rows(True, 0.0)), help="Which ones; by default all.")
+    parser.add_argument("--independent", action="store_true", help="The variant without edges between the factors.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images_per_context", type=int, default=4000)
+    parser.add_argument("--train_steps", type=int, default=1000, help="UNet steps of batch 64 after the concepts.")
+    parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
+    parser.add_argument("--rival_steps", type=int, default=1500, help="UNet steps of rows that learn no concepts.")
+    parser.add_argument("--n", type=int, default=2000, help="Samples of each combination.")
+    parser.add_argument("--num_inference_steps", type=int, default=6)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
+    return parser.parse_args()
+
+
+class Row:
+    """One row's figures on disk."""
+
+    def __init__(self, name: str, setting: Setting, args: argparse.Namespace):
+        self.name, self.setting, self.n = name, setting, args.n
+        budget = f"steps{setting.train_steps}"
+        self.file = args.results_dir / f"{setting.name}-{budget}" / f"{name}.json"
+        self.folder = args.work_dir / f"{setting.name}-{budget}" / name
+        options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
+        self.results: dict[str, Any] = {"row": name, "options": options, "contexts": {}}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+            if self.results["options"] != options:
+                raise ValueError(
+                    f"{self.file} was measured with {self.results['options']}; give the same, or another --results_dir."
+                )
+
+    def run(self, method: Method) -> None:
+        if "seconds" not in self.results:
+            start = time.monotonic()
+            method.train(self.setting, self.folder)
+            self._add(seconds=time.monotonic() - start, commit=commit(), machine=machine())
+        sample = method.load(self.setting, self.folder)
+        for name, interventions in COMBINATIONS.items():
+            if name not in self.results["contexts"]:
+                figures = measure_combination(sample, interventions, self.n, self.setting.dependent)
+                self.results["contexts"][name] = figures
+                self._add()
+                print(f"{self.name} {name}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
+        if "interference" not in self.results:
+            self._add(interference=measure_interference(sample, self.setting.dependent))
+        if isinstance(method, ContextAdapter) and method.told and "graph" not in self.results:
+            pipeline = load_pipeline(self.folder, full=method.mode == "full")
+            self._add(graph=measure_graph(pipeline.context_module))
+        picture = self.file.with_suffix(".png")
+        if not picture.exists():
+            self._draw(sample).save(picture)
+
+    def _add(self, **figures: Any) -> None:
+        self.results.update(figures)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
+        unfinished.replace(self.file)
+
+    def _draw(self, sample: Sampler) -> Image.Image:
+        """A combination a row, the same caption and noise down a column."""
+        captions = quad.generate(n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=self.setting.dependent).captions
+        return draw_grid([sample(captions, COMBINATIONS[name], 0) for name in DRAWN], list(DRAWN))
+
+
+_NOT_OPTIONS = ("rows", "work_dir", "results_dir", "table")
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return described.stdout.strip()
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    args = parse_args()
+    if args.table:
+        print(render_tables(args.results_dir))
+        return
+    setting = Setting(
+        dependent=not args.independent,
+        seed=args.seed,
+        images_per_context=args.images_per_context,
+        train_steps=args.train_steps,
+        concept_steps=args.concept_steps,
+        rival_steps=args.rival_steps,
+        num_inference_steps=args.num_inference_steps,
+        work_dir=args.work_dir,
+    )
+    for name in args.rows or rows(setting.dependent, 0.0):
+        first = Row("ours", setting, args).results.get("seconds", 0.0)
+        if name == "paper-vae" and not first:
+            raise ValueError("Run the row 'ours' first: the paper's VAE is given as long to train as it took.")
+        torch.manual_seed(args.seed)
+        np.random.seed(args.seed)
+        Row(name, setting, args).run(rows(setting.dependent, first)[name])
+
+
+if __name__ == "__main__":
+    main()
