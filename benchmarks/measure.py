@@ -76,7 +76,7 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
 def measure_interference(sample: Sampler, dependent: bool) -> dict[str, Any]:
     """What single interventions move, with the same noise and captions before and after; see `interference_matrix`."""
     first, first_values = real_sample((), INTERFERENCE_SAMPLES, REAL_SEED, dependent)
-    second, second_values = real_sample((), INTERFERENCE_SAMPLES, AGAIN_SEED, dependent)
+    _, second_values = real_sample((), INTERFERENCE_SAMPLES, AGAIN_SEED, dependent)
 
     def read(interventions: Sequence[str]) -> np.ndarray:
         return read_attributes(sample(first.captions, interventions, SAMPLE_SEED)).values

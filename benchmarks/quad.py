@@ -108,7 +108,8 @@ class Row:
             self.results = json.loads(self.file.read_text())
             if self.results["options"] != options:
                 raise ValueError(
-                    f"{self.file} was measured with {self.results['options']}; give the same, or another --results_dir."
+                    f"{self.file} was measured with {self.results['options']}; give the same options, or another"
+                    " --results_dir."
                 )
 
     def run(self, method: Method) -> None:
