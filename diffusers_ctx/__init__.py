@@ -1,9 +1,9 @@
 """Fine-tune pretrained diffusion models to learn causally disentangled concepts that compose."""
 
 from .context import ContextModule
-from .embedded import embedded_base
+from .embedded import embedded_adapter, embedded_base
 from .pipelines import ComposablePipeline
 from .version import __version__
 
 
-__all__ = ["ComposablePipeline", "ContextModule", "__version__", "embedded_base"]
+__all__ = ["ComposablePipeline", "ContextModule", "__version__", "embedded_adapter", "embedded_base"]

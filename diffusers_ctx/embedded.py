@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 _FOLDER = Path(__file__).parent / "assets"
+_ADAPTERS = {"quad": "quad-context"}
 
 
 def embedded_base() -> str:
@@ -14,3 +15,19 @@ def embedded_base() -> str:
     Load it with `StableDiffusionPipeline.from_pretrained` or [`ComposablePipeline.from_pretrained`].
     """
     return str(_FOLDER / "quad-base")
+
+
+def embedded_adapter(name: str) -> str:
+    """Local folder of a shipped context adapter for the embedded base.
+
+    Load it with [`~ComposablePipeline.load_context_adapter`].
+
+    Args:
+        name: `"quad"`, trained on the dependent variant's seven contexts.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in _ADAPTERS:
+        raise ValueError(f"There is no embedded adapter '{name}'; there are {list(_ADAPTERS)}.")
+    return str(_FOLDER / _ADAPTERS[name])

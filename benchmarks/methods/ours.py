@@ -86,8 +86,8 @@ class GivenNoiseTrainer(BenchmarkTrainer):
         return {}
 
     def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        *inputs, exogenous = super()._step_inputs(number, batch)
-        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous))
+        *inputs, exogenous, unexplained = super()._step_inputs(number, batch)
+        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous), torch.zeros_like(unexplained))
 
 
 class LabelsTrainer(GivenNoiseTrainer):
@@ -170,23 +170,30 @@ class ContextAdapter:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, full=self.mode == "full")
+        return adapter_sampler(pipeline, setting.num_inference_steps, self.told, self.noise)
 
-        def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
-            def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
-                shape = (len(prompts), *pipeline.context_module.noise_shape)
-                return pipeline(
-                    prompts,
-                    interventions=list(interventions) if self.told else [],
-                    exogenous_noise=None if self.noise else torch.zeros(shape),
-                    generator=generator,
-                    num_inference_steps=setting.num_inference_steps,
-                    guidance_scale=1.0,
-                    output_type="np",
-                ).images
 
-            return in_batches(sample_batch, captions, seed)
+def adapter_sampler(
+    pipeline: ComposablePipeline, num_inference_steps: int, told: bool = True, noise: bool = True
+) -> Sampler:
+    """Samples of a pipeline with an adapter; `told` and `noise` as in `ContextAdapter`."""
 
-        return sample
+    def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
+        def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
+            shape = (len(prompts), *pipeline.context_module.noise_shape)
+            return pipeline(
+                prompts,
+                interventions=list(interventions) if told else [],
+                exogenous_noise=None if noise else torch.zeros(shape),
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=1.0,
+                output_type="np",
+            ).images
+
+        return in_batches(sample_batch, captions, seed)
+
+    return sample
 
 
 def load_pipeline(folder: Path, full: bool = False) -> ComposablePipeline:

@@ -340,7 +340,8 @@ class ContextTrainer:
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
         with torch.no_grad():
             text = self.pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
-        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous)
+        unexplained = random.uniform(size) < self.config.context.proportion_unexplained
+        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous, unexplained)
         return tuple(tensor.to(device) for tensor in tensors)
 
     @torch.no_grad()

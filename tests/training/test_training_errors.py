@@ -92,6 +92,7 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
         ({"train_batch_size": 0}, "`train_batch_size` is 0"),
         ({"abduction_steps": 1}, "`abduction_steps` is 1; it must be 2 or more"),
+        ({"proportion_unexplained": 1.5}, "`proportion_unexplained` is 1.5; it is a share in"),
         ({"kl_warmup_steps": 0}, "`kl_warmup_steps` is 0"),
         ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
         ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
