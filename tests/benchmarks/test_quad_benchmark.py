@@ -1,0 +1,117 @@
+"""The benchmark's methods: what they are told, and that the bound knows quad's own mechanisms."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from methods.ours import GivenNoiseModule, UntoldModule, given_noise, oracle_graph, set_mechanisms
+from methods.rivals import ComposableDiffusion, LoraTraining, PromptLora, load_base, name_concepts
+from methods.setting import Setting
+from PIL import Image
+from tables import summarize_row
+
+from diffusers_ctx.context import intervention_mask
+from diffusers_ctx.data import load_context_dataset, quad
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    return Setting(
+        dependent=True,
+        seed=7,
+        images_per_context=12,
+        train_steps=2,
+        concept_steps=4,
+        rival_steps=3,
+        num_inference_steps=2,
+        work_dir=tmp_path_factory.mktemp("benchmark"),
+    )
+
+
+def make_module(module_class):
+    edges = [tuple(edge.split("->")) for edge in oracle_graph(True)]
+    return module_class(quad.CONCEPTS, token_dim=8, num_hidden_factors=2, noise_dim=1, concept_dim=1, graph=edges)
+
+
+@pytest.mark.parametrize("interventions", [(), ("quad1",), ("quad3", "size"), ("quad1", "quad2", "orientation")])
+def test_the_bound_has_the_simulators_own_mechanisms(setting, interventions):
+    module = make_module(GivenNoiseModule)
+    set_mechanisms(module, setting)
+    sample = quad.generate(interventions, n=50, seed=3)
+    nodes = [quad.FACTORS.index(name) for name in (*quad.CONCEPTS, "color", "shape")]
+    noise = torch.tensor(sample.noise[:, nodes], dtype=torch.float32)
+    with torch.no_grad():
+        values = module.concept_values(noise[..., None], intervention_mask(list(interventions), quad.CONCEPTS, 50))
+    np.testing.assert_allclose(values[..., 0].numpy(), sample.factors[:, nodes], atol=1e-4)
+
+
+def test_the_bounds_noise_is_that_of_the_images(setting):
+    dataset = load_context_dataset(setting.data_dir, concepts=list(quad.CONCEPTS))
+    noise = setting.true_noise(list(dataset["context"])).numpy()
+    for row in range(0, len(dataset), 5):
+        interventions = quad.contexts()[dataset[row]["context"]]
+        # the noise of an image, put through the simulator again, gives the image
+        sample = quad._sample(noise[row : row + 1].astype(float), interventions, True)
+        difference = np.abs(
+            sample.images[0].astype(int) - np.asarray(dataset[row]["image"].convert("RGB")).astype(int)
+        )
+        assert difference.mean() < 0.5
+    assert given_noise(setting, list(dataset["context"])).shape == (len(dataset), 8)
+
+
+def test_a_module_without_a_posterior_gets_the_noise_it_is_handed():
+    module = make_module(GivenNoiseModule)
+    eps = torch.randn(3, *module.noise_shape)
+    assert torch.equal(module.abduct(torch.randn(3, 4, 8, 8), torch.zeros(3, 6)).at(eps), eps)
+
+
+def test_a_posterior_that_is_not_told_the_context_does_not_depend_on_it():
+    module = UntoldModule(quad.CONCEPTS, token_dim=8, posterior_type="amortized")
+    latents, mask = torch.randn(2, 4, 8, 8), intervention_mask(["quad1"], quad.CONCEPTS, 2)
+    assert torch.equal(module.abduct(latents, mask).mean, module.abduct(latents, 0 * mask).mean)
+
+
+def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting):
+    training = LoraTraining(load_base(), setting.latents(), seed=0)
+    rows = next(training._batches(["obs", "size"]))
+    contexts = [training.latents.contexts[row] for row in rows]
+    assert contexts.count("obs") == contexts.count("size") == len(rows) / 2
+    prompts = training.prompts(rows, name=True)
+    assert all(prompt.endswith(", k") == (context == "size") for prompt, context in zip(prompts, contexts))
+    assert name_concepts("a circle", ["quad1", "quad2"]) == "a circle, b, d"
+
+
+def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
+    PromptLora().train(setting, tmp_path / "prompt-lora")
+    captions = ["a picture of a circle"] * 3
+    alone = PromptLora().load(setting, tmp_path / "prompt-lora")
+    composed = ComposableDiffusion("prompt-lora").load(setting, tmp_path / "composable")
+    assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
+    assert composed(captions, ["quad1", "size"], 0).shape == (3, 64, 64, 3)
+
+
+def test_composing_without_the_lora_says_what_to_run(setting, tmp_path):
+    with pytest.raises(FileNotFoundError, match="Run the row 'prompt-lora' first"):
+        ComposableDiffusion("prompt-lora").train(setting, tmp_path / "composable")
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_measured_and_not_measured_again(tmp_path):
+    command = [sys.executable, FOLDER / "quad.py", "--rows", "ours", "--work_dir", tmp_path, "--results_dir", tmp_path]
+    command += ["--images_per_context", "20", "--train_steps", "2", "--concept_steps", "4", "--n", "20"]
+    written = []
+    for _ in range(2):
+        subprocess.run([*map(str, command), "--num_inference_steps", "2"], check=True)
+        (file,) = tmp_path.glob("*/ours.json")
+        written.append(file.stat().st_mtime_ns)
+    assert written[0] == written[1]
+    row = summarize_row(json.loads(file.read_text()))
+    assert row is not None and 0 < row["pairs"] < 0.5 and 0 <= row["edges"] <= 1
+    assert Image.open(file.with_suffix(".png")).width > 64
