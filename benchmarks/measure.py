@@ -38,7 +38,7 @@ EDGE_SHARE = 0.25  # of the strongest edge; weaker ones are not counted as learn
 _READ = [name for name in quad.FACTORS if name != "orientation"]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2 * len(COMBINATIONS))
 def real_sample(
     interventions: tuple[str, ...], n: int, seed: int, dependent: bool
 ) -> tuple[quad.QuadSample, np.ndarray]:

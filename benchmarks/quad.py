@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_steps", type=int, default=1000, help="UNet steps of batch 64 after the concepts.")
     parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
     parser.add_argument("--rival_steps", type=int, default=1500, help="UNet steps of rows that learn no concepts.")
-    parser.add_argument("--n", type=int, default=2000, help="Samples of each combination.")
+    parser.add_argument("--n", type=int, default=1000, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
