@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_ctx import embedded_base
@@ -23,12 +25,15 @@ from diffusers_ctx.training.modes import LORA_TARGETS
 from .setting import Sampler, Setting, in_batches
 
 
-# rare tokens, as is usual for naming what the text encoder does not know; the base knows no concept of quad
+# rare tokens, as is usual for naming what the text encoder does not know; the base knows no concept of quad, and its
+# letters mean so much the same that a LoRA alone had not told them apart after 400 steps: their embeddings learn too
 RARE_TOKENS = dict(zip(quad.CONCEPTS, "bdfhkz"))
+_EMBEDDINGS_RATE = 10  # times the LoRA's
 RANK = 16
 TRAIN_BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 EMPTY_PROMPT_SHARE = 0.1
+_EMBEDDINGS = "rare_tokens.safetensors"
 _TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -50,6 +55,23 @@ def add_lora(module: torch.nn.Module, targets: list[str], adapter_name: str) -> 
         LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets), adapter_name
     )
     return [p for name, p in module.named_parameters() if f".{adapter_name}." in name]
+
+
+def rare_token_rows(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    """The rows (6,) of the text encoder's embeddings that stand for concepts."""
+    return torch.tensor([pipeline.tokenizer(token).input_ids[1] for token in RARE_TOKENS.values()])
+
+
+def learn_rare_tokens(pipeline: StableDiffusionPipeline, seed: int) -> torch.nn.Parameter:
+    """Lets the embeddings of the rare tokens learn, from new values far enough apart; returns all embeddings."""
+    embeddings = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    rows = rare_token_rows(pipeline)
+    with torch.no_grad():
+        embeddings[rows] = torch.randn(len(rows), embeddings.shape[1], generator=torch.Generator().manual_seed(seed))
+    learning = torch.zeros(len(embeddings), 1)
+    learning[rows] = 1
+    embeddings.register_hook(lambda gradient: gradient * learning)
+    return embeddings
 
 
 @dataclass
@@ -75,10 +97,14 @@ class LoraTraining:
         contexts: Sequence[str],
         steps: int,
         predict: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        embeddings: torch.nn.Parameter | None = None,
     ) -> None:
         """Minimises the distance between the two tensors that `predict(noisy, timesteps, target, rows)` returns."""
         generator = self.generator
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if embeddings is not None:
+            groups.append({"params": [embeddings], "lr": _EMBEDDINGS_RATE * LEARNING_RATE, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         for rows in tqdm(itertools.islice(self._batches(contexts), steps), total=steps, desc="Training"):
@@ -150,6 +176,8 @@ def plain_sampler(pipeline: StableDiffusionPipeline, setting: Setting, prompt: C
 class PromptLora:
     """One LoRA on UNet and text encoder, with prompts that name the intervention, or do not.
 
+    Names are rare tokens whose embeddings learn, as in textual inversion.
+
     Attributes:
         contexts: those it is trained on.
         named: whether prompts name the intervention; compositions name several.
@@ -167,13 +195,26 @@ class PromptLora:
         def predict(noisy, timesteps, target, rows):
             return training.predict(noisy, timesteps, training.prompts(rows, self.named)), target
 
-        training.run(parameters, self.contexts, setting.rival_steps, predict)
+        embeddings = learn_rare_tokens(pipeline, setting.seed)
+        training.run(parameters, self.contexts, setting.rival_steps, predict, embeddings)
         save_lora(pipeline, folder, "names", with_text=True)
+        save_file({"rare_tokens": embeddings.detach()[rare_token_rows(pipeline)]}, folder / "names" / _EMBEDDINGS)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_base()
-        pipeline.load_lora_weights(folder / "names", adapter_name="names")
+        pipeline = load_prompt_lora(folder)
         return plain_sampler(pipeline, setting, name_concepts if self.named else lambda caption, _: caption)
+
+
+def load_prompt_lora(folder: Path) -> StableDiffusionPipeline:
+    """The base with what a `PromptLora` learned."""
+    if not (folder / "names").exists():
+        raise FileNotFoundError(f"Run the row '{folder.name}' first: its LoRA is needed, and {folder} has none.")
+    pipeline = load_base()
+    pipeline.load_lora_weights(folder / "names", weight_name="pytorch_lora_weights.safetensors", adapter_name="names")
+    with torch.no_grad():
+        embeddings = pipeline.text_encoder.get_input_embeddings().weight
+        embeddings[rare_token_rows(pipeline)] = load_file(folder / "names" / _EMBEDDINGS)["rare_tokens"]
+    return pipeline
 
 
 @dataclass(frozen=True)
@@ -220,11 +261,10 @@ class ComposableDiffusion:
     source: str
 
     def train(self, setting: Setting, folder: Path) -> None:
-        _require(folder.parent / self.source)
+        load_prompt_lora(folder.parent / self.source)  # which must be there
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_base()
-        pipeline.load_lora_weights(folder.parent / self.source / "names", adapter_name="names")
+        pipeline = load_prompt_lora(folder.parent / self.source)
         single = plain_sampler(pipeline, setting, name_concepts)
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
@@ -270,8 +310,7 @@ class ConceptSliders:
     def train(self, setting: Setting, folder: Path) -> None:
         latents = setting.latents()
         for name in quad.CONCEPTS:
-            pipeline = load_base()
-            pipeline.load_lora_weights(_require(folder.parent / self.source) / "names", adapter_name="names")
+            pipeline = load_prompt_lora(folder.parent / self.source)
             training = LoraTraining(pipeline, latents, setting.seed)
             parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
 
@@ -287,8 +326,7 @@ class ConceptSliders:
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_base()
-        pipeline.load_lora_weights(folder.parent / self.source / "names", adapter_name="names")
+        pipeline = load_prompt_lora(folder.parent / self.source)
         for name in quad.CONCEPTS:
             pipeline.load_lora_weights(folder / name, adapter_name=name)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)
@@ -298,9 +336,3 @@ class ConceptSliders:
             return sample(captions, interventions, seed)
 
         return sample_with
-
-
-def _require(folder: Path) -> Path:
-    if not (folder / "names").exists():
-        raise FileNotFoundError(f"Run the row '{folder.name}' first: its LoRA is needed, and {folder} has none.")
-    return folder
