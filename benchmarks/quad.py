@@ -35,16 +35,14 @@ from methods.ours import (
 from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
+from sheets import COLUMNS, DRAWN, join_tiles
 from tables import render_tables
 
 from diffusers_ctx.data import quad
-from diffusers_ctx.training import draw_grid
 from diffusers_ctx.training.config import ContextConfig
 
 
 RESULTS = Path(__file__).parent / "results" / "quad"
-COLUMNS = 8  # of pictures
-DRAWN = ("obs", "quad1", "quad4", "size", "quad1+quad4", "quad2+size", "quad1+quad3+orientation")
 
 
 def rows(dependent: bool, seconds: float) -> dict[str, Method]:
@@ -143,7 +141,7 @@ class Row:
     def _draw(self, sample: Sampler) -> Image.Image:
         """A combination a row, the same caption and noise down a column."""
         captions = quad.generate(n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=self.setting.dependent).captions
-        return draw_grid([sample(captions, COMBINATIONS[name], 0) for name in DRAWN], list(DRAWN))
+        return join_tiles([sample(captions, COMBINATIONS[name], 0) for name in DRAWN])
 
 
 _NOT_OPTIONS = ("rows", "work_dir", "results_dir", "table")

@@ -1,0 +1,101 @@
+"""Draws the figures of the benchmark's results.
+
+python benchmarks/figures.py benchmarks/results/quad/dependent-seed0-images4000-steps1000 --output_dir docs/benchmark
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from sheets import COLUMNS, DRAWN, tiles
+from tables import summarize_row
+
+from diffusers_ctx.data import quad
+from diffusers_ctx.training import draw_grid
+
+
+def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Image.Image:
+    """Combinations that were never seen: real images first, beneath them the samples of every row."""
+    pictures, labels = [], []
+    for name in DRAWN:
+        if "+" not in name:
+            continue
+        real = quad.generate(name.split("+"), n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=dependent)
+        pictures.append(real.images)
+        labels.append(f"do({name.replace('+', ', ')}): real images, held out")
+        for row in rows:
+            pictures.append(tiles(Image.open(folder / f"{row}.png"), name))
+            labels.append(row)
+    return draw_grid(pictures, labels)
+
+
+def draw_errors(results: list[dict[str, Any]]) -> Figure:
+    """Debiased distances of every row, single interventions, pairs and triples."""
+    summaries = sorted(filter(None, map(summarize_row, results)), key=lambda row: row["pairs"], reverse=True)
+    figure = Figure(figsize=(7, 0.6 + 0.45 * len(summaries)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(summaries))
+    for offset, (name, color) in enumerate({"singles": "C0", "pairs": "C1", "triples": "C2"}.items()):
+        axes.barh(places - 0.27 * (offset - 1), [row[name] for row in summaries], 0.25, color=color, label=name)
+    axes.set_yticks(places, [row["row"] for row in summaries])
+    axes.set(xlabel="debiased sliced Wasserstein distance to held-out images")
+    axes.legend()
+    return figure
+
+
+def draw_interference(results: list[dict[str, Any]]) -> Figure:
+    """What each intervention moves, beside what it moves in truth."""
+    matrices = {"truth": results[0]["interference"]["true_matrix"]}
+    matrices |= {row["row"]: row["interference"]["matrix"] for row in results}
+    return _heat_maps(matrices, quad.FACTORS, "attribute", "intervention")
+
+
+def draw_graphs(results: list[dict[str, Any]]) -> Figure:
+    """The strengths of learned edges, beside the weights of the true ones."""
+    order = [quad.FACTORS.index(name) for name in quad.CONCEPTS]
+    deviation = quad.observational_deviation()
+    true = np.abs(quad.edge_matrix() * deviation / deviation[:, None])[order][:, order]
+    matrices = {"truth": true.tolist()} | {row["row"]: row["graph"]["strengths"] for row in results if "graph" in row}
+    return _heat_maps(matrices, quad.CONCEPTS, "cause", "effect")
+
+
+def _heat_maps(matrices: dict[str, Any], columns: tuple[str, ...], xlabel: str, ylabel: str) -> Figure:
+    figure = Figure(figsize=(3.2 * len(matrices), 3.4), layout="constrained")
+    for axes, (name, matrix) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items()):
+        picture = axes.imshow(np.array(matrix, dtype=float), cmap="Blues", vmin=0, vmax=1.2)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(quad.CONCEPTS)), quad.CONCEPTS)
+        axes.set(title=name, xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(picture, ax=figure.axes, shrink=0.8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="Folder of one comparison's results.")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/benchmark"))
+    parser.add_argument("--rows", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices.")
+    args = parser.parse_args()
+
+    results = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]
+    results = [row for row in results if summarize_row(row) is not None]
+    dependent = not results[0]["options"]["independent"]
+    chosen = [row for name in args.rows for row in results if row["row"] == name]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    by_error = sorted(results, key=lambda row: summarize_row(row)["pairs"])
+    draw_compositions(args.results, [row["row"] for row in by_error], dependent).save(
+        args.output_dir / "compositions.png"
+    )
+    draw_errors(results).savefig(args.output_dir / "errors.png")
+    draw_interference(chosen).savefig(args.output_dir / "interference.png")
+    draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
+
+
+if __name__ == "__main__":
+    main()
