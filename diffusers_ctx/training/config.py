@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 
 def _option(default, help: str):
@@ -87,6 +88,8 @@ class OptimizationConfig:
     adam_weight_decay: float = _option(1e-2, "Weight decay of AdamW.")
     adam_epsilon: float = _option(1e-8, "ε of AdamW.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = _option(False, "Save a moving average of the weights that learn, and validate with it.")
+    ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.")
     mixed_precision: str | None = _option(None, "`no`, `fp16` or `bf16`; by default what Accelerate is set to.")
     allow_tf32: bool = _option(False, "Allow TF32 on Ampere GPUs.")
 
@@ -152,5 +155,21 @@ def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
         read = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
-        return TrainingConfig(*read(arguments[0]))
+        return TrainingConfig(*map(_read_numbers, read(arguments[0])))
     return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
+
+
+def _read_numbers(group: Any) -> Any:
+    """Turns what YAML takes for text, such as `1e-4` without a dot, into the numbers that options are.
+
+    Raises:
+        ValueError: if a number's text is none.
+    """
+    for name, kind in get_type_hints(type(group)).items():
+        value = getattr(group, name)
+        if isinstance(value, str) and kind in (float, float | None):
+            try:
+                setattr(group, name, float(value))
+            except ValueError:
+                raise ValueError(f"`{name}` is {value!r}; give a number.") from None
+    return group

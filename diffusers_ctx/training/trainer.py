@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -23,15 +23,18 @@ from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, interventions_of, load_context_dataset
 from ..hub import create_repository, push_adapter_folder
 from .abduction import learn_abduction
+from .accelerator import create_accelerator
+from .averaging import averaged, create_average
 from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
 from .checks import check_options, check_precision, check_validation_contexts, check_writable
 from .config import TrainingConfig
+from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import prepare_mode, split_parameters
 from .noise import KeyedNoise
 from .objective import DiffusionObjective
 from .record import options_of, training_record
-from .validation import draw_grid, sample_rows
+from .validation import draw_grid, keep_grid, sample_rows
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ class ContextTrainer:
         self.config = config
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
-        self.accelerator = self._create_accelerator()
+        self.accelerator = create_accelerator(config)
         check_precision(self.accelerator)
         set_seed(config.optimization.seed)
         dataset = self._load_dataset()
@@ -107,22 +110,6 @@ class ContextTrainer:
         return learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
 
     # what is set up before training
-
-    def _create_accelerator(self) -> Accelerator:
-        options, output = self.config.optimization, self.config.output
-        if options.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
-        return Accelerator(
-            # otherwise an epoch's last batches would make a step of their own, and steps could not be counted
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            mixed_precision=options.mixed_precision,
-            log_with=None if output.report_to == "none" else output.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / output.logging_dir)
-            ),
-        )
 
     def _load_dataset(self) -> datasets.Dataset:
         data = self.config.data
@@ -230,14 +217,15 @@ class ContextTrainer:
         options, unet = self.config.optimization, self.pipeline.unet
         prepare_mode(unet, self.config.model.mode, self.config.model.rank)
         cast_training_params(unet, torch.float32)
-        self._adapter_parameters, self._backbone_parameters = split_parameters(unet)
+        adapter_parameters, self._backbone_parameters = split_parameters(unet)
+        self._learning = adapter_parameters + self._backbone_parameters
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma)
         learning_rate = options.learning_rate
         if options.scale_lr:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
         optimizer = torch.optim.AdamW(
-            self._adapter_parameters + self._backbone_parameters,
+            self._learning,
             lr=learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
@@ -253,6 +241,9 @@ class ContextTrainer:
             num_training_steps=self.max_train_steps,
         )
         self.accelerator.register_for_checkpointing(self.schedule)
+        self.ema = create_average(self._learning, options)
+        if self.ema is not None:
+            self.accelerator.register_for_checkpointing(self.ema)
         register_trained_weights(self.accelerator)
 
     @property
@@ -277,17 +268,29 @@ class ContextTrainer:
         )
         batches = self._batches(step * accumulation)
         self.pipeline.unet.train()
-        while step < self.max_train_steps:
-            loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
-            step += 1
-            progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
-            self.accelerator.log({"loss": loss, "lr": self.schedule.get_last_lr()[0]}, step=step)
-            if step % output.checkpointing_steps == 0:
-                save_checkpoint(self.accelerator, self.output_dir, step, output.checkpoints_total_limit)
-            if output.validation_prompt is not None and step % output.validation_steps == 0:
-                self._validate(step)
+        with StopSignals(self.accelerator) as stop:
+            while step < self.max_train_steps:
+                loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
+                step += 1
+                progress.update()
+                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
+                figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
+                self.accelerator.log(figures, step=step)
+                stopping = stop.requested()
+                if step % output.checkpointing_steps == 0 or stopping:
+                    save_checkpoint(self.accelerator, self.output_dir, step, output.checkpoints_total_limit)
+                if output.validation_prompt is not None and step % output.validation_steps == 0:
+                    self._validate(step)
+                if stopping and step < self.max_train_steps:
+                    self._stop(step, stop.exit_code)
         progress.close()
+
+    def _stop(self, step: int, exit_code: int) -> None:
+        """Ends the run, which can be resumed."""
+        if self.accelerator.is_main_process:
+            print(f"Stopped by a signal after step {step}; go on with `--resume_from_checkpoint latest`.")
+        self.accelerator.end_training()
+        raise SystemExit(exit_code)
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered batches of this process, endlessly, from number `start` of the whole run."""
@@ -317,12 +320,18 @@ class ContextTrainer:
                 if step < self.config.model.unfreeze_after * self.max_train_steps:
                     for parameter in self._backbone_parameters:
                         parameter.grad = None
-                accelerator.clip_grad_norm_(
-                    self._adapter_parameters + self._backbone_parameters, self.config.optimization.max_grad_norm
-                )
+                norm = accelerator.clip_grad_norm_(self._learning, self.config.optimization.max_grad_norm)
+                self._gradient_norm = float(norm)
+                # a gradient scaler leaves such steps out by itself
+                if accelerator.scaler is None and not math.isfinite(self._gradient_norm):
+                    raise FloatingPointError(
+                        f"Gradients are not finite at step {step}. Lower `learning_rate`; {self._last_checkpoint()}."
+                    )
             self.optimizer.step()
             if accelerator.sync_gradients:
                 self.schedule.step()
+                if self.ema is not None:
+                    self.ema.step(self._learning)
             self.optimizer.zero_grad()
         return mean_loss
 
@@ -349,28 +358,18 @@ class ContextTrainer:
         """Saves a grid of samples, a row per context, and hands it to the trackers."""
         if self.accelerator.is_main_process:
             output, obs_context = self.config.output, self.config.data.obs_context
-            prompts = [output.validation_prompt or ""] * output.num_validation_images
             names = [obs_context, *self.concepts, *self._validation_contexts]
             self.pipeline.unet.eval()
             self.pipeline.set_progress_bar_config(disable=True)
-            with self.accelerator.autocast():
+            with averaged(self.ema, self._learning), self.accelerator.autocast():
                 rows = sample_rows(
                     self.pipeline,
                     [interventions_of(name, obs_context) for name in names],
-                    prompts,
+                    [output.validation_prompt or ""] * output.num_validation_images,
                     seed=self.config.optimization.seed,
                 )
             self.pipeline.unet.train()
-            grid = draw_grid(rows, names)
-            folder = self.output_dir / "validation"
-            folder.mkdir(exist_ok=True)
-            grid.save(folder / f"step-{step}.png")
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tensor = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-                    tracker.writer.add_image(
-                        "validation", tensor.view(grid.height, grid.width, 3), step, dataformats="HWC"
-                    )
+            keep_grid(draw_grid(rows, names), self.output_dir, step, self.accelerator.trackers)
         self.accelerator.wait_for_everyone()
 
     # afterwards
@@ -380,6 +379,8 @@ class ContextTrainer:
         if not self.accelerator.is_main_process:
             return
         mode, output = self.config.model.mode, self.config.output
+        if self.ema is not None:
+            self.ema.copy_to(self._learning)
         self.pipeline.unet.float().eval()
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)

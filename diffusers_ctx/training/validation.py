@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,3 +60,13 @@ def draw_grid(rows: Sequence[np.ndarray], labels: Sequence[str], scale: int = 1)
             enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             grid.paste(enlarged, (column * width, top + _LABEL_HEIGHT))
     return grid
+
+
+def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence[Any]) -> None:
+    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, if that tracks."""
+    folder = output_dir / "validation"
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"step-{step}.png")
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")

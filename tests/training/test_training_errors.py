@@ -4,6 +4,9 @@ import shutil
 
 import huggingface_hub
 import pytest
+import torch
+
+from diffusers_ctx.training import parse_training_config
 
 from .conftest import create_trainer, files_in
 
@@ -154,6 +157,31 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(options, tmp_path):
     with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
         trainer.train()
     assert files_in(tmp_path / "adapter") == {}
+
+
+def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
+    trainer = create_trainer(options)
+    trainer._prepare_training()
+    before = [parameter.detach().clone() for parameter in trainer._learning]
+    trainer._learning[0].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"Gradients are not finite at step 0\. Lower `learning_rate`"):
+        trainer._run(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))
+    assert files_in(tmp_path / "adapter") == {}
+
+
+@pytest.mark.parametrize("text", ["1e-4", "0.0001"])
+def test_numbers_of_a_yaml_file_are_numbers(tmp_path, text):
+    file = tmp_path / "options.yaml"
+    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\nlearning_rate: {text}\n")
+    assert parse_training_config([str(file)]).optimization.learning_rate == 1e-4
+
+
+def test_text_of_a_yaml_file_in_a_numbers_place(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("pretrained_model_name_or_path: base\ntrain_data_dir: photos\nlearning_rate: fast\n")
+    with pytest.raises(ValueError, match="`learning_rate` is 'fast'; give a number"):
+        parse_training_config([str(file)])
 
 
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):

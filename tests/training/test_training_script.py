@@ -74,6 +74,7 @@ def run(base_model, photos, hub, tmp_path_factory) -> SimpleNamespace:
         random_flip=True,
         noise_offset=0.1,
         snr_gamma=5.0,
+        use_ema=True,
         proportion_empty_prompts=0.3,
         checkpointing_steps=3,
         validation_prompt="a street",

@@ -1,0 +1,27 @@
+"""The Accelerator of a run."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+from .config import TrainingConfig
+
+
+def create_accelerator(config: TrainingConfig) -> Accelerator:
+    """Also allows TF32, if asked to."""
+    options, output = config.optimization, config.output
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Accelerator(
+        # otherwise an epoch's last batches would make a step of their own, and steps could not be counted
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=options.mixed_precision,
+        log_with=None if output.report_to == "none" else output.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=output.output_dir, logging_dir=f"{output.output_dir}/{output.logging_dir}"
+        ),
+    )

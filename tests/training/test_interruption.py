@@ -1,0 +1,105 @@
+"""Runs that are stopped or killed at any moment, and resumed, end as one that never was."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_ctx.training.checkpoints import list_checkpoints
+
+from .conftest import SCRIPT, flags, make_options
+from .test_training_script import weights_of
+
+
+STEPS = 60
+
+
+def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
+    return make_options(
+        base_model,
+        photos,
+        output_dir,
+        max_train_steps=STEPS,
+        gradient_accumulation_steps=2,
+        unfreeze_after=0.5,
+        lr_scheduler="cosine",
+        checkpointing_steps=7,
+        checkpoints_total_limit=2,
+        use_ema=True,
+        resume_from_checkpoint="latest",
+    )
+
+
+def start(options: dict) -> subprocess.Popen:
+    # without the launcher, which would stand between the signal and the run
+    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *flags(options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, "the run ended before it could be stopped"
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_model, photos, tmp_path_factory) -> dict[str, torch.Tensor]:
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "adapter"
+    process = start(options_of(base_model, photos, output_dir))
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    return weights_of(output_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(base_model, photos, undisturbed, tmp_path, number):
+    options = options_of(base_model, photos, tmp_path / "adapter")
+    process = start(options)
+    wait_for(lambda: (tmp_path / "adapter" / "checkpoint-7").exists(), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    (step,) = re.findall(r"Stopped by a signal after step (\d+); go on with `--resume_from_checkpoint latest`", output)
+    assert list_checkpoints(tmp_path / "adapter")[-1].name == f"checkpoint-{step}"
+    assert not (tmp_path / "adapter" / "context_adapter.safetensors").exists()
+    finish_and_compare(options, undisturbed, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("moment", ["while a checkpoint is written", "between two", "before any"])
+def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment):
+    folder = tmp_path / "adapter"
+    process = start(options_of(base_model, photos, folder))
+    if moment == "while a checkpoint is written":
+        wait_for(lambda: (folder / "unfinished-checkpoint-21").exists(), process)
+    elif moment == "between two":
+        wait_for(lambda: (folder / "checkpoint-21").exists(), process)
+        time.sleep(0.1)
+    else:
+        wait_for(folder.exists, process)
+    process.kill()
+    process.wait()
+    finish_and_compare(options_of(base_model, photos, folder), undisturbed, folder)
+
+
+def finish_and_compare(options: dict, undisturbed: dict[str, torch.Tensor], folder: Path) -> None:
+    process = start(options)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    got = weights_of(folder)
+    assert got.keys() == undisturbed.keys()
+    assert not [name for name in got if not torch.equal(got[name], undisturbed[name])]
+    assert len(list_checkpoints(folder)) == 2 and not list(folder.glob("unfinished-*"))
