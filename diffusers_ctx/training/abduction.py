@@ -6,6 +6,7 @@ else, and its steps are cheap.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,9 @@ from .latents import ContextLatents
 from .noise import KeyedNoise
 
 
+logger = logging.getLogger(__name__)
+
+_COLLAPSED = 0.1  # nats; a concept that was found has some three
 _DIRECTIONS = 64  # in the space of the noise
 _LATENT_DIRECTIONS = 128
 _MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
@@ -74,9 +78,21 @@ def learn_abduction(
     for parameter in context_module.parameters():
         parameter.data = broadcast(parameter.data)
     divergences = dict(zip(context_module.node_names, figures.pop("kl").tolist()))
+    if accelerator.is_main_process:
+        _warn_of_collapse({name: divergences[name] for name in context_module.config.concepts})
     return {name: value.item() for name, value in figures.items()} | {
         f"kl/{name}": divergence for name, divergence in divergences.items()
     }
+
+
+def _warn_of_collapse(divergences: dict[str, float]) -> None:
+    collapsed = [name for name, nats in divergences.items() if nats < _COLLAPSED]
+    if collapsed:
+        logger.warning(
+            f"The noise of {collapsed} says next to nothing about the images (less than {_COLLAPSED} nats):"
+            " composition and counterfactuals will not keep what it stands for. Lower `kl_weight`, raise"
+            " `abduction_steps`, or give more images of these contexts."
+        )
 
 
 def _create_optimizer(

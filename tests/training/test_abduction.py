@@ -13,7 +13,6 @@ from diffusers_ctx.training.config import (
     ContextConfig,
     DataConfig,
     ModelConfig,
-    OptimizationConfig,
     TrainingConfig,
 )
 from diffusers_ctx.training.latents import ContextLatents
@@ -151,10 +150,8 @@ def two_concept_latents(n: int) -> tuple[ContextLatents, torch.Tensor]:
     return ContextLatents(mean, torch.full_like(mean, 0.05), masks, names, [""] * (3 * n)), torch.cat(values)
 
 
-def test_concepts_of_a_known_world_are_found():
-    """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
+def learn_two_concepts(latents: ContextLatents, **options) -> tuple[ContextModule, dict[str, float]]:
     torch.manual_seed(0)
-    latents, truth = two_concept_latents(500)
     module = ContextModule(
         ["night", "snow"],
         token_dim=8,
@@ -164,13 +161,16 @@ def test_concepts_of_a_known_world_are_found():
         posterior_in_channels=1,
         posterior_width=8,
     )
-    config = TrainingConfig(
-        ModelConfig("unused"),
-        DataConfig(train_data_dir="unused"),
-        ContextConfig(num_hidden_factors=0, abduction_steps=400, abduction_batch_size=96),
-        OptimizationConfig(),
-    )
-    figures = learn_abduction(Accelerator(cpu=True), module, latents, config)
+    context = ContextConfig(num_hidden_factors=0, abduction_batch_size=96, **options)
+    config = TrainingConfig(ModelConfig("unused"), DataConfig(train_data_dir="unused"), context)
+    return module, learn_abduction(Accelerator(cpu=True), module, latents, config)
+
+
+def test_concepts_of_a_known_world_are_found(caplog):
+    """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
+    latents, truth = two_concept_latents(500)
+    module, figures = learn_two_concepts(latents, abduction_steps=400)
+    assert not caplog.records
     assert {"kl/night", "kl/snow", "reconstruction", "contrast", "mismatch", "misfit"} == set(figures)
     with torch.no_grad():
         values = module.read_values(latents.mean[0])[..., 0]
@@ -189,13 +189,18 @@ def test_concepts_of_a_known_world_are_found():
     assert strengths[1, 0] > 2 * strengths[0, 1]  # night → snow, and not the other way
 
 
+def test_noise_that_collapses_is_warned_of(caplog):
+    latents, _ = two_concept_latents(100)
+    _, figures = learn_two_concepts(latents, abduction_steps=200, kl_weight=1e4)
+    assert max(figures["kl/night"], figures["kl/snow"]) < 0.1
+    assert "The noise of ['night', 'snow'] says next to nothing" in caplog.text and "Lower `kl_weight`" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     latents, _ = two_concept_latents(10)
     latents.mean[0, 3] = float("nan")
-    module = ContextModule(["night", "snow"], token_dim=8, posterior_in_channels=1, posterior_width=8)
-    config = TrainingConfig(ModelConfig("unused"), DataConfig(train_data_dir="unused"))
     with pytest.raises(FloatingPointError, match="abduction_learning_rate"):
-        learn_abduction(Accelerator(cpu=True), module, latents, config)
+        learn_two_concepts(latents)
 
 
 def test_concepts_are_named():
