@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +12,8 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+
+from .latent_cache import cached, content_key
 
 
 @dataclass
@@ -62,7 +65,6 @@ class ImageTransform:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
 
-@torch.no_grad()
 def encode_images(
     vae: AutoencoderKL,
     dataset: datasets.Dataset,
@@ -71,6 +73,7 @@ def encode_images(
     random_flip: bool = False,
     batch_size: int = 16,
     show_progress: bool = True,
+    cache_dir: Path | None = None,
 ) -> ContextLatents:
     """Encodes a dataset with the columns `image`, `context` and `text`.
 
@@ -82,7 +85,31 @@ def encode_images(
         random_flip: whether to encode each image's mirror image too.
         batch_size: images encoded at once.
         show_progress: whether to show a progress bar.
+        cache_dir: folder where latents are kept and found again, by the content of the images' files, the VAE and the
+            transform.
     """
+
+    def encode() -> dict[str, torch.Tensor]:
+        return _encode(vae, dataset, transform, random_flip, batch_size, show_progress)
+
+    if cache_dir is None:
+        latents = encode()
+    else:
+        key = content_key(vae, dataset, vars(transform), random_flip)
+        latents = cached(cache_dir, key, encode)
+    return ContextLatents(latents["mean"], latents["std"], masks, list(dataset["context"]), list(dataset["text"]))
+
+
+@torch.no_grad()
+def _encode(
+    vae: AutoencoderKL,
+    dataset: datasets.Dataset,
+    transform: ImageTransform,
+    random_flip: bool,
+    batch_size: int,
+    show_progress: bool,
+) -> dict[str, torch.Tensor]:
+    """`mean` and `std` as in `ContextLatents`."""
     means, stds = [], []
     for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images", disable=not show_progress):
         rows = range(start, min(start + batch_size, len(dataset)))
@@ -92,10 +119,4 @@ def encode_images(
         means.append(posterior.mean.float().cpu().unflatten(0, views.shape[:2]))
         stds.append(posterior.std.float().cpu().unflatten(0, views.shape[:2]))
     scale = vae.config.scaling_factor
-    return ContextLatents(
-        torch.cat(means, dim=1) * scale,
-        torch.cat(stds, dim=1) * scale,
-        masks,
-        list(dataset["context"]),
-        list(dataset["text"]),
-    )
+    return {"mean": torch.cat(means, dim=1) * scale, "std": torch.cat(stds, dim=1) * scale}

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -209,6 +210,7 @@ class ContextTrainer:
             context_mask(list(dataset["context"]), self.concepts, data.obs_context),
             ImageTransform(data.resolution, data.center_crop, seed),
             random_flip=data.random_flip,
+            cache_dir=Path(data.cache_dir or HF_HOME) / "context-latents" if data.cache_latents else None,
             show_progress=self.accelerator.is_main_process,
         )
 

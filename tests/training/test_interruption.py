@@ -33,6 +33,8 @@ def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
         checkpointing_steps=7,
         checkpoints_total_limit=2,
         use_ema=True,
+        cache_latents=True,
+        cache_dir=str(output_dir.parent / "cache"),
         resume_from_checkpoint="latest",
     )
 

@@ -1,10 +1,14 @@
 """Images to latents, and the random numbers that make a run repeatable."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
 from diffusers_ctx.training.noise import KeyedNoise
@@ -82,6 +86,49 @@ def test_encoding_is_the_autoencoders_scaled(plain_pipeline, dataset, random_fli
             torch.testing.assert_close(latents.std[view, row], posterior.std[0].detach() * 0.18215)
     assert len(latents) == 5 and latents.contexts == ["obs", "night", "obs", "snow", "night"]
     assert latents[3]["index"] == 3 and latents[3]["caption"] == "d" and latents[3]["mask"].tolist() == [0, 1]
+
+
+def encode(vae: AutoencoderKL, dataset: datasets.Dataset, cache_dir: Path, **changes) -> ContextLatents:
+    transform = ImageTransform(32, changes.get("center_crop", True), seed=0)
+    random_flip = changes.get("random_flip", False)
+    return encode_images(vae, dataset, torch.zeros(len(dataset), 2), transform, random_flip, cache_dir=cache_dir)
+
+
+def test_latents_are_kept_and_found_again(plain_pipeline, dataset, tmp_path):
+    first = encode(plain_pipeline.vae, dataset, tmp_path / "new")
+    (file,) = (tmp_path / "new").iterdir()
+    written = file.stat().st_mtime_ns
+    again = encode(plain_pipeline.vae, dataset, tmp_path / "new")
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.std, again.std)
+    assert list((tmp_path / "new").iterdir()) == [file] and file.stat().st_mtime_ns == written
+    # that the file is what is read
+    save_file({"mean": first.mean + 1, "std": first.std}, file)
+    assert torch.equal(encode(plain_pipeline.vae, dataset, tmp_path / "new").mean, first.mean + 1)
+
+
+def test_other_images_weights_or_settings_are_encoded_anew(plain_pipeline, dataset, tmp_path):
+    vae = plain_pipeline.vae
+    expected = encode(vae, dataset, tmp_path)
+    for changes in ({"center_crop": False}, {"random_flip": True}):
+        encode(vae, dataset, tmp_path, **changes)
+    reordered = encode(vae, dataset.select([1, 0, 2, 3, 4]), tmp_path)
+    torch.testing.assert_close(reordered.mean, expected.mean[:, [1, 0, 2, 3, 4]])
+    with torch.no_grad():
+        next(vae.parameters()).add_(0.1)
+    assert not torch.equal(encode(vae, dataset, tmp_path).mean, expected.mean)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_images_in_files_are_known_by_their_content_and_not_their_name(plain_pipeline, tmp_path):
+    def folder(name: str, shade: int) -> datasets.Dataset:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / name / "0.png")
+        columns = {"image": [str(tmp_path / name / "0.png")], "context": ["obs"], "text": [""]}
+        return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+    for name, shade in (("a", 10), ("b", 10), ("c", 200)):
+        encode(plain_pipeline.vae, folder(name, shade), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_draws_are_mean_plus_std_times_noise_of_the_view_that_the_coin_chose():

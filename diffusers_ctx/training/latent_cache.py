@@ -1,0 +1,51 @@
+"""Latents on disk, found again by the content of all that they were encoded from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+
+Latents = dict[str, torch.Tensor]
+
+
+def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object) -> str:
+    """A digest of the images' files, in their order, of the VAE's weights and of the settings' `repr`.
+
+    Args:
+        vae: what encodes them.
+        dataset: has a column `image`.
+        settings: what else the latents depend on.
+    """
+    digest = hashlib.sha256(repr((settings, vae.dtype)).encode())
+    for name, weight in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
+    for row in dataset.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+        content = row["image"]["bytes"]
+        digest.update(hashlib.sha256(Path(row["image"]["path"]).read_bytes() if content is None else content).digest())
+    return digest.hexdigest()[:32]
+
+
+def cached(folder: Path, key: str, encode: Callable[[], Latents]) -> Latents:
+    """What is in the folder under that key, and otherwise what `encode` returns, which is kept there.
+
+    Safe under several processes: each writes a file of its own, which takes its name when it is whole.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    file = folder / f"latents-{key}.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        latents = encode()
+        unfinished = folder / f"unfinished-{os.getpid()}-{file.name}"
+        save_file(latents, unfinished)
+        unfinished.rename(file)
+    return load_file(file)
