@@ -7,13 +7,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..context import ContextModule
 from ..embedded import embedded_base
 from ..hub import FORMAT_VERSION, LIBRARY, WEIGHTS_NAME, AdapterError
 from ..version import __version__
 from .attention import context_attention_layers
+
+
+# in which the noise schedule of training may differ from the base model's
+SCHEDULE_OPTIONS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
 
 
 def base_requirements(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, Any]:
@@ -53,18 +57,27 @@ def public_name(base_model: str | None) -> str | None:
 
 
 def adapter_config(
-    context_module: ContextModule, unet: UNet2DConditionModel, prediction_type: str, base_model: str | None, mode: str
+    context_module: ContextModule,
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    plain_scheduler: SchedulerMixin,
+    base_model: str | None,
+    mode: str,
 ) -> dict[str, Any]:
-    return {
+    """What an adapter says of itself; `scheduler` is that of training, `plain_scheduler` the base model's."""
+    config = {
         "format_version": FORMAT_VERSION,
         "library": LIBRARY,
         "library_version": __version__,
         "base_model_name_or_path": base_model,
-        "base": base_requirements(unet, prediction_type),
+        "base": base_requirements(unet, plain_scheduler.config.prediction_type),
         "concepts": list(context_module.config.concepts),
         "obs_context": context_module.config.obs_context,
         "mode": mode,
     }
+    if scheduler is not plain_scheduler:
+        config["scheduler"] = {name: scheduler.config.get(name) for name in SCHEDULE_OPTIONS}
+    return config
 
 
 def save_attention(unet: UNet2DConditionModel, folder: Path) -> None:

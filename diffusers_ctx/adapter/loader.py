@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 from peft.utils import get_peft_model_state_dict
@@ -47,6 +49,7 @@ class ContextAdapterLoaderMixin:
 
     unet: UNet2DConditionModel
     scheduler: Any
+    _plain_scheduler: Any = None  # where an adapter brought its own noise schedule
     config: Any
     load_lora_weights: Callable[..., None]
     save_lora_weights: Callable[..., None]
@@ -108,6 +111,8 @@ class ContextAdapterLoaderMixin:
             load_attention(self.unet, read_attention(folder))
             if config["mode"] == "lora":
                 self._load_context_lora(folder)
+            if config.get("scheduler"):
+                self.set_context_scheduler(config["scheduler"])
         except Exception:
             self.unload_context_adapter()
             raise
@@ -140,7 +145,9 @@ class ContextAdapterLoaderMixin:
         config = adapter_config(
             module,
             self.unet,
-            self.scheduler.config.prediction_type,
+            self.scheduler,
+            # in mode full, the pipeline that is saved beside the adapter has the schedule of training itself
+            plain_scheduler=(None if mode == "full" else self._plain_scheduler) or self.scheduler,
             base_model=public_name(self.config.get("_name_or_path")),
             mode=mode,
         )
@@ -159,13 +166,22 @@ class ContextAdapterLoaderMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
-        `save_context_adapter`, LoRAs of the UNet by `save_lora_weights`."""
-        with context_module_detached(self.unet), lora_detached(self.unet):
+        `save_context_adapter`, LoRAs of the UNet by `save_lora_weights`. A UNet that learned as a whole is saved with
+        the noise schedule that it learned with."""
+        scheduler = self.scheduler
+        if self._plain_scheduler is not None and LORA_ADAPTER in self._unet_loras:
+            self.scheduler = self._plain_scheduler
+        with context_module_detached(self.unet), lora_detached(self.unet), _restored(self, scheduler):
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
-        """Takes the adapter off, with its LoRA, and leaves the plain pipeline; without an adapter, does nothing."""
+        """Takes the adapter off, with its LoRA, and leaves the plain pipeline; without an adapter, does nothing.
+
+        Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back.
+        """
         detach_context_module(self.unet)
+        if self._plain_scheduler is not None:
+            self.scheduler, self._plain_scheduler = self._plain_scheduler, None
         if list(self._unet_loras) == [LORA_ADAPTER]:
             self.unet.unload_lora()  # deleting the last one would leave its empty layers behind
         elif LORA_ADAPTER in self._unet_loras:
@@ -191,6 +207,19 @@ class ContextAdapterLoaderMixin:
         """
         self._require_context_module()
         set_context_scale(self.unet, scale)
+
+    def set_context_scheduler(self, options: dict[str, Any]) -> None:
+        """Gives the pipeline the noise schedule that an adapter was trained with, until it is unloaded.
+
+        Args:
+            options: what differs from the base model's schedule: `prediction_type`, `rescale_betas_zero_snr` and
+                `timestep_spacing`. A scheduler that does not know the second one gives way to DDIM.
+        """
+        kind = type(self.scheduler)
+        if not set(options) <= set(inspect.signature(kind.__init__).parameters):
+            kind, options = DDIMScheduler, {"clip_sample": False} | options
+        self._plain_scheduler = self._plain_scheduler or self.scheduler
+        self.scheduler = kind.from_config(self._plain_scheduler.config, **options)
 
     def push_context_adapter(
         self,
@@ -247,6 +276,15 @@ class ContextAdapterLoaderMixin:
         if LORA_ADAPTER not in self._unet_loras:
             return {}
         return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
+
+
+@contextmanager
+def _restored(pipeline: ContextAdapterLoaderMixin, scheduler: Any) -> Iterator[None]:
+    """Gives the pipeline that scheduler when its `with` block is left."""
+    try:
+        yield
+    finally:
+        pipeline.scheduler = scheduler
 
 
 def _read_module(folder: Path) -> ContextModule:

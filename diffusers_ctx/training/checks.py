@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType
 
 from ..data import context_mask
 from .config import TrainingConfig
+from .objective import PREDICTION_TYPES
 from .record import options_of
 
 
@@ -51,6 +52,10 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"
             f" {vae_scale_factor}."
+        )
+    if config.model.prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(
+            f"Unknown prediction_type '{config.model.prediction_type}'; choose one of {list(PREDICTION_TYPES)}."
         )
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:

@@ -21,6 +21,8 @@ class ModelConfig:
     rank: int = _option(16, "Rank of the LoRA.")
     unfreeze_after: float = _option(0.2, "In modes lora and full, the share of training before the UNet learns too.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
+    prediction_type: str | None = _option(None, "What the UNet learns to predict, where the base predicts another.")
+    rescale_betas_zero_snr: bool = _option(False, "Learn with zero terminal SNR, and end the noise in pure noise.")
     gradient_checkpointing: bool = _option(False, "Save memory by computing activations twice.")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from diffusers import UNet2DConditionModel
+from typing import Any
+
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
 from ..adapter import LORA_ADAPTER, attached_context_module, context_attention_layers
+from .config import ModelConfig
 
 
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -28,6 +31,31 @@ def prepare_mode(unet: UNet2DConditionModel, mode: str, rank: int) -> None:
     unet.encoder_hid_proj.requires_grad_(False)
     for module in adapter_modules(unet):
         module.requires_grad_(True)
+
+
+def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What the noise schedule of training has other than the base model's; empty where it has the same.
+
+    Raises:
+        ValueError: if the mode leaves the UNet as it is, or zero terminal SNR meets a prediction of the noise.
+    """
+    prediction_type = model.prediction_type or scheduler.config.prediction_type
+    options: dict[str, Any] = {}
+    if prediction_type != scheduler.config.prediction_type:
+        options["prediction_type"] = prediction_type
+    if model.rescale_betas_zero_snr and not scheduler.config.get("rescale_betas_zero_snr"):
+        # at the last timestep there is nothing but noise then: sampling has to start there (arXiv 2305.08891)
+        options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if options and model.mode == "frozen":
+        raise ValueError(
+            f"A frozen UNet cannot learn another noise schedule ({', '.join(options)}); choose mode lora or full."
+        )
+    if options.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
+        raise ValueError(
+            "Where there is nothing but noise, a prediction of the noise says nothing: `rescale_betas_zero_snr` needs"
+            " `--prediction_type v_prediction`."
+        )
+    return options
 
 
 def adapter_modules(unet: UNet2DConditionModel) -> list[nn.Module]:

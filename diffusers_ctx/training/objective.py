@@ -11,6 +11,9 @@ from torch import nn
 from ..context import ContextModule
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
 class DiffusionObjective(nn.Module):
     """The diffusion loss of a UNet that is told the context's tokens, with noise from the posterior.
 

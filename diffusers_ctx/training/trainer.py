@@ -31,7 +31,7 @@ from .checks import check_options, check_precision, check_validation_contexts, c
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import prepare_mode, split_parameters
+from .modes import prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise
 from .objective import DiffusionObjective
 from .record import options_of, training_record
@@ -59,6 +59,7 @@ class ContextTrainer:
 
     def __init__(self, config: TrainingConfig, pipeline: StableDiffusionPipeline):
         check_options(config, pipeline.vae_scale_factor)
+        schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
@@ -75,6 +76,8 @@ class ContextTrainer:
         self.checkpoint = self._find_checkpoint()
         check_writable(self.output_dir)
         self.repo_id = self._create_repository()
+        if schedule:
+            pipeline.set_context_scheduler(schedule)
         self._prepare_models()
         self.latents = self._encode(dataset)
 

@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_components
+from diffusers import PNDMScheduler
 
+from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training.modes import prepare_mode, split_parameters
 
@@ -116,3 +120,43 @@ def test_in_half_precision_what_learns_is_not_rounded(options, base_model, mode)
         frozen = trainer.pipeline.unet.state_dict()  # in float32 again, to be saved
         rounded = base["conv_in.weight"].bfloat16().float()
         assert torch.equal(frozen["conv_in.weight"].cpu(), rounded) and not before.keys() & base.keys()
+
+
+# from predicting the noise to v-prediction with zero terminal SNR
+
+
+@pytest.fixture
+def epsilon_base(tmp_path) -> Path:
+    folder = tmp_path / "epsilon-base"
+    components = make_components(prediction_type="epsilon")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    components["scheduler"] = PNDMScheduler(**schedule, skip_prk_steps=True, steps_offset=1)
+    ComposablePipeline(**components, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_another_prediction_type_is_learned_and_brought_along(options, epsilon_base, mode):
+    options |= {"pretrained_model_name_or_path": str(epsilon_base), "mode": mode, "unfreeze_after": 0.0}
+    trainer = create_trainer(options | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    output_dir = trainer.train()
+    scheduler = trainer.objective.scheduler
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] == 0
+
+    pipeline = ComposablePipeline.from_pretrained(output_dir if mode == "full" else epsilon_base, safety_checker=None)
+    pipeline.load_context_adapter(output_dir)
+    schedule = pipeline.scheduler.config
+    assert schedule.prediction_type == "v_prediction"
+    assert schedule.rescale_betas_zero_snr and schedule.timestep_spacing == "trailing"
+    images = pipeline("a street", interventions=["snow"], num_inference_steps=2, output_type="np").images
+    assert np.isfinite(images).all()
+
+
+def test_what_cannot_be_learned_is_refused(options, epsilon_base):
+    options |= {"pretrained_model_name_or_path": str(epsilon_base)}
+    with pytest.raises(ValueError, match="A frozen UNet cannot learn another noise schedule"):
+        create_trainer(options | {"mode": "frozen", "prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `--prediction_type v_prediction`"):
+        create_trainer(options | {"rescale_betas_zero_snr": True})
+    with pytest.raises(ValueError, match="Unknown prediction_type 'velocity'"):
+        create_trainer(options | {"prediction_type": "velocity"})
