@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType
 
 from ..data import context_mask
 from .config import TrainingConfig
+from .noise import TIMESTEP_SAMPLING
 from .objective import PREDICTION_TYPES
 from .record import options_of
 
@@ -56,6 +57,11 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     if config.model.prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(
             f"Unknown prediction_type '{config.model.prediction_type}'; choose one of {list(PREDICTION_TYPES)}."
+        )
+    if config.optimization.timestep_sampling not in TIMESTEP_SAMPLING:
+        raise ValueError(
+            f"Unknown timestep_sampling '{config.optimization.timestep_sampling}'; choose one of"
+            f" {list(TIMESTEP_SAMPLING)}."
         )
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:

@@ -85,6 +85,7 @@ class OptimizationConfig:
     lr_scheduler: str = _option("constant", "A learning-rate schedule of diffusers.")
     lr_warmup_steps: int = _option(500, "Warm-up steps of the schedule.")
     snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.")
+    timestep_sampling: str = _option("uniform", "How timesteps are drawn: `uniform`, `logit_normal` or `high_noise`.")
     noise_offset: float = _option(0.0, "Scale of an offset per image and channel that is added to the noise.")
     adam_beta1: float = _option(0.9, "β1 of AdamW.")
     adam_beta2: float = _option(0.999, "β2 of AdamW.")

@@ -32,7 +32,7 @@ from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import prepare_mode, schedule_options, split_parameters
-from .noise import KeyedNoise
+from .noise import KeyedNoise, sample_timesteps
 from .objective import DiffusionObjective
 from .record import options_of, training_record
 from .validation import draw_grid, keep_grid, sample_rows
@@ -348,7 +348,9 @@ class ContextTrainer:
         random = KeyedNoise(options.seed, number, self.accelerator.process_index, self.accelerator.num_processes)
         latents = self.latents.draw(indices, random.normal(size, *shape), random.uniform(size))
         noise = random.normal(size, *shape) + options.noise_offset * random.normal(size, shape[0], 1, 1)
-        timesteps = (random.uniform(size) * self.pipeline.scheduler.config.num_train_timesteps).long()
+        timesteps = sample_timesteps(
+            random.uniform(size), options.timestep_sampling, self.pipeline.scheduler.config.num_train_timesteps
+        )
         exogenous = random.normal(size, *self.context_module.noise_shape)
         dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]

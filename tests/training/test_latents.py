@@ -9,9 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import norm
 
 from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
-from diffusers_ctx.training.noise import KeyedNoise
+from diffusers_ctx.training.noise import KeyedNoise, sample_timesteps
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -173,3 +174,24 @@ def test_numbers_have_the_laws_that_they_are_named_after():
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
     assert 0 <= uniform.min() and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.std() - 12**-0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("sampling", "distribution"),
+    [
+        ("uniform", lambda x: x),
+        ("logit_normal", lambda x: norm.cdf(np.log(x / (1 - x)))),
+        ("high_noise", lambda x: x**2),
+    ],
+)
+def test_timesteps_follow_their_law(sampling, distribution):
+    timesteps = sample_timesteps(KeyedNoise(0, 0).uniform(50_000), sampling, 1000)
+    assert timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() <= 999
+    for place in (0.1, 0.3, 0.5, 0.8, 0.95):
+        assert abs((timesteps < 1000 * place).double().mean() - distribution(place)) < 0.01
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "high_noise"])
+def test_the_ends_of_the_range_are_timesteps(sampling):
+    ends = sample_timesteps(torch.tensor([0.0, 1 - 2**-24]), sampling, 1000)
+    assert 0 <= ends[0] <= ends[1] <= 999
