@@ -50,9 +50,11 @@ def main() -> None:
         print(f"{name}: {line}", flush=True)
     if "interference" not in results:
         results["interference"] = measure_interference(sample, not args.independent)
-        results["graph"] = measure_graph(pipeline.context_module)
+        if not args.independent:
+            results["graph"] = measure_graph(pipeline.context_module)
         keep()
-    print(f"AUROC of edges among the concepts {results['graph']['auroc']:.3f}")
+    if "graph" in results:
+        print(f"AUROC of edges among the concepts {results['graph']['auroc']:.3f}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def main() -> None:
     )
     draw_errors(results).savefig(args.output_dir / "errors.png")
     draw_interference(chosen).savefig(args.output_dir / "interference.png")
-    draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
+    if any("graph" in row for row in chosen):
+        draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ EDGE_SHARE = 0.25  # of the strongest edge; weaker ones are not counted as learn
 _READ = [name for name in quad.FACTORS if name != "orientation"]
 
 
-@lru_cache(maxsize=2 * len(COMBINATIONS))
+@cache
 def real_sample(
     interventions: tuple[str, ...], n: int, seed: int, dependent: bool
 ) -> tuple[quad.QuadSample, np.ndarray]:
@@ -112,7 +112,10 @@ def measure_graph(module: ContextModule) -> dict[str, Any]:
 
 
 def _mean_distance(values: np.ndarray, reference: np.ndarray, columns: Sequence[int]) -> float | None:
-    """Mean Wasserstein distance of the attributes' laws, 1 where none could be read; `None` of no attributes."""
+    """Mean Wasserstein distance of the attributes' laws, of the values that could be read; 1 where none could.
+
+    `None` of no attributes.
+    """
     pairs = [(values[:, column], reference[:, column]) for column in columns]
     readable = [(a[~np.isnan(a)], b[~np.isnan(b)]) for a, b in pairs]
     distances = [wasserstein_distance(a, b) if len(a) else 1.0 for a, b in readable]

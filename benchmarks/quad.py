@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -111,10 +112,16 @@ class Row:
                 )
 
     def run(self, method: Method) -> None:
+        self._check_work_dir()
         if "seconds" not in self.results:
+            self.setting.latents()  # encoded once for all rows, so not on this one's account
             start = time.monotonic()
-            method.train(self.setting, self.folder)
-            self._add(seconds=time.monotonic() - start, commit=commit(), machine=machine())
+            try:
+                method.train(self.setting, self.folder)
+            finally:
+                spent = self.results.get("spent", 0.0) + time.monotonic() - start
+                self._add(spent=spent)
+            self._add(seconds=spent, commit=commit(), machine=machine())
         sample = method.load(self.setting, self.folder)
         for name, interventions in COMBINATIONS.items():
             if name not in self.results["contexts"]:
@@ -124,12 +131,25 @@ class Row:
                 print(f"{self.name} {name}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
         if "interference" not in self.results:
             self._add(interference=measure_interference(sample, self.setting.dependent))
-        if isinstance(method, ContextAdapter) and method.told and "graph" not in self.results:
+        learns_graph = isinstance(method, ContextAdapter) and method.learns_graph and self.setting.dependent
+        if learns_graph and "graph" not in self.results:
             pipeline = load_pipeline(self.folder, full=method.mode == "full")
             self._add(graph=measure_graph(pipeline.context_module))
         picture = self.file.with_suffix(".png")
         if not picture.exists():
             self._draw(sample).save(picture)
+
+    def _check_work_dir(self) -> None:
+        """Weights in the working folder must be of the same training, or they would be taken for it."""
+        file = self.folder.parent / "options.json"
+        training = {key: value for key, value in self.results["options"].items() if key not in _OF_SAMPLING}
+        if file.exists() and json.loads(file.read_text()) != training:
+            raise ValueError(
+                f"{self.folder.parent} has weights that were trained with {file.read_text()}; give the same options,"
+                " or another --work_dir."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(training) + "\n")
 
     def _add(self, **figures: Any) -> None:
         self.results.update(figures)
@@ -144,6 +164,7 @@ class Row:
         return join_tiles([sample(captions, COMBINATIONS[name], 0) for name in DRAWN])
 
 
+_OF_SAMPLING = ("n", "num_inference_steps")
 _NOT_OPTIONS = ("rows", "work_dir", "results_dir", "table")
 
 
@@ -155,12 +176,12 @@ def commit() -> str:
 
 
 def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
     args = parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # as the rivals' plain loops: times are compared
     if args.table:
         print(render_tables(args.results_dir))
         return

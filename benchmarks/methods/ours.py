@@ -80,23 +80,32 @@ class GivenNoiseTrainer(BenchmarkTrainer):
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
         return GivenNoiseModule.from_config(super()._create_context_module(concepts).config)
 
+    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+        latents = super()._encode(dataset)
+        self.noise = self._given_noise(latents.contexts)
+        return latents
+
+    def _given_noise(self, contexts: Sequence[str]) -> torch.Tensor:
+        return given_noise(self.setting, contexts)
+
     def _learn_concepts(self) -> dict[str, float]:
         set_mechanisms(self.context_module, self.setting)
-        self.noise = given_noise(self.setting, self.latents.contexts)
         return {}
 
     def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        *inputs, exogenous, unexplained = super()._step_inputs(number, batch)
-        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous), torch.zeros_like(unexplained))
+        *inputs, exogenous = super()._step_inputs(number, batch)
+        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous))
 
 
 class LabelsTrainer(GivenNoiseTrainer):
     """Without noise: a node's tokens say whether it was intervened on, and nothing else."""
 
+    def _given_noise(self, contexts: Sequence[str]) -> torch.Tensor:
+        return torch.zeros(len(contexts), self.context_module.noise_shape[0])
+
     def _learn_concepts(self) -> dict[str, float]:
         with torch.no_grad():
             self.context_module.mechanism.bias_do.fill_(1)
-        self.noise = torch.zeros(len(self.latents), self.context_module.noise_shape[0])
         return {}
 
 
@@ -167,6 +176,10 @@ class ContextAdapter:
             ),
         )
         self.trainer(setting, config).train()
+
+    @property
+    def learns_graph(self) -> bool:
+        return self.context.graph is None and self.trainer is BenchmarkTrainer
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, full=self.mode == "full")

@@ -299,7 +299,7 @@ class ConceptSliders:
     """A LoRA per concept that turns the observational prompt's prediction into the concept's, and is then added.
 
     In the manner of Gandikota et al. 2023 (arXiv 2311.12092), equation 7, with a `PromptLora` as the model that is
-    steered.
+    steered: it has that one's training and as much again.
 
     Attributes:
         source: name of the row whose LoRA it starts from.

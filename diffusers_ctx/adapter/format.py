@@ -75,8 +75,10 @@ def adapter_config(
         "obs_context": context_module.config.obs_context,
         "mode": mode,
     }
-    if scheduler is not plain_scheduler:
-        config["scheduler"] = {name: scheduler.config.get(name) for name in SCHEDULE_OPTIONS}
+    own = {name: scheduler.config.get(name) for name in SCHEDULE_OPTIONS}
+    differing = {name: value for name, value in own.items() if value != plain_scheduler.config.get(name)}
+    if scheduler is not plain_scheduler and differing:
+        config["scheduler"] = differing
     return config
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 from peft.utils import get_peft_model_state_dict
@@ -76,6 +76,9 @@ class ContextAdapterLoaderMixin:
         local_files_only: bool = False,
     ) -> None:
         """Loads a context adapter, in `lora` mode together with its LoRA, which acts beside those that are active.
+
+        An adapter that was trained with another noise schedule than its base model's brings it along: the pipeline's
+        scheduler is replaced until the adapter is unloaded.
 
         Args:
             pretrained_model_name_or_path: a local folder or the id of a repository on the Hub.
@@ -212,11 +215,12 @@ class ContextAdapterLoaderMixin:
         """Gives the pipeline the noise schedule that an adapter was trained with, until it is unloaded.
 
         Args:
-            options: what differs from the base model's schedule: `prediction_type`, `rescale_betas_zero_snr` and
-                `timestep_spacing`. A scheduler that does not know the second one gives way to DDIM.
+            options: what differs from the base model's schedule, of `prediction_type`, `rescale_betas_zero_snr` and
+                `timestep_spacing`. A scheduler that does not know one of them gives way to DDIM, and so does PNDM,
+                the default of Stable Diffusion 1.x, which knows fewer prediction types.
         """
         kind = type(self.scheduler)
-        if not set(options) <= set(inspect.signature(kind.__init__).parameters):
+        if kind is PNDMScheduler or not set(options) <= set(inspect.signature(kind.__init__).parameters):
             kind, options = DDIMScheduler, {"clip_sample": False} | options
         self._plain_scheduler = self._plain_scheduler or self.scheduler
         self.scheduler = kind.from_config(self._plain_scheduler.config, **options)

@@ -33,7 +33,6 @@ _SMALLEST = {
     "validation_steps": 1,
     "num_validation_images": 1,
 }
-_SHARES = ("proportion_empty_prompts", "proportion_unexplained")
 
 
 def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
@@ -46,9 +45,10 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     for name, smallest in _SMALLEST.items():
         if options[name] is not None and options[name] < smallest:
             raise ValueError(f"`{name}` is {options[name]}; it must be {smallest} or more.")
-    for name in _SHARES:
-        if not 0 <= options[name] <= 1:
-            raise ValueError(f"`{name}` is {options[name]}; it is a share in [0, 1].")
+    if not 0 <= config.data.proportion_empty_prompts <= 1:
+        raise ValueError(
+            f"`proportion_empty_prompts` is {config.data.proportion_empty_prompts}; it is a share in [0, 1]."
+        )
     if config.data.resolution % vae_scale_factor:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"

@@ -65,9 +65,6 @@ class ContextConfig:
     generation_weight: float = _option(500.0, "Weight of the match of decoded prior noise in each context to images.")
     acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
     sparsity_weight: float = _option(0.0, "Weight of the group lasso on the edges of the causal layer.")
-    proportion_unexplained: float = _option(
-        0.1, "Share of images whose hidden factors' noise says nothing about them, so that prompts outrank it."
-    )
     abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
     abduction_batch_size: int = _option(336, "Images per such step, all contexts together.")
     abduction_learning_rate: float = _option(3e-3, "Peak learning rate of these steps.")
@@ -171,9 +168,11 @@ def _read_numbers(group: Any) -> Any:
     """
     for name, kind in get_type_hints(type(group)).items():
         value = getattr(group, name)
-        if isinstance(value, str) and kind in (float, float | None):
+        number = next((x for x in (int, float) if kind in (x, x | None)), None)
+        if isinstance(value, str) and number is not None:
             try:
-                setattr(group, name, float(value))
+                setattr(group, name, number(value))
             except ValueError:
-                raise ValueError(f"`{name}` is {value!r}; give a number.") from None
+                kinds = {int: "an integer", float: "a number"}
+                raise ValueError(f"`{name}` is {value!r}; give {kinds[number]}.") from None
     return group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 
 import torch
@@ -10,7 +11,11 @@ from accelerate import Accelerator
 
 
 class StopSignals:
-    """Within its `with` block, SIGTERM and SIGINT ask the run to stop after its step; a second one stops it at once.
+    """Within its `with` block, SIGTERM and SIGINT ask the run to stop after its step.
+
+    A second SIGINT stops it at once. A second SIGTERM does not: launchers pass it on to processes that the cluster has
+    sent it to already. `accelerate launch` with a single process passes nothing on; send the signal to the training
+    process, or start that with `python`. Outside the main thread, where Python has no signals, nothing is caught.
 
     Args:
         accelerator: of the run; all its processes stop after the same step.
@@ -18,10 +23,13 @@ class StopSignals:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = 0  # number of the signal
+        self._received = 0  # number of the signal, in this process
+        self._agreed = 0  # that of any process, which all of them know
+        self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> StopSignals:
-        self._previous = {int(x): signal.signal(x, self._receive) for x in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {int(x): signal.signal(x, self._receive) for x in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -29,18 +37,17 @@ class StopSignals:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether any process was asked to stop. All processes must call it."""
-        if self.accelerator.num_processes == 1:
-            return self.received > 0
-        received = torch.tensor(self.received, device=self.accelerator.device)
-        self.received = int(self.accelerator.gather(received).max())
-        return self.received > 0
+        """Whether any process was asked to stop. All processes must call it, and all get the same answer."""
+        received = torch.tensor([self._received], device=self.accelerator.device)
+        self._agreed = int(self.accelerator.gather(received).max())
+        return self._agreed > 0
 
     @property
     def exit_code(self) -> int:
         """What shells expect of a program that a signal ended."""
-        return 128 + self.received
+        return 128 + self._agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, self._previous[number])
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkstemp
 
 import datasets
 import torch
@@ -45,7 +46,8 @@ def cached(folder: Path, key: str, encode: Callable[[], Latents]) -> Latents:
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         latents = encode()
-        unfinished = folder / f"unfinished-{os.getpid()}-{file.name}"
+        handle, unfinished = mkstemp(prefix="unfinished-", dir=folder)
+        os.close(handle)
         save_file(latents, unfinished)
-        unfinished.rename(file)
+        os.replace(unfinished, file)
     return load_file(file)

@@ -95,7 +95,7 @@ def encode_images(
     if cache_dir is None:
         latents = encode()
     else:
-        key = content_key(vae, dataset, vars(transform), random_flip)
+        key = content_key(vae, dataset, vars(transform), random_flip, vae.config.scaling_factor)
         latents = cached(cache_dir, key, encode)
     return ContextLatents(latents["mean"], latents["std"], masks, list(dataset["context"]), list(dataset["text"]))
 

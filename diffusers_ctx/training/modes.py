@@ -50,9 +50,10 @@ def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str,
         raise ValueError(
             f"A frozen UNet cannot learn another noise schedule ({', '.join(options)}); choose mode lora or full."
         )
-    if options.get("rescale_betas_zero_snr") and prediction_type == "epsilon":
+    zero_snr = model.rescale_betas_zero_snr or scheduler.config.get("rescale_betas_zero_snr")
+    if options and zero_snr and prediction_type == "epsilon":
         raise ValueError(
-            "Where there is nothing but noise, a prediction of the noise says nothing: `rescale_betas_zero_snr` needs"
+            "Where there is nothing but noise, a prediction of the noise says nothing: zero terminal SNR needs"
             " `--prediction_type v_prediction`."
         )
     return options

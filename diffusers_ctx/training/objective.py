@@ -46,18 +46,11 @@ class DiffusionObjective(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
-        unexplained: torch.Tensor,
     ) -> torch.Tensor:
         """The loss, from latents and noise (B, C, h, w), masks (B, K), text (B, L, D), timesteps (B,) and standard
-        normal numbers `exogenous` (B, N, d_z) to draw from the posterior with.
-
-        Where `unexplained` (B,) is true, hidden factors keep `exogenous`, which says nothing about the image. Noise
-        from the prior knows no prompt: where the two contradict each other, the UNet learns that the prompt is right.
-        """
+        normal numbers `exogenous` (B, N, d_z) to draw from the posterior with."""
         (context_module,) = self._context_module
         z = context_module.abduct(latents, mask).at(exogenous)
-        hidden = torch.arange(z.shape[1], device=z.device) >= mask.shape[1]
-        z = torch.where((unexplained[:, None] & hidden)[..., None], exogenous, z)
         tokens = context_module(z, mask)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, text, added_cond_kwargs={"image_embeds": [tokens]}).sample

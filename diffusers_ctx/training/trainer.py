@@ -92,7 +92,7 @@ class ContextTrainer:
             The folder of the adapter.
 
         Raises:
-            FloatingPointError: if the loss is not finite; checkpoints and weights on disk are as they were.
+            FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
         figures: dict[str, float] = {}
         if self.checkpoint is None:
@@ -101,6 +101,8 @@ class ContextTrainer:
         step = 0
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)  # states are loaded to the CPU
             step = checkpoint_step(self.checkpoint)
         self.accelerator.init_trackers("context-adapter", config=self._tracked_options())
         self.accelerator.log(figures, step=step)
@@ -356,8 +358,7 @@ class ContextTrainer:
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
         with torch.no_grad():
             text = self.pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
-        unexplained = random.uniform(size) < self.config.context.proportion_unexplained
-        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous, unexplained)
+        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous)
         return tuple(tensor.to(device) for tensor in tensors)
 
     @torch.no_grad()

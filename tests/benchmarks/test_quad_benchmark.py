@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 from methods.ours import GivenNoiseModule, UntoldModule, given_noise, oracle_graph, set_mechanisms
-from methods.rivals import ComposableDiffusion, LoraTraining, PromptLora, load_base, name_concepts
-from methods.setting import Setting
+from methods.rivals import (
+    ComposableDiffusion,
+    LoraTraining,
+    PromptLora,
+    load_base,
+    load_prompt_lora,
+    name_concepts,
+)
+from methods.setting import Setting, in_batches
 from PIL import Image
 from tables import summarize_row
 
@@ -92,8 +99,15 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     PromptLora().train(setting, tmp_path / "prompt-lora")
     captions = ["a picture of a circle"] * 3
     alone = PromptLora().load(setting, tmp_path / "prompt-lora")
-    composed = ComposableDiffusion("prompt-lora").load(setting, tmp_path / "composable")
+    method = ComposableDiffusion("prompt-lora")
+    composed = method.load(setting, tmp_path / "composable")
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
+    # the composing loop itself, with one concept: what is added to the plain prediction makes it the concept's
+    pipeline = load_prompt_lora(tmp_path / "prompt-lora")
+    loop = in_batches(lambda batch, noise: method._sample(pipeline, setting, batch, ["quad1"], noise), captions, 0)
+    summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
+    expected = alone(captions, ["quad1"], 0).astype(int)
+    assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
     assert composed(captions, ["quad1", "size"], 0).shape == (3, 64, 64, 3)
 
 

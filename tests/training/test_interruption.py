@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from diffusers_ctx.training.checkpoints import list_checkpoints
+from diffusers_ctx.training.interruption import StopSignals
 
 from .conftest import SCRIPT, flags, make_options
 from .test_training_script import weights_of
@@ -105,3 +107,78 @@ def finish_and_compare(options: dict, undisturbed: dict[str, torch.Tensor], fold
     assert got.keys() == undisturbed.keys()
     assert not [name for name in got if not torch.equal(got[name], undisturbed[name])]
     assert len(list_checkpoints(folder)) == 2 and not list(folder.glob("unfinished-*"))
+
+
+# what all processes agree on
+
+
+class Gathering:
+    """An accelerator in whose `gather` another process was asked to stop, or a signal arrives."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, other: int = 0, signal_meanwhile: int | None = None):
+        self.other, self.signal_meanwhile = other, signal_meanwhile
+
+    def gather(self, received: torch.Tensor) -> torch.Tensor:
+        gathered = torch.cat([received, torch.tensor([self.other])])
+        if self.signal_meanwhile:
+            os.kill(os.getpid(), self.signal_meanwhile)
+            self.signal_meanwhile = None
+        return gathered
+
+
+def test_a_process_stops_when_another_was_asked_to():
+    with StopSignals(Gathering(other=signal.SIGTERM)) as stop:
+        assert stop.requested() and stop.exit_code == 143
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_in_the_next_step():
+    with StopSignals(Gathering(signal_meanwhile=signal.SIGTERM)) as stop:
+        assert not stop.requested()  # as the other processes know it
+        assert stop.requested() and stop.exit_code == 143
+
+
+def test_a_second_sigterm_is_waited_with_and_a_second_sigint_is_not():
+    with StopSignals(Gathering()) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_in_other_threads_nothing_is_caught():
+    def train() -> None:
+        with StopSignals(Gathering()) as stop:
+            answers.append(stop.requested())
+
+    answers: list[bool] = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
+    options = options_of(base_model, photos, tmp_path / "adapter") | {"train_batch_size": 2, "max_train_steps": 400}
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        [*launcher, SCRIPT, *flags(options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for((tmp_path / "adapter" / "checkpoint-7").exists, process)
+    process.terminate()  # the launcher passes it on
+    output, _ = process.communicate(timeout=120)
+    (step,) = re.findall(r"Stopped by a signal after step (\d+)", output)
+    last = list_checkpoints(tmp_path / "adapter")[-1]
+    assert last.name == f"checkpoint-{step}" and (last / "trained.safetensors").exists()
+    assert len(list(last.glob("random_states_*"))) == 2

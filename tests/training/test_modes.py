@@ -10,7 +10,7 @@ import torch
 from conftest import make_components
 from diffusers import PNDMScheduler
 
-from diffusers_ctx import ComposablePipeline
+from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training.modes import prepare_mode, split_parameters
 
@@ -156,7 +156,9 @@ def test_what_cannot_be_learned_is_refused(options, epsilon_base):
     options |= {"pretrained_model_name_or_path": str(epsilon_base)}
     with pytest.raises(ValueError, match="A frozen UNet cannot learn another noise schedule"):
         create_trainer(options | {"mode": "frozen", "prediction_type": "v_prediction"})
-    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `--prediction_type v_prediction`"):
+    with pytest.raises(ValueError, match="zero terminal SNR needs `--prediction_type v_prediction`"):
         create_trainer(options | {"rescale_betas_zero_snr": True})
+    with pytest.raises(ValueError, match="zero terminal SNR needs `--prediction_type v_prediction`"):
+        create_trainer(options | {"pretrained_model_name_or_path": embedded_base(), "prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="Unknown prediction_type 'velocity'"):
         create_trainer(options | {"prediction_type": "velocity"})

@@ -33,7 +33,6 @@ def batch(context_module) -> dict[str, torch.Tensor]:
         "noise": torch.randn(4, 4, 16, 16),
         "timesteps": torch.tensor([0, 37, 500, 999]),
         "exogenous": torch.randn(4, *context_module.noise_shape),
-        "unexplained": torch.tensor([False, True, False, True]),
     }
 
 
@@ -71,10 +70,8 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
         s = np.sqrt(1 - a**2)
         noisy = a * one["latents"] + s * one["noise"]
         posterior = context_module.abduct(one["latents"], one["mask"])
-        z = (posterior.mean.flatten() + posterior.factor[0] @ one["exogenous"].flatten()).view_as(one["exogenous"])
-        if one["unexplained"]:
-            z = torch.cat([z[:, : len(CONCEPTS)], one["exogenous"][:, len(CONCEPTS) :]], dim=1)
-        tokens = context_module(z, one["mask"])
+        z = posterior.mean.flatten() + posterior.factor[0] @ one["exogenous"].flatten()
+        tokens = context_module(z.view_as(one["exogenous"]), one["mask"])
         with torch.no_grad():
             prediction = unet(
                 noisy.float(), one["timesteps"], one["text"], added_cond_kwargs={"image_embeds": [tokens]}
@@ -100,7 +97,6 @@ def test_rows_do_not_mix_and_each_is_told_what_the_posterior_drew(plain_pipeline
         torch.nn.init.normal_(parameter)
     unet = with_module(plain_pipeline.unet, module)
     objective = DiffusionObjective(unet, module, make_scheduler("v_prediction", True))
-    batch["unexplained"] = torch.zeros(4, dtype=torch.bool)
     with torch.no_grad():
         together = objective(**batch)
         apart = [objective(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(4)]

@@ -95,7 +95,7 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
         ({"train_batch_size": 0}, "`train_batch_size` is 0"),
         ({"abduction_steps": 1}, "`abduction_steps` is 1; it must be 2 or more"),
-        ({"proportion_unexplained": 1.5}, "`proportion_unexplained` is 1.5; it is a share in"),
+        ({"proportion_empty_prompts": 1.5}, "`proportion_empty_prompts` is 1.5; it is a share in"),
         ({"kl_warmup_steps": 0}, "`kl_warmup_steps` is 0"),
         ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
         ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
@@ -178,10 +178,17 @@ def test_numbers_of_a_yaml_file_are_numbers(tmp_path, text):
     assert parse_training_config([str(file)]).optimization.learning_rate == 1e-4
 
 
-def test_text_of_a_yaml_file_in_a_numbers_place(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rate: fast", "`learning_rate` is 'fast'; give a number"),
+        ("max_train_steps: 1e3", "`max_train_steps` is '1e3'; give an integer"),
+    ],
+)
+def test_text_of_a_yaml_file_in_a_numbers_place(tmp_path, line, message):
     file = tmp_path / "options.yaml"
-    file.write_text("pretrained_model_name_or_path: base\ntrain_data_dir: photos\nlearning_rate: fast\n")
-    with pytest.raises(ValueError, match="`learning_rate` is 'fast'; give a number"):
+    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\n{line}\n")
+    with pytest.raises(ValueError, match=message):
         parse_training_config([str(file)])
 
 
