@@ -3,8 +3,7 @@
     python train_scripts/demo_quad.py --output_dir runs/demo
 
 Writes quad images into one folder per context, trains an adapter on the embedded Stable Diffusion with them, loads it
-as a user would, and compares its samples with real images from held-out seeds; beside it, the adapter that comes with
-the library, which was trained for longer on more images.
+as a user would, and compares its samples with real images from held-out seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
+from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 from diffusers_ctx.training import ContextTrainer, TrainingConfig, draw_grid, sample_rows
@@ -25,7 +24,7 @@ from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig
 
 
 CONTEXTS = (*quad.contexts().values(), ("quad1", "quad4"), ("quad2", "size"), ("quad1", "quad3", "orientation"))
-COLUMNS = 6
+COLUMNS = 8
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,49 +60,46 @@ def train(args: argparse.Namespace) -> Path:
     return ContextTrainer(config, pipeline).train()
 
 
-def load(adapter: str | Path) -> ComposablePipeline:
+def load(adapter: Path) -> ComposablePipeline:
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
     pipeline.load_context_adapter(adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure(
-    pipelines: list[ComposablePipeline], interventions: tuple[str, ...], args: argparse.Namespace
-) -> list[float]:
-    """Distance of each one's samples to held-out images, and the floor: that between two sets of held-out images."""
+def measure(pipeline: ComposablePipeline, interventions: tuple[str, ...], args: argparse.Namespace) -> tuple:
+    """Distance of samples to held-out images, and the floor: the distance between two sets of held-out images."""
     n, held_out = args.samples_per_context, quad.FIRST_HELD_OUT_SEED + args.seed
     real = quad.generate(interventions, n=n, seed=held_out)
     again = quad.generate(interventions, n=n, seed=held_out + 1)
+    generated = pipeline(
+        again.captions,
+        interventions=list(interventions),
+        generator=torch.Generator().manual_seed(held_out),
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=1.0,
+        output_type="np",
+    ).images
+    generated = np.rint(generated * 255).astype(np.uint8)
+    return (
+        sliced_wasserstein_distance(generated, real.images),
+        sliced_wasserstein_distance(again.images, real.images),
+    )
 
-    def sample(pipeline: ComposablePipeline) -> np.ndarray:
-        images = pipeline(
-            again.captions,
-            interventions=list(interventions),
-            generator=torch.Generator().manual_seed(held_out),
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=1.0,
-            output_type="np",
-        ).images
-        return np.rint(images * 255).astype(np.uint8)
 
-    compared = [*map(sample, pipelines), again.images]
-    return [sliced_wasserstein_distance(images, real.images) for images in compared]
-
-
-def draw(pipelines: list[ComposablePipeline], args: argparse.Namespace) -> Path:
-    """For each context, samples of each pipeline and real held-out images; the same noise down a column."""
+def draw(pipeline: ComposablePipeline, args: argparse.Namespace) -> Path:
+    """A row of samples per context, the same noise down a column, and beside it a row of real held-out images."""
     seed = quad.FIRST_HELD_OUT_SEED + args.seed
     prompts = quad.generate(n=COLUMNS, seed=seed).captions
-    samples = [sample_rows(pipeline, CONTEXTS, prompts, seed, args.num_inference_steps) for pipeline in pipelines]
+    samples = sample_rows(pipeline, CONTEXTS, prompts, seed, args.num_inference_steps)
     gap = np.full((1, quad.RESOLUTION, quad.RESOLUTION, 3), 255, dtype=np.uint8)
     rows, labels = [], []
-    for interventions, trained, shipped in zip(CONTEXTS, *samples):
+    for interventions, generated in zip(CONTEXTS, samples):
         real = quad.generate(interventions, n=COLUMNS, seed=seed).images
-        rows.append(np.concatenate([trained, gap, shipped, gap, real]))
+        rows.append(np.concatenate([generated, gap, real]))
         name = f"do({', '.join(interventions)})" if interventions else "observational"
         unseen = ", never seen together in training" if len(interventions) > 1 else ""
-        labels.append(f"{name}{unseen}: samples of the trained adapter, of the shipped one, real held-out images")
+        labels.append(f"{name}{unseen}: {COLUMNS} samples, {COLUMNS} real held-out images")
     picture = args.output_dir / "grid.png"
     draw_grid(rows, labels).save(picture)
     return picture
@@ -113,13 +109,12 @@ def main() -> None:
     args = parse_args()
     start = time.time()
     adapter = train(args)
-    pipelines = [load(adapter), load(embedded_adapter("quad"))]
+    pipeline = load(adapter)
     print(f"\nSliced Wasserstein distance to {args.samples_per_context} held-out images (floor: real to real)")
-    print(f"  {'':28s} trained   shipped   floor")
     for interventions in tqdm(CONTEXTS, desc="Measuring", leave=False):
-        trained, shipped, floor = measure(pipelines, interventions, args)
-        tqdm.write(f"  {' + '.join(interventions) or 'obs':28s} {trained:.3f}     {shipped:.3f}     {floor:.3f}")
-    print(f"Adapter: {adapter}\nPicture: {draw(pipelines, args)}\nTook {(time.time() - start) / 60:.1f} minutes")
+        distance, floor = measure(pipeline, interventions, args)
+        tqdm.write(f"  {' + '.join(interventions) or 'obs':28s} {distance:.3f}   floor {floor:.3f}")
+    print(f"Adapter: {adapter}\nPicture: {draw(pipeline, args)}\nTook {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
