@@ -9,17 +9,13 @@ import argparse
 
 import numpy as np
 import torch
+from methods.ours import load_pipeline
 
-from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
+from diffusers_ctx.evaluation import counterfactual_error
 
 
 INTERVENTIONS = (["quad4"], ["quad1"], ["quad1", "quad4"])
-
-
-def error(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute error of uint8 images, in units of the pixels' range."""
-    return float(np.abs(a.astype(float) - b.astype(float)).mean() / 255)
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
@@ -34,9 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1_500_000, help="Seed of the images; held out from 1,000,000 on.")
     args = parser.parse_args()
 
-    pipeline = ComposablePipeline.from_pretrained(embedded_base())
-    pipeline.load_context_adapter(args.adapter)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(args.adapter)
     sample = quad.generate(n=args.n, seed=args.seed)
     pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
 
@@ -54,11 +48,12 @@ def main() -> None:
         latents = pipeline.vae.encode(2 * pixels - 1).latent_dist.mode()
         autoencoded = to_uint8(pipeline.vae.decode(latents).sample / 2 + 0.5)
     unchanged = counterfactual([])
-    print(f"no intervention, against the image           {error(unchanged, sample.images):.4f}")
-    print(f"no intervention, against the autoencoded one {error(unchanged, autoencoded):.4f}")
+    print(f"no intervention, against the image           {counterfactual_error(unchanged, sample.images):.4f}")
+    print(f"no intervention, against the autoencoded one {counterfactual_error(unchanged, autoencoded):.4f}")
     for interventions in INTERVENTIONS:
         truth = sample.counterfactual(interventions).images
-        distance, baseline = error(counterfactual(interventions), truth), error(sample.images, truth)
+        distance = counterfactual_error(counterfactual(interventions), truth)
+        baseline = counterfactual_error(sample.images, truth)
         print(f"do({', '.join(interventions)}), against the truth {distance:.3f}; unchanged image {baseline:.3f}")
 
 

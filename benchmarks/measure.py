@@ -66,9 +66,7 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
     if queried:
         figures["conformity"] = conformity(values[:, queried], real_values[:, queried]).joint
         figures["conformity_real"] = conformity(again_values[:, queried], real_values[:, queried]).joint
-    moved = (
-        set(interventions).union(*(quad.descendants(name) for name in interventions)) if dependent else interventions
-    )
+    moved = _may_move(interventions, dependent)
     still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
     figures["drift"] = _mean_distance(values, real_values, still)
     figures["drift_real"] = _mean_distance(again_values, real_values, still)
@@ -87,9 +85,7 @@ def measure_interference(sample: Sampler, dependent: bool) -> dict[str, Any]:
     matrix = interference_matrix(read(()), [read((name,)) for name in quad.CONCEPTS], scale, attribute_difference)
     truth = [read_attributes(first.counterfactual((name,)).images).values for name in quad.CONCEPTS]
     true_matrix = interference_matrix(first_values, truth, scale, attribute_difference)
-    allowed = np.array(
-        [[f == c or (dependent and f in quad.descendants(c)) for f in quad.FACTORS] for c in quad.CONCEPTS]
-    )
+    allowed = np.array([[f in _may_move((c,), dependent) for f in quad.FACTORS] for c in quad.CONCEPTS])
     spilled = spillover(matrix, allowed)
     return {
         "matrix": _as_lists(matrix),
@@ -109,6 +105,12 @@ def measure_graph(module: ContextModule) -> dict[str, Any]:
         "auroc": edge_auroc(strengths, true),
         "shd": structural_hamming_distance(strengths, true, threshold=float(EDGE_SHARE * strengths.max())),
     }
+
+
+def _may_move(interventions: Sequence[str], dependent: bool) -> set[str]:
+    """The factors that interventions set, and in the dependent variant those that descend from them."""
+    below = (quad.descendants(name) for name in interventions) if dependent else ()
+    return set(interventions).union(*below)
 
 
 def _mean_distance(values: np.ndarray, reference: np.ndarray, columns: Sequence[int]) -> float | None:
