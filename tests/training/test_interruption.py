@@ -139,6 +139,15 @@ def test_a_signal_that_comes_while_processes_agree_counts_in_the_next_step():
         assert stop.requested() and stop.exit_code == 143
 
 
+@pytest.fixture
+def as_in_the_foreground():
+    """Processes that a shell starts in the background inherit that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_in_the_foreground")
 def test_a_second_sigterm_is_waited_with_and_a_second_sigint_is_not():
     with StopSignals(Gathering()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
