@@ -2,8 +2,15 @@
 
 from .context import ContextModule
 from .embedded import embedded_adapter, embedded_base
-from .pipelines import ComposablePipeline
+from .pipelines import ComposablePipeline, ComposableXLPipeline
 from .version import __version__
 
 
-__all__ = ["ComposablePipeline", "ContextModule", "__version__", "embedded_adapter", "embedded_base"]
+__all__ = [
+    "ComposablePipeline",
+    "ComposableXLPipeline",
+    "ContextModule",
+    "__version__",
+    "embedded_adapter",
+    "embedded_base",
+]

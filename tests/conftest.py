@@ -10,9 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusers_ctx import ComposablePipeline, ContextModule, embedded_base
+from diffusers_ctx import ComposablePipeline, ComposableXLPipeline, ContextModule, embedded_base
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
 
 
@@ -26,16 +26,7 @@ def make_components(cross_attention_dim: int = 32, prediction_type: str = "v_pre
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(embedded_base(), subfolder="tokenizer")
     return {
-        "unet": UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=2,
-            cross_attention_dim=cross_attention_dim,
-        ).eval(),
+        "unet": make_unet(cross_attention_dim=cross_attention_dim),
         "vae": AutoencoderKL(
             block_out_channels=(8, 8),
             norm_num_groups=4,
@@ -43,19 +34,7 @@ def make_components(cross_attention_dim: int = 32, prediction_type: str = "v_pre
             up_block_types=("UpDecoderBlock2D",) * 2,
             sample_size=32,
         ).eval(),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=cross_attention_dim,
-                intermediate_size=37,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        ).eval(),
+        "text_encoder": CLIPTextModel(make_text_config(tokenizer, cross_attention_dim)).eval(),
         "tokenizer": tokenizer,
         "scheduler": DDIMScheduler(
             beta_start=0.00085,
@@ -70,6 +49,57 @@ def make_components(cross_attention_dim: int = 32, prediction_type: str = "v_pre
         "safety_checker": None,
         "feature_extractor": None,
     }
+
+
+def make_xl_components() -> dict:
+    """Random components of a Stable Diffusion XL for 32x32 images."""
+    components = make_components()
+    del components["safety_checker"]
+    tokenizer = components["tokenizer"]
+    torch.manual_seed(0)
+    return components | {
+        "unet": make_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 8,
+        ),
+        "text_encoder": CLIPTextModel(make_text_config(tokenizer, 12, num_hidden_layers=2)).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(
+            make_text_config(tokenizer, 20, num_hidden_layers=2, projection_dim=8)
+        ).eval(),
+        "tokenizer_2": tokenizer,
+    }
+
+
+def make_unet(**options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        **options,
+    ).eval()
+
+
+def make_text_config(tokenizer: CLIPTokenizer, width: int, **options) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 37,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | options
+    )
 
 
 def make_context_module(token_dim: int = 32) -> ContextModule:
@@ -89,7 +119,13 @@ def make_pipeline() -> ComposablePipeline:
     return pipeline
 
 
-def attach_random_module(pipeline: ComposablePipeline) -> ComposablePipeline:
+def make_xl_pipeline() -> ComposableXLPipeline:
+    pipeline = ComposableXLPipeline(**make_xl_components(), add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def attach_random_module(pipeline):
     """Attaches a context module with random attention values, where a fresh adapter's are zero."""
     attach_context_module(pipeline.unet, make_context_module())
     torch.manual_seed(2)

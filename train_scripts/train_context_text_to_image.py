@@ -16,11 +16,9 @@ def main() -> None:
     config = parse_training_config()
     pipeline = ComposablePipeline.from_pretrained(
         config.model.pretrained_model_name_or_path,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        cache_dir=config.data.cache_dir,
         safety_checker=None,
         requires_safety_checker=False,
+        **config.loading_options(),
     )
     ContextTrainer(config, pipeline).train()
 

@@ -92,7 +92,7 @@ class GivenNoiseTrainer(BenchmarkTrainer):
         set_mechanisms(self.context_module, self.setting)
         return {}
 
-    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[Any, ...]:
         *inputs, exogenous = super()._step_inputs(number, batch)
         return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous))
 

@@ -4,6 +4,7 @@ from .attention import (
     context_attention_layers,
     detach_context_module,
     weights_at_hand,
+    with_context,
 )
 from .loader import LORA_ADAPTER, ContextAdapterLoaderMixin
 
@@ -16,4 +17,5 @@ __all__ = [
     "context_attention_layers",
     "detach_context_module",
     "weights_at_hand",
+    "with_context",
 ]

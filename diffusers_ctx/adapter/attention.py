@@ -147,6 +147,11 @@ def lora_detached(unet: UNet2DConditionModel) -> Iterator[None]:
             unet.set_submodule(name, layer)
 
 
+def with_context(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of the UNet's call: `conditions`, and the context's tokens (B, N, T, token_dim)."""
+    return conditions | {"added_cond_kwargs": conditions.get("added_cond_kwargs", {}) | {"image_embeds": [tokens]}}
+
+
 def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
     """The adapter's own weights in the attention layers, by the name of the layer (dots become slashes)."""
     return nn.ModuleDict(

@@ -26,6 +26,7 @@ def base_requirements(unet: UNet2DConditionModel, prediction_type: str) -> dict[
         "in_channels": unet.config.in_channels,
         "block_out_channels": list(unet.config.block_out_channels),
         "cross_attention_dim": unet.config.cross_attention_dim,
+        "addition_embed_type": unet.config.addition_embed_type,
         "prediction_type": prediction_type,
     }
 

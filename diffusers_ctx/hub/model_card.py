@@ -75,6 +75,7 @@ def render_model_card(
         obs_context=config["obs_context"],
         concepts=concepts,
         composed=concepts[:2],
+        pipeline=_pipeline(config),
         softer={concepts[0]: 0.5},
         mode=config["mode"],
         license=config.get("license"),
@@ -94,6 +95,11 @@ def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
     if not path.exists() or _MARKER in path.read_text(encoding="utf-8"):
         card.save(path)
     return path
+
+
+def _pipeline(config: Mapping[str, Any]) -> str:
+    """Name of the pipeline that runs the adapter."""
+    return "ComposableXLPipeline" if config["base"].get("addition_embed_type") == "text_time" else "ComposablePipeline"
 
 
 def _refuse_unknown(name: str, given: Mapping[str, Any], known: set[str]) -> None:

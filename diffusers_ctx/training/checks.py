@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from diffusers.optimization import SchedulerType
 
 from ..data import context_mask
@@ -49,7 +50,7 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         raise ValueError(
             f"`proportion_empty_prompts` is {config.data.proportion_empty_prompts}; it is a share in [0, 1]."
         )
-    if config.data.resolution % vae_scale_factor:
+    if (config.data.resolution or 0) % vae_scale_factor:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"
             f" {vae_scale_factor}."
@@ -66,6 +67,18 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
+
+
+def check_backbone(pipeline: DiffusionPipeline) -> None:
+    """Checks that the pipeline tells its UNet what this one asks for.
+
+    Raises:
+        ValueError: if the checkpoint is of Stable Diffusion XL and the pipeline is not, or the other way round.
+    """
+    asks, tells = pipeline.unet.config.addition_embed_type == "text_time", hasattr(pipeline, "text_encoder_2")
+    if asks != tells:
+        script = f"train_context_text_to_image{'_sdxl' if asks else ''}.py"
+        raise ValueError(f"The checkpoint is {'' if asks else 'not '}of Stable Diffusion XL; train it with {script}.")
 
 
 def check_precision(accelerator: Accelerator) -> None:

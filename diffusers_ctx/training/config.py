@@ -39,7 +39,9 @@ class DataConfig:
     )
     max_train_samples: int | None = _option(None, "Use at most this many images of each context.")
     skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
-    resolution: int = _option(512, "Images are resized and cropped to this height and width.")
+    resolution: int | None = _option(
+        None, "Height and width to resize and crop images to; by default the model's own."
+    )
     center_crop: bool = _option(False, "Crop the centre, and not the same random place for each image.")
     random_flip: bool = _option(False, "Flip images left to right at random.")
     proportion_empty_prompts: float = _option(0.1, "Share of captions dropped, for classifier-free guidance.")
@@ -131,6 +133,14 @@ class TrainingConfig:
             raise ValueError(f"Unknown mode '{self.model.mode}'; choose frozen, lora or full.")
         if not 0 <= self.model.unfreeze_after < 1:
             raise ValueError(f"`unfreeze_after` is {self.model.unfreeze_after}; it is a share in [0, 1).")
+
+    def loading_options(self) -> dict[str, Any]:
+        """Arguments of a pipeline's `from_pretrained`, beside the name."""
+        return {
+            "revision": self.model.revision,
+            "variant": self.model.variant,
+            "cache_dir": self.data.cache_dir,
+        }
 
     def graph_edges(self) -> list[tuple[str, str]] | None:
         """The given graph as pairs (cause, effect).

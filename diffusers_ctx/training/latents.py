@@ -26,6 +26,8 @@ class ContextLatents(Dataset):
         masks: (n, K) intervention masks.
         contexts: n names of contexts.
         captions: n captions.
+        geometry: (V, n, 6), each image's original height and width, top and left of its crop in the resized image,
+            and height and width of the crop, in pixels.
     """
 
     mean: torch.Tensor
@@ -33,6 +35,7 @@ class ContextLatents(Dataset):
     masks: torch.Tensor
     contexts: list[str]
     captions: list[str]
+    geometry: torch.Tensor
 
     def __len__(self) -> int:
         return self.mean.shape[1]
@@ -42,8 +45,15 @@ class ContextLatents(Dataset):
 
     def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of some rows, from standard normal `noise` and uniform numbers `flip` (B,)."""
-        views = (flip * len(self.mean)).long()
+        views = self._views(flip)
         return self.mean[views, indices] + self.std[views, indices] * noise
+
+    def geometry_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """The geometry (B, 6) of the views that `draw` takes."""
+        return self.geometry[self._views(flip), indices]
+
+    def _views(self, flip: torch.Tensor) -> torch.Tensor:
+        return (flip * len(self.mean)).long()
 
 
 class ImageTransform:
@@ -59,10 +69,24 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
         """Pixels (3, resolution, resolution) in [-1, 1]."""
-        place = (0.5, 0.5) if self.center_crop else np.random.default_rng((self.seed, index)).random(2)
         size = (self.resolution, self.resolution)
-        square = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=tuple(place))
+        square = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=self._place(index))
         return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+    def geometry(self, image: Image.Image, index: int, flipped: bool = False) -> torch.Tensor:
+        """The image's row (6,) of `ContextLatents.geometry`; of the mirror image if `flipped`."""
+        scale = self.resolution / min(image.size)
+        left, top = (place * (side * scale - self.resolution) for place, side in zip(self._place(index), image.size))
+        if flipped:
+            left = image.width * scale - self.resolution - left
+        return torch.tensor([image.height, image.width, round(top), round(left), self.resolution, self.resolution])
+
+    def _place(self, index: int) -> tuple[float, float]:
+        """Where the crop lies from left to right and from top to bottom, in [0, 1]."""
+        if self.center_crop:
+            return 0.5, 0.5
+        left, top = np.random.default_rng((self.seed, index)).random(2)
+        return left, top
 
 
 def encode_images(
@@ -95,9 +119,13 @@ def encode_images(
     if cache_dir is None:
         latents = encode()
     else:
-        key = content_key(vae, dataset, vars(transform), random_flip, vae.config.scaling_factor)
+        # with the names of what is kept: other versions of this function kept other things
+        key = content_key(vae, dataset, _KEPT, vars(transform), random_flip, vae.config.scaling_factor)
         latents = cached(cache_dir, key, encode)
-    return ContextLatents(latents["mean"], latents["std"], masks, list(dataset["context"]), list(dataset["text"]))
+    return ContextLatents(masks=masks, contexts=list(dataset["context"]), captions=list(dataset["text"]), **latents)
+
+
+_KEPT = ("mean", "std", "geometry")
 
 
 @torch.no_grad()
@@ -109,14 +137,22 @@ def _encode(
     batch_size: int,
     show_progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """`mean` and `std` as in `ContextLatents`."""
-    means, stds = [], []
+    """What of `ContextLatents` is `_KEPT`."""
+    means, stds, geometries = [], [], []
+    flips = [False, True] if random_flip else [False]
     for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images", disable=not show_progress):
         rows = range(start, min(start + batch_size, len(dataset)))
-        pixels = torch.stack([transform(dataset[row]["image"], row) for row in rows])
-        views = torch.stack([pixels, pixels.flip(-1)] if random_flip else [pixels])
+        images = [dataset[row]["image"] for row in rows]
+        pixels = torch.stack([transform(image, row) for image, row in zip(images, rows)])
+        views = torch.stack([pixels.flip(-1) if flip else pixels for flip in flips])
+        crops = [transform.geometry(image, row, flip) for flip in flips for image, row in zip(images, rows)]
+        geometries.append(torch.stack(crops).unflatten(0, views.shape[:2]))
         posterior = vae.encode(views.flatten(0, 1).to(vae.device, vae.dtype)).latent_dist
         means.append(posterior.mean.float().cpu().unflatten(0, views.shape[:2]))
         stds.append(posterior.std.float().cpu().unflatten(0, views.shape[:2]))
     scale = vae.config.scaling_factor
-    return {"mean": torch.cat(means, dim=1) * scale, "std": torch.cat(stds, dim=1) * scale}
+    return {
+        "mean": torch.cat(means, dim=1) * scale,
+        "std": torch.cat(stds, dim=1) * scale,
+        "geometry": torch.cat(geometries, dim=1),
+    }

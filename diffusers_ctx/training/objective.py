@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import nn
 
+from ..adapter import with_context
 from ..context import ContextModule
 
 
@@ -42,18 +45,18 @@ class DiffusionObjective(nn.Module):
         self,
         latents: torch.Tensor,
         mask: torch.Tensor,
-        text: torch.Tensor,
+        conditions: dict[str, Any],
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
     ) -> torch.Tensor:
-        """The loss, from latents and noise (B, C, h, w), masks (B, K), text (B, L, D), timesteps (B,) and standard
-        normal numbers `exogenous` (B, N, d_z) to draw from the posterior with."""
+        """The loss, from latents and noise (B, C, h, w), masks (B, K), the other conditions of the UNet's call,
+        timesteps (B,) and standard normal numbers `exogenous` (B, N, d_z) to draw from the posterior with."""
         (context_module,) = self._context_module
         z = context_module.abduct(latents, mask).at(exogenous)
         tokens = context_module(z, mask)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.unet(noisy, timesteps, text, added_cond_kwargs={"image_embeds": [tokens]}).sample
+        prediction = self.unet(noisy, timesteps, **with_context(conditions, tokens)).sample
         losses = F.mse_loss(prediction.float(), self._target(latents, noise, timesteps).float(), reduction="none")
         return (losses.mean(dim=(1, 2, 3)) * self._weights(timesteps)).mean()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from accelerate.utils import send_to_device, set_seed
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from huggingface_hub.constants import HF_HOME
@@ -23,11 +23,12 @@ from ..adapter import attach_context_module
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, interventions_of, load_context_dataset
 from ..hub import create_repository, push_adapter_folder
+from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
 from .averaging import averaged, create_average
 from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
-from .checks import check_options, check_precision, check_validation_contexts, check_writable
+from .checks import check_backbone, check_options, check_precision, check_validation_contexts, check_writable
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
@@ -49,15 +50,15 @@ class ContextTrainer:
 
     Args:
         config: what to do.
-        pipeline: the pretrained pipeline, in float32, with the methods of
-            [`~adapter.ContextAdapterLoaderMixin`].
+        pipeline: the pretrained pipeline, in float32.
 
     Raises:
         ValueError, OSError: if data, concepts or options cannot work, or there is no way to write or push what will be
             learned. Nothing has been computed or written then.
     """
 
-    def __init__(self, config: TrainingConfig, pipeline: StableDiffusionPipeline):
+    def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
+        check_backbone(pipeline)
         check_options(config, pipeline.vae_scale_factor)
         schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config
@@ -147,7 +148,7 @@ class ContextTrainer:
             tokens_per_concept=options.tokens_per_concept,
             posterior_type=options.posterior_type,
             posterior_in_channels=vae.config.latent_channels,
-            posterior_sample_size=self.config.data.resolution // self.pipeline.vae_scale_factor,
+            posterior_sample_size=self._resolution // self.pipeline.vae_scale_factor,
         )
 
     def _count_steps(self) -> int:
@@ -194,7 +195,11 @@ class ContextTrainer:
         model, unet = self.config.model, self.pipeline.unet
         self.pipeline.to(self.accelerator.device)
         self.pipeline.vae.requires_grad_(False)
-        frozen = [self.pipeline.text_encoder.requires_grad_(False)]
+        frozen = [
+            module.requires_grad_(False)
+            for name, module in self.pipeline.components.items()
+            if name.startswith("text_encoder") and module is not None
+        ]
         if model.mode != "full":  # what learns stays in float32
             frozen.append(unet)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
@@ -213,7 +218,7 @@ class ContextTrainer:
             self.pipeline.vae,
             dataset,
             context_mask(list(dataset["context"]), self.concepts, data.obs_context),
-            ImageTransform(data.resolution, data.center_crop, seed),
+            ImageTransform(self._resolution, data.center_crop, seed),
             random_flip=data.random_flip,
             cache_dir=Path(data.cache_dir or HF_HOME) / "context-latents" if data.cache_latents else None,
             show_progress=self.accelerator.is_main_process,
@@ -252,6 +257,10 @@ class ContextTrainer:
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
         register_trained_weights(self.accelerator)
+
+    @property
+    def _resolution(self) -> int:
+        return self.config.data.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
     def _validation_contexts(self) -> list[str]:
@@ -342,13 +351,14 @@ class ContextTrainer:
             self.optimizer.zero_grad()
         return mean_loss
 
-    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Latents, masks, text, noise, timesteps and exogenous noise of a batch, on the device."""
+    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[Any, ...]:
+        """Arguments of the objective for a batch, on the device."""
         options, device = self.config.optimization, self.accelerator.device
         indices = batch["index"].cpu()
         size, shape = len(indices), self.latents.mean.shape[2:]
         random = KeyedNoise(options.seed, number, self.accelerator.process_index, self.accelerator.num_processes)
-        latents = self.latents.draw(indices, random.normal(size, *shape), random.uniform(size))
+        first, flip = random.normal(size, *shape), random.uniform(size)
+        latents, geometry = self.latents.draw(indices, first, flip), self.latents.geometry_of(indices, flip)
         noise = random.normal(size, *shape) + options.noise_offset * random.normal(size, shape[0], 1, 1)
         timesteps = sample_timesteps(
             random.uniform(size), options.timestep_sampling, self.pipeline.scheduler.config.num_train_timesteps
@@ -357,9 +367,8 @@ class ContextTrainer:
         dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
         with torch.no_grad():
-            text = self.pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
-        tensors = (latents, batch["mask"], text, noise, timesteps, exogenous)
-        return tuple(tensor.to(device) for tensor in tensors)
+            conditions = self.pipeline.unet_conditions(captions, geometry)
+        return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous), device)
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import make_components
+from conftest import make_components, make_xl_pipeline
 from hub.hub_double import HubDouble
 from PIL import Image
 
@@ -23,7 +23,9 @@ from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 
-SCRIPT = Path(__file__).parents[2] / "train_scripts" / "train_context_text_to_image.py"
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
+SCRIPT = SCRIPTS / "train_context_text_to_image.py"
+XL_SCRIPT = SCRIPTS / "train_context_text_to_image_sdxl.py"
 IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest
 
 
@@ -37,6 +39,13 @@ def accelerate_as_in_a_new_process():
 def base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny-stable-diffusion"
     ComposablePipeline(**make_components(), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_base_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base-xl") / "tiny-stable-diffusion-xl"
+    make_xl_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -147,7 +147,8 @@ def two_concept_latents(n: int) -> tuple[ContextLatents, torch.Tensor]:
         names += [name] * n
     masks = torch.tensor([[0.0, 0], [1, 0], [0, 1]]).repeat_interleave(n, dim=0)
     mean = torch.cat(rows)[None]
-    return ContextLatents(mean, torch.full_like(mean, 0.05), masks, names, [""] * (3 * n)), torch.cat(values)
+    geometry = torch.zeros(1, 3 * n, 6)
+    return ContextLatents(mean, torch.full_like(mean, 0.05), masks, names, [""] * (3 * n), geometry), torch.cat(values)
 
 
 def learn_two_concepts(latents: ContextLatents, **options) -> tuple[ContextModule, dict[str, float]]:

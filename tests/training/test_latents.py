@@ -60,6 +60,22 @@ def test_the_place_of_a_random_crop_is_the_images_own():
     assert not torch.equal(ImageTransform(32, center_crop=False, seed=1)(image, 0), crops[0])
 
 
+@pytest.mark.parametrize(("width", "height"), [(128, 64), (50, 90)])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_the_geometry_is_that_of_the_pixels(width, height, flipped):
+    transform, image = ImageTransform(32, center_crop=False, seed=0), gradient(width, height)
+    for index in range(5):
+        pixels = transform(image, index)
+        original, (top, left), size = transform.geometry(image, index, flipped).view(3, 2).tolist()
+        assert original == [height, width] and size == [32, 32]
+        # where the crop's middle lies in the whole image, from 0 to 1
+        seen_left, seen_top = ((pixels[channel].mean() + 1) / 2 for channel in (0, 1))
+        scale = 32 / min(width, height)
+        expected = 1 - seen_left if flipped else seen_left
+        assert (left + 16) / (width * scale) == pytest.approx(expected.item(), abs=0.02)
+        assert (top + 16) / (height * scale) == pytest.approx(seen_top.item(), abs=0.02)
+
+
 # pixels to latents
 
 
@@ -103,7 +119,7 @@ def test_latents_are_kept_and_found_again(plain_pipeline, dataset, tmp_path):
     assert torch.equal(first.mean, again.mean) and torch.equal(first.std, again.std)
     assert list((tmp_path / "new").iterdir()) == [file] and file.stat().st_mtime_ns == written
     # that the file is what is read
-    save_file({"mean": first.mean + 1, "std": first.std}, file)
+    save_file({"mean": first.mean + 1, "std": first.std, "geometry": first.geometry}, file)
     assert torch.equal(encode(plain_pipeline.vae, dataset, tmp_path / "new").mean, first.mean + 1)
 
 
@@ -134,12 +150,14 @@ def test_images_in_files_are_known_by_their_content_and_not_their_name(plain_pip
 
 def test_draws_are_mean_plus_std_times_noise_of_the_view_that_the_coin_chose():
     mean, std = torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 4, 2, 2)
-    latents = ContextLatents(mean, std, torch.zeros(3, 1), ["obs"] * 3, [""] * 3)
+    geometry = torch.arange(36).view(2, 3, 6)
+    latents = ContextLatents(mean, std, torch.zeros(3, 1), ["obs"] * 3, [""] * 3, geometry)
     indices, noise, coin = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.9, 0.5])
     drawn = latents.draw(indices, noise, coin)
     for row, (view, index) in enumerate([(0, 2), (1, 0), (1, 2)]):
         torch.testing.assert_close(drawn[row], mean[view, index] + std[view, index] * noise[row])
-    unflipped = ContextLatents(mean[:1], std[:1], torch.zeros(3, 1), ["obs"] * 3, [""] * 3)
+        assert torch.equal(latents.geometry_of(indices, coin)[row], geometry[view, index])
+    unflipped = ContextLatents(mean[:1], std[:1], torch.zeros(3, 1), ["obs"] * 3, [""] * 3, geometry)
     torch.testing.assert_close(unflipped.draw(indices, noise, coin)[1], mean[0, 0] + std[0, 0] * noise[1])
 
 

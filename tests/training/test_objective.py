@@ -24,15 +24,21 @@ def unet(plain_pipeline, context_module):
 
 
 @pytest.fixture
-def batch(context_module) -> dict[str, torch.Tensor]:
+def batch(context_module) -> dict:
     torch.manual_seed(4)
     return {
         "latents": torch.randn(4, 4, 16, 16),
         "mask": torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 1]]),
-        "text": torch.randn(4, 5, 32),
+        "conditions": {"encoder_hidden_states": torch.randn(4, 5, 32)},
         "noise": torch.randn(4, 4, 16, 16),
         "timesteps": torch.tensor([0, 37, 500, 999]),
         "exogenous": torch.randn(4, *context_module.noise_shape),
+    }
+
+
+def row_of(batch: dict, row: int) -> dict:
+    return {
+        name: row_of(value, row) if isinstance(value, dict) else value[row : row + 1] for name, value in batch.items()
     }
 
 
@@ -65,7 +71,7 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
 
     losses = []
     for row in range(4):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
+        one = row_of(batch, row)
         a = signal_levels(zero_snr)[one["timesteps"].item()]
         s = np.sqrt(1 - a**2)
         noisy = a * one["latents"] + s * one["noise"]
@@ -74,7 +80,10 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
         tokens = context_module(z.view_as(one["exogenous"]), one["mask"])
         with torch.no_grad():
             prediction = unet(
-                noisy.float(), one["timesteps"], one["text"], added_cond_kwargs={"image_embeds": [tokens]}
+                noisy.float(),
+                one["timesteps"],
+                one["conditions"]["encoder_hidden_states"],
+                added_cond_kwargs={"image_embeds": [tokens]},
             ).sample
         target = {
             "epsilon": one["noise"],
@@ -99,7 +108,7 @@ def test_rows_do_not_mix_and_each_is_told_what_the_posterior_drew(plain_pipeline
     objective = DiffusionObjective(unet, module, make_scheduler("v_prediction", True))
     with torch.no_grad():
         together = objective(**batch)
-        apart = [objective(**{name: value[row : row + 1] for name, value in batch.items()}) for row in range(4)]
+        apart = [objective(**row_of(batch, row)) for row in range(4)]
         other_noise = objective(**(batch | {"exogenous": batch["exogenous"].flip(0)}))
         other_context = objective(**(batch | {"mask": batch["mask"].flip(0)}))
     torch.testing.assert_close(together, torch.stack(apart).mean())

@@ -1,0 +1,64 @@
+"""A Stable Diffusion XL pipeline that composes interventions on concepts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from diffusers_ctx.context import Interventions
+
+from .composition import ComposablePipelineOutput, CompositionMixin
+
+
+class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
+    r"""[`StableDiffusionXLPipeline`] with interventions on the concepts of a context adapter, which works as in
+    [`ComposablePipeline`].
+
+    Examples:
+
+    ```py
+    >>> from diffusers_ctx import ComposableXLPipeline
+
+    >>> pipe = ComposableXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
+    >>> pipe.load_context_adapter("user/weather-context-xl")
+    >>> pipe("a street in Lisbon", interventions=["night", "snow"]).images[0]
+    ```
+    """
+
+    plain_class = StableDiffusionXLPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args,
+        interventions: Interventions | Sequence[Interventions] = None,
+        exogenous_noise: torch.Tensor | None = None,
+        context_guidance_scale: float = 1.0,
+        **kwargs,
+    ) -> ComposablePipelineOutput | tuple:
+        r"""Generates images under interventions.
+
+        Takes every argument of [`StableDiffusionXLPipeline.__call__`], and those of [`ComposablePipeline.__call__`]
+        that are named here.
+
+        Raises:
+            ValueError: if a concept is unknown, a shape does not fit, or interventions are given without an adapter.
+        """
+        bound = inspect.signature(super().__call__).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments |= arguments.pop("kwargs")
+        return self._generate(super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale)
+
+    def unet_conditions(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
+        device = self._execution_device
+        text, _, pooled, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        if self.config.force_zeros_for_empty_prompt:  # which is what guidance takes for no prompt
+            told = torch.tensor([bool(prompt) for prompt in prompts], dtype=text.dtype, device=device)
+            text, pooled = text * told[:, None, None], pooled * told[:, None]
+        time_ids = geometry.to(device=device, dtype=text.dtype)
+        return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
