@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import SchedulerMixin, UNet2DConditionModel
@@ -31,6 +33,18 @@ def prepare_mode(unet: UNet2DConditionModel, mode: str, rank: int) -> None:
     unet.encoder_hid_proj.requires_grad_(False)
     for module in adapter_modules(unet):
         module.requires_grad_(True)
+
+
+@contextmanager
+def gradients_off(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What is computed while this is open has no gradients of these parameters, which saves the time they take."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .checks import check_backbone, check_options, check_precision, check_valida
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import prepare_mode, schedule_options, split_parameters
+from .modes import gradients_off, prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise, sample_timesteps
 from .objective import DiffusionObjective
 from .record import options_of, training_record
@@ -242,6 +242,7 @@ class ContextTrainer:
             betas=(options.adam_beta1, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
+            fused=True,
         )
         loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
@@ -323,17 +324,21 @@ class ContextTrainer:
     def _train_on(self, number: int, batch: dict[str, Any], step: int) -> float:
         """One batch; the mean loss of all processes."""
         accelerator = self.accelerator
+        backbone_learns = step >= self.config.model.unfreeze_after * self.max_train_steps
+        # DDP waits for all the gradients that it found at first
+        frozen = [] if backbone_learns or accelerator.num_processes > 1 else self._backbone_parameters
         with accelerator.accumulate(self.objective):
-            loss = self.objective(*self._step_inputs(number, batch))
-            mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
-            if not torch.isfinite(torch.tensor(mean_loss)):
-                raise FloatingPointError(
-                    f"The loss is {mean_loss} at step {step}. Lower `learning_rate`, or use bf16 or no mixed"
-                    f" precision; {self._last_checkpoint()}."
-                )
-            accelerator.backward(loss)
+            with gradients_off(frozen):
+                loss = self.objective(*self._step_inputs(number, batch))
+                mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"The loss is {mean_loss} at step {step}. Lower `learning_rate`, or use bf16 or no mixed"
+                        f" precision; {self._last_checkpoint()}."
+                    )
+                accelerator.backward(loss)
             if accelerator.sync_gradients:
-                if step < self.config.model.unfreeze_after * self.max_train_steps:
+                if not backbone_learns:
                     for parameter in self._backbone_parameters:
                         parameter.grad = None
                 norm = accelerator.clip_grad_norm_(self._learning, self.config.optimization.max_grad_norm)

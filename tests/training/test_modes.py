@@ -14,7 +14,7 @@ from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training.modes import prepare_mode, split_parameters
 
-from .conftest import create_trainer
+from .conftest import create_trainer, make_options
 
 
 ATTENTION = [
@@ -162,3 +162,16 @@ def test_what_cannot_be_learned_is_refused(options, epsilon_base):
         create_trainer(options | {"pretrained_model_name_or_path": embedded_base(), "prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="Unknown prediction_type 'velocity'"):
         create_trainer(options | {"prediction_type": "velocity"})
+
+
+def test_gradient_checkpointing_changes_no_result(base_model, photos, tmp_path):
+    folders = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        options = make_options(base_model, photos, folder, mode="lora", max_train_steps=4, unfreeze_after=0.5)
+        create_trainer(options | {"gradient_checkpointing": checkpointing}).train()
+        folders.append(folder)
+    for name in ("context_adapter.safetensors", "pytorch_lora_weights.safetensors"):
+        plain, checkpointed = (safetensors.torch.load_file(folder / name) for folder in folders)
+        for key, weight in plain.items():
+            torch.testing.assert_close(checkpointed[key], weight, atol=1e-5, rtol=1e-4)

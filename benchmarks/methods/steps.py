@@ -1,0 +1,250 @@
+"""Trainings that are run a step at a time: context adapters, and a LoRA as in diffusers' own script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.data import context_mask, load_context_dataset, quad
+from diffusers_ctx.training import ContextTrainer, TrainingConfig
+from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
+from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.modes import LORA_TARGETS
+
+
+_ENDLESS = 1_000_000  # steps of a run that is never finished
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Whose steps are measured.
+
+    Attributes:
+        mode: of a context adapter; `None` is a plain LoRA.
+        first_share: whether its steps are those before `unfreeze_after`, in which the backbone does not learn.
+        cached: whether latents were encoded before training, or are encoded in each step.
+    """
+
+    mode: str | None
+    first_share: bool = False
+    cached: bool = True
+
+
+@dataclass
+class EncodedLatents(ContextLatents):
+    """Latents that are encoded whenever they are drawn.
+
+    Images are at hand as tensors: reading them, which data loaders can do in other processes, takes no time here.
+
+    Attributes:
+        vae: what encodes them, on its device.
+        pixels: (n, 3, H, W) in [-1, 1].
+    """
+
+    vae: AutoencoderKL
+    pixels: torch.Tensor
+
+    @torch.no_grad()
+    def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        pixels = self.pixels[indices.cpu()].to(self.vae.device)
+        posterior = self.vae.encode(pixels).latent_dist
+        return (posterior.mean + posterior.std * noise.to(pixels)) * self.vae.config.scaling_factor
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """What all contestants share.
+
+    Attributes:
+        base: local folder or Hub id of a Stable Diffusion.
+        train_batch_size: images per step.
+        rank: of the LoRAs.
+        work_dir: where images go.
+    """
+
+    base: str
+    train_batch_size: int
+    rank: int
+    work_dir: Path
+
+    def load_pipeline(self) -> ComposablePipeline:
+        return ComposablePipeline.from_pretrained(self.base, safety_checker=None, requires_safety_checker=False)
+
+    def config(self, contestant: Contestant) -> TrainingConfig:
+        return TrainingConfig(
+            ModelConfig(
+                self.base,
+                mode=contestant.mode or "lora",
+                rank=self.rank,
+                unfreeze_after=0.5 if contestant.first_share else 0.0,
+            ),
+            DataConfig(
+                train_data_dir=str(self._data_dir), concepts=list(quad.CONCEPTS), resolution=self._pixels.shape[-1]
+            ),
+            ContextConfig(),
+            OptimizationConfig(
+                train_batch_size=self.train_batch_size,
+                max_train_steps=_ENDLESS,
+                lr_warmup_steps=0,
+                mixed_precision="no",
+            ),
+            OutputConfig(output_dir=str(self.work_dir / "adapter"), report_to="none"),
+        )
+
+    def latents(self, vae: AutoencoderKL, cached: bool) -> ContextLatents:
+        """All images' latents; those that are not cached are encoded by `vae`."""
+        return self._cached if cached else EncodedLatents(**vars(self._cached), vae=vae, pixels=self._pixels)
+
+    @cached_property
+    def _data_dir(self) -> Path:
+        """Folder of images: an epoch has seven batches, one image of each context for each place in a batch."""
+        return quad.write_folders(self.work_dir / "data", self.train_batch_size, seed=0)
+
+    @cached_property
+    def _dataset(self) -> datasets.Dataset:
+        return load_context_dataset(self._data_dir, concepts=list(quad.CONCEPTS))
+
+    @cached_property
+    def _transform(self) -> ImageTransform:
+        pipeline = self.load_pipeline()
+        return ImageTransform(pipeline.unet.config.sample_size * pipeline.vae_scale_factor, center_crop=True, seed=0)
+
+    @cached_property
+    def _pixels(self) -> torch.Tensor:
+        return torch.stack([self._transform(row["image"], index) for index, row in enumerate(self._dataset)])
+
+    @cached_property
+    def _cached(self) -> ContextLatents:
+        vae = self.load_pipeline().vae.requires_grad_(False).to(Accelerator(mixed_precision="no").device)
+        masks = context_mask(list(self._dataset["context"]), list(quad.CONCEPTS))
+        # one at a time, so that no step takes less memory than this
+        return encode_images(vae, self._dataset, masks, self._transform, batch_size=1, show_progress=False)
+
+
+class AdapterRun(ContextTrainer):
+    """A context adapter's training, a step at a time.
+
+    Concepts are not learned first: a step takes as long with any.
+
+    Args:
+        setting: what all contestants share.
+        contestant: its mode and latents.
+    """
+
+    def __init__(self, setting: StepSetting, contestant: Contestant):
+        self.setting, self.contestant = setting, contestant
+        super().__init__(setting.config(contestant), setting.load_pipeline())
+        self._prepare_training()
+        self.pipeline.unet.train()
+        self.numbered_batches = self._batches(0)
+
+    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+        return self.setting.latents(self.pipeline.vae, self.contestant.cached)
+
+    @property
+    def learning(self) -> list[torch.nn.Parameter]:
+        return self._learning
+
+    def step(self) -> None:
+        number, batch = next(self.numbered_batches)
+        self._train_on(number, batch, step=number)
+
+
+class PlainLora:
+    """A LoRA's training as in diffusers' `train_text_to_image_lora.py`, a step at a time.
+
+    Args:
+        setting: what all contestants share.
+        contestant: its latents.
+    """
+
+    def __init__(self, setting: StepSetting, contestant: Contestant):
+        self.options = setting.config(contestant).optimization
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.pipeline = setting.load_pipeline().to(self.accelerator.device)
+        for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet):
+            module.requires_grad_(False)
+        self.pipeline.unet.add_adapter(
+            LoraConfig(
+                r=setting.rank, lora_alpha=setting.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+            )
+        )
+        self.learning = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
+        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        latents = setting.latents(self.pipeline.vae, contestant.cached)
+        device = self.accelerator.device
+        self.latents = replace(latents, mean=latents.mean.to(device), std=latents.std.to(device))
+        self._prepare()
+        self.unet.train()
+        self.batches = self._endless_batches()
+
+    def _prepare(self) -> None:
+        """Optimizer, schedule and data, handed to Accelerate."""
+        options = self.options
+        optimizer = torch.optim.AdamW(
+            self.learning,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            weight_decay=options.adam_weight_decay,
+            eps=options.adam_epsilon,
+        )
+        loader = DataLoader(self.latents, shuffle=True, batch_size=options.train_batch_size, drop_last=True)
+        schedule = get_scheduler(options.lr_scheduler, optimizer)
+        self.unet, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+            self.pipeline.unet, optimizer, loader, schedule
+        )
+
+    def _endless_batches(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from self.loader
+
+    def step(self) -> None:
+        batch, accelerator = next(self.batches), self.accelerator
+        with accelerator.accumulate(self.unet):
+            loss = self._loss(batch["index"], batch["caption"])
+            accelerator.gather(loss.repeat(len(batch["index"]))).mean().item()  # which the script logs
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(self.learning, self.options.max_grad_norm)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+
+    def _loss(self, indices: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        size, device, scheduler = len(indices), self.accelerator.device, self.scheduler
+        shape = (size, *self.latents.mean.shape[2:])
+        latents = self.latents.draw(indices, torch.randn(shape, device=device), torch.zeros(size, device=device))
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        text = self.pipeline.text_encoder(self._tokenize(captions).to(device), return_dict=False)[0]
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        prediction = self.unet(noisy, timesteps, text, return_dict=False)[0]
+        return F.mse_loss(prediction.float(), target.float())
+
+    def _tokenize(self, captions: list[str]) -> torch.Tensor:
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer(
+            captions,
+            max_length=tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+
+def create_run(setting: StepSetting, contestant: Contestant) -> AdapterRun | PlainLora:
+    return (PlainLora if contestant.mode is None else AdapterRun)(setting, contestant)

@@ -1,0 +1,218 @@
+"""Time and memory of an optimizer step of context adapters, beside that of a plain LoRA.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --train_batch_size 4 --rank 8 --steps 200
+    python benchmarks/train_step.py --only frozen  # its peak memory alone
+
+Contestants take turns step by step, so that a machine that slows down slows down all of them. Each one's memory is
+measured first, in a process of its own. Images of quad are resized to what the base was made for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import accelerate
+import diffusers
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from methods.steps import AdapterRun, Contestant, PlainLora, StepSetting, create_run
+
+from diffusers_ctx import embedded_base
+
+
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+REFERENCE = "plain-lora"
+_WARMUP_ROUNDS = 5
+_MEMORY_STEPS = 3  # the optimizer's state is there from the first one on
+_RESAMPLES = 2000
+CONTESTANTS = {
+    REFERENCE: Contestant(None),
+    "frozen": Contestant("frozen"),
+    "lora": Contestant("lora"),
+    "lora-first-share": Contestant("lora", first_share=True),
+    "full": Contestant("full"),
+    "full-first-share": Contestant("full", first_share=True),
+    "plain-lora-encoding": Contestant(None, cached=False),
+    "lora-encoding": Contestant("lora", cached=False),
+}
+
+
+# time
+
+
+def alternate(steps: dict[str, Callable[[], None]], rounds: int, warmup_rounds: int) -> dict[str, np.ndarray]:
+    """Seconds (rounds,) that each step takes. In every round each has one, in an order that is drawn anew."""
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(warmup_rounds + rounds):
+        for name in rng.permutation(list(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values[warmup_rounds:]) for name, values in seconds.items()}
+
+
+def ratio_of_medians(seconds: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """The ratio of the medians of two contestants, and its 95 % bootstrap interval over the rounds they share."""
+    rounds = np.random.default_rng(0).integers(0, len(seconds), (_RESAMPLES, len(seconds)))
+    resampled = np.median(seconds[rounds], axis=1) / np.median(reference[rounds], axis=1)
+    return {
+        "ratio": float(np.median(seconds) / np.median(reference)),
+        "interval": np.quantile(resampled, (0.025, 0.975)).tolist(),
+    }
+
+
+# memory
+
+
+def peak_memory(run: AdapterRun | PlainLora) -> float:
+    """MiB at the peak, after some steps: with CUDA what was allocated on the GPU in these steps, and otherwise what
+    was resident at any time since the process began, of which Python and its libraries are a part."""
+    on_cuda = run.accelerator.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(_MEMORY_STEPS):
+        run.step()
+    return torch.cuda.max_memory_allocated() / 2**20 if on_cuda else peak_resident()
+
+
+def peak_resident() -> float:
+    """MiB that this process had in memory at its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_memory_alone(name: str, args: argparse.Namespace) -> float:
+    """`peak_memory` of a contestant in a process of its own.
+
+    On Linux a process starts with the peak of the one that started it: call this before models are loaded.
+    """
+    options = ("pretrained_model_name_or_path", "train_batch_size", "rank")
+    flags = [part for option in options for part in (f"--{option}", str(getattr(args, option)))]
+    command = [sys.executable, __file__, "--only", name, *flags]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+# all of it
+
+
+def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
+    """Figures of all contestants."""
+    imported = peak_resident()
+    memory = {name: peak_memory_alone(name, args) for name in CONTESTANTS}
+    setting = create_setting(args, work_dir)
+    runs = {name: create_run(setting, contestant) for name, contestant in CONTESTANTS.items()}
+    seconds = alternate({name: run.step for name, run in runs.items()}, args.steps, _WARMUP_ROUNDS)
+    contestants = {
+        name: {
+            "optimizer_parameters": sum(p.numel() for p in run.learning),
+            "median_seconds": float(np.median(seconds[name])),
+            "quartiles_seconds": np.quantile(seconds[name], (0.25, 0.75)).tolist(),
+            "to_plain_lora": ratio_of_medians(seconds[name], seconds[REFERENCE]),
+            "peak_mib": memory[name],
+        }
+        for name, run in runs.items()
+    }
+    caching = {
+        name: ratio_of_medians(seconds[f"{name}-encoding"], seconds[name])
+        for name in CONTESTANTS
+        if f"{name}-encoding" in CONTESTANTS
+    }
+    return {"contestants": contestants, "encoding_to_cached": caching, "imported_mib": imported}
+
+
+def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
+    return StepSetting(args.pretrained_model_name_or_path, args.train_batch_size, args.rank, work_dir)
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """How, where and with what it was measured."""
+    from quad import commit, machine  # not above: what it imports would count as the contestants' memory
+
+    base, device = Path(args.pretrained_model_name_or_path), Accelerator(mixed_precision="no").device
+    libraries = (torch, diffusers, transformers, accelerate, peft)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "machine": machine(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # of other programs too, over the last minute; ours is up to `threads`
+        "versions": {library.__name__: library.__version__ for library in libraries},
+        "options": {
+            "base": base.name if base.is_dir() else str(base),
+            "train_batch_size": args.train_batch_size,
+            "rank": args.rank,
+            "steps": args.steps,
+        },
+    }
+
+
+def render_table(results: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    lines = [
+        "| | parameters in the optimizer | step, ms | quartiles | of plain LoRA | 95 % interval | peak memory, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in results["contestants"].items():
+        lower, upper = (1000 * quartile for quartile in row["quartiles_seconds"])
+        ratio, (low, high) = row["to_plain_lora"]["ratio"], row["to_plain_lora"]["interval"]
+        lines.append(
+            f"| {name} | {row['optimizer_parameters']:,} | {1000 * row['median_seconds']:.1f} | {lower:.1f} to"
+            f" {upper:.1f} | {ratio:.3f} | {low:.3f} to {high:.3f} | {row['peak_mib']:,.0f} |"
+        )
+    lines.append("")
+    for name, row in results["encoding_to_cached"].items():
+        low, high = row["interval"]
+        lines.append(f"With cached latents {name} is {row['ratio']:.2f} times as fast ({low:.2f} to {high:.2f}).")
+    if results["device"] == "cpu":
+        lines.append(f"Of each peak, {results['imported_mib']:,.0f} MiB are Python and its libraries.")
+    return "\n".join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", default=embedded_base())
+    parser.add_argument("--train_batch_size", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100, help="Steps of each contestant, after a few to warm up.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
+    parser.add_argument("--only", choices=list(CONTESTANTS), help="Print the peak memory of this one alone, in MiB.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with TemporaryDirectory() as folder:
+        if args.only is not None:
+            setting = create_setting(args, Path(folder))
+            print(peak_memory(create_run(setting, CONTESTANTS[args.only])))
+            return
+        results = measure(args, Path(folder))
+    results = circumstances(args) | results
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(render_table(results))
+
+
+if __name__ == "__main__":
+    main()
