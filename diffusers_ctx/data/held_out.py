@@ -1,4 +1,4 @@
-"""Held-out images that an adapter is measured on."""
+"""Held-out images: those that an adapter is measured on, and those that its training is validated on."""
 
 from __future__ import annotations
 
@@ -62,3 +62,27 @@ def split_held_out(
             )
         halves[name] = HeldOutContext(interventions_of(name, obs_context), rows[0 : 2 * n : 2], rows[1 : 2 * n : 2])
     return halves
+
+
+def hold_out(contexts: Sequence[str], images_per_context: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to validate on, both in order: so many images of each context, drawn at random.
+
+    Args:
+        contexts: the context's name of every row.
+        images_per_context: how many of each context to hold out.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: if a context would have no image left to train on.
+    """
+    names = np.array(contexts)
+    held_out: list[int] = []
+    for name in sorted(set(contexts)):
+        rows = np.flatnonzero(names == name)
+        if len(rows) <= images_per_context:
+            raise ValueError(
+                f"The context {name!r} has {len(rows)} images, so {images_per_context} cannot be held out; lower"
+                " `validation_images`."
+            )
+        held_out += np.random.default_rng(seed).permutation(rows)[:images_per_context].tolist()
+    return sorted(set(range(len(names))) - set(held_out)), sorted(held_out)

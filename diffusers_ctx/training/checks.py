@@ -14,11 +14,13 @@ from ..data import context_mask
 from .config import TrainingConfig
 from .noise import TIMESTEP_SAMPLING
 from .objective import PREDICTION_TYPES
+from .optimizer import check_optimizer
 from .record import options_of
 
 
 _SMALLEST = {
     "rank": 1,
+    "validation_images": 0,
     "resolution": 1,
     "noise_dim": 1,
     "tokens_per_concept": 1,
@@ -41,6 +43,7 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
 
     Raises:
         ValueError: if an option cannot work.
+        ImportError: if an option needs a package that is not installed.
     """
     options = options_of(config)
     for name, smallest in _SMALLEST.items():
@@ -64,6 +67,7 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
             f"Unknown timestep_sampling '{config.optimization.timestep_sampling}'; choose one of"
             f" {list(TIMESTEP_SAMPLING)}."
         )
+    check_optimizer(config.optimization)
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")

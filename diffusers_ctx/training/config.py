@@ -38,6 +38,7 @@ class DataConfig:
         default=None, metadata={"help": "Concepts to learn, in order; by default every context but the observational."}
     )
     max_train_samples: int | None = _option(None, "Use at most this many images of each context.")
+    validation_images: int = _option(0, "Hold out so many images of each context and log the loss on them.")
     skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
     resolution: int | None = _option(
         None, "Height and width to resize and crop images to; by default the model's own."
@@ -86,10 +87,11 @@ class OptimizationConfig:
     snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.")
     timestep_sampling: str = _option("uniform", "How timesteps are drawn: `uniform`, `logit_normal` or `high_noise`.")
     noise_offset: float = _option(0.0, "Scale of an offset per image and channel that is added to the noise.")
-    adam_beta1: float = _option(0.9, "β1 of AdamW.")
-    adam_beta2: float = _option(0.999, "β2 of AdamW.")
-    adam_weight_decay: float = _option(1e-2, "Weight decay of AdamW.")
-    adam_epsilon: float = _option(1e-8, "ε of AdamW.")
+    optimizer: str = _option("adamw", "`adamw`, `adamw_8bit` (bitsandbytes) or `prodigy` (prodigyopt).")
+    adam_beta1: float = _option(0.9, "β1 of the optimizer.")
+    adam_beta2: float = _option(0.999, "β2 of the optimizer.")
+    adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.")
+    adam_epsilon: float = _option(1e-8, "ε of the optimizer.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = _option(False, "Save a moving average of the weights that learn, and validate with it.")
     ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.")

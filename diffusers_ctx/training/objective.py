@@ -50,15 +50,35 @@ class DiffusionObjective(nn.Module):
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
     ) -> torch.Tensor:
-        """The loss, from latents and noise (B, C, h, w), masks (B, K), the other conditions of the UNet's call,
-        timesteps (B,) and standard normal numbers `exogenous` (B, N, d_z) to draw from the posterior with."""
+        """The mean of `losses`."""
+        return self.losses(latents, mask, conditions, noise, timesteps, exogenous).mean()
+
+    def losses(
+        self,
+        latents: torch.Tensor,
+        mask: torch.Tensor,
+        conditions: dict[str, Any],
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        exogenous: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each image's loss (B,).
+
+        Args:
+            latents: (B, C, h, w).
+            mask: (B, K).
+            conditions: what else the UNet is told, as keyword arguments of its call.
+            noise: (B, C, h, w), standard normal.
+            timesteps: (B,).
+            exogenous: (B, N, d_z), standard normal numbers to draw from the posterior with.
+        """
         (context_module,) = self._context_module
         z = context_module.abduct(latents, mask).at(exogenous)
         tokens = context_module(z, mask)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, **with_context(conditions, tokens)).sample
         losses = F.mse_loss(prediction.float(), self._target(latents, noise, timesteps).float(), reduction="none")
-        return (losses.mean(dim=(1, 2, 3)) * self._weights(timesteps)).mean()
+        return losses.mean(dim=(1, 2, 3)) * self._weights(timesteps)
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction_type = self.scheduler.config.prediction_type

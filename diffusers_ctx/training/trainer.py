@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from ..adapter import attach_context_module
 from ..context import ContextModule
-from ..data import ContextBalancedSampler, concepts_of, context_mask, interventions_of, load_context_dataset
+from ..data import ContextBalancedSampler, concepts_of, context_mask, load_context_dataset
+from ..data.held_out import hold_out
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
@@ -35,8 +36,9 @@ from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import gradients_off, prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise, sample_timesteps
 from .objective import DiffusionObjective
+from .optimizer import create_optimizer
 from .record import options_of, training_record
-from .validation import draw_grid, keep_grid, sample_rows
+from .validation import Validator
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class ContextTrainer:
         self.accelerator = create_accelerator(config)
         check_precision(self.accelerator)
         set_seed(config.optimization.seed)
-        dataset = self._load_dataset()
+        dataset, held_out = self._split(self._load_dataset())
         self.context_module = self._create_context_module(
             config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
         )
@@ -81,6 +83,8 @@ class ContextTrainer:
             pipeline.set_context_scheduler(schedule)
         self._prepare_models()
         self.latents = self._encode(dataset)
+        held_out_latents = self._encode(held_out) if len(held_out) else None
+        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
 
     @property
     def concepts(self) -> list[str]:
@@ -132,6 +136,11 @@ class ContextTrainer:
             max_samples_per_context=data.max_train_samples,
             seed=self.config.optimization.seed,
         )
+
+    def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Images to train on, and images to validate on."""
+        held_out = self.config.data.validation_images
+        return tuple(map(dataset.select, hold_out(dataset["context"], held_out, self.config.optimization.seed)))
 
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
         options, unet, vae = self.config.context, self.pipeline.unet, self.pipeline.vae
@@ -236,14 +245,7 @@ class ContextTrainer:
         learning_rate = options.learning_rate
         if options.scale_lr:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
-        optimizer = torch.optim.AdamW(
-            self._learning,
-            lr=learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            weight_decay=options.adam_weight_decay,
-            eps=options.adam_epsilon,
-            fused=True,
-        )
+        optimizer = create_optimizer(self._learning, options, learning_rate)
         loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
         # not prepared: Accelerate would step it once per process
@@ -296,7 +298,7 @@ class ContextTrainer:
                 stopping = stop.requested()
                 if step % output.checkpointing_steps == 0 or stopping:
                     save_checkpoint(self.accelerator, self.output_dir, step, output.checkpoints_total_limit)
-                if output.validation_prompt is not None and step % output.validation_steps == 0:
+                if step % output.validation_steps == 0:
                     self._validate(step)
                 if stopping and step < self.max_train_steps:
                     self._stop(step, stop.exit_code)
@@ -375,23 +377,13 @@ class ContextTrainer:
             conditions = self.pipeline.unet_conditions(captions, geometry)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous), device)
 
-    @torch.no_grad()
     def _validate(self, step: int) -> None:
-        """Saves a grid of samples, a row per context, and hands it to the trackers."""
+        """On the main process, with averaged weights if there are any."""
         if self.accelerator.is_main_process:
-            output, obs_context = self.config.output, self.config.data.obs_context
-            names = [obs_context, *self.concepts, *self._validation_contexts]
             self.pipeline.unet.eval()
-            self.pipeline.set_progress_bar_config(disable=True)
             with averaged(self.ema, self._learning), self.accelerator.autocast():
-                rows = sample_rows(
-                    self.pipeline,
-                    [interventions_of(name, obs_context) for name in names],
-                    [output.validation_prompt or ""] * output.num_validation_images,
-                    seed=self.config.optimization.seed,
-                )
+                self.validator(self.accelerator.unwrap_model(self.objective), step)
             self.pipeline.unet.train()
-            keep_grid(draw_grid(rows, names), self.output_dir, step, self.accelerator.trackers)
         self.accelerator.wait_for_everyone()
 
     # afterwards

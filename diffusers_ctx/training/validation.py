@@ -1,17 +1,67 @@
-"""Pictures of what has been learned so far: one row per context, one seed per column."""
+"""What has been learned so far: pictures, a row per context and a seed per column, and the loss on held-out images."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from PIL import Image, ImageDraw
+
+from ..data import interventions_of
+from .config import TrainingConfig
+from .latents import ContextLatents
+from .objective import DiffusionObjective
 
 
 _LABEL_HEIGHT = 14
+
+
+class Validator:
+    """Shows during training what has been learned so far.
+
+    Args:
+        config: what to validate.
+        pipeline: the pipeline that learns, with its context adapter.
+        held_out: images to log the loss on, if any.
+        accelerator: has the trackers.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, pipeline: Any, held_out: ContextLatents | None, accelerator: Accelerator
+    ):
+        self.config = config
+        self.pipeline = pipeline
+        self.held_out = held_out
+        self.accelerator = accelerator
+
+    def __call__(self, objective: DiffusionObjective, step: int) -> None:
+        """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt."""
+        if self.held_out is not None:
+            options = self.config.optimization
+            losses = validation_losses(objective, self.pipeline, self.held_out, options.train_batch_size, options.seed)
+            losses["mean"] = sum(losses.values()) / len(losses)
+            self.accelerator.log({f"validation_loss/{name}": loss for name, loss in losses.items()}, step=step)
+        if self.config.output.validation_prompt is not None:
+            self._draw(step)
+
+    def _draw(self, step: int) -> None:
+        """Saves a grid of samples, a row per context, and hands it to the trackers."""
+        output, obs_context = self.config.output, self.config.data.obs_context
+        names = [obs_context, *self.pipeline.concepts, *(output.validation_interventions or [])]
+        self.pipeline.set_progress_bar_config(disable=True)
+        rows = sample_rows(
+            self.pipeline,
+            [interventions_of(name, obs_context) for name in names],
+            [output.validation_prompt or ""] * output.num_validation_images,
+            seed=self.config.optimization.seed,
+        )
+        keep_grid(draw_grid(rows, names), Path(output.output_dir), step, self.accelerator.trackers)
 
 
 def sample_rows(
@@ -63,10 +113,59 @@ def draw_grid(rows: Sequence[np.ndarray], labels: Sequence[str], scale: int = 1)
 
 
 def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence[Any]) -> None:
-    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, if that tracks."""
+    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, W&B or trackio."""
     folder = output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{step}.png")
+    file = folder / f"step-{step}.png"
+    grid.save(file)
     for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name in ("wandb", "trackio"):
+            library = importlib.import_module(tracker.name)
+            tracker.log({"validation": library.Image(str(file))}, step=step)
+
+
+@torch.no_grad()
+def validation_losses(
+    objective: DiffusionObjective, pipeline: Any, latents: ContextLatents, batch_size: int, seed: int
+) -> dict[str, float]:
+    """Mean loss on held-out images of each context.
+
+    Noise and timesteps depend on the seed alone, so that steps and runs can be compared: an image has one timestep,
+    and a context's images spread theirs evenly over the schedule.
+
+    Args:
+        objective: the loss, on its device.
+        pipeline: what tells the UNet its other conditions.
+        latents: the held-out images.
+        batch_size: images at once.
+        seed: seed of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(latents.mean.shape[1:], generator=generator)
+    timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
+    losses: list[float] = []
+    for rows in torch.arange(len(latents)).split(batch_size):
+        captions = [latents.captions[row] for row in rows]
+        inputs = (
+            latents.mean[0, rows],
+            latents.masks[rows],
+            pipeline.unet_conditions(captions, latents.geometry[0, rows]),
+            noise[rows],
+            timesteps[rows],
+            torch.zeros(len(rows), *pipeline.context_module.noise_shape),  # the posterior's mean
+        )
+        losses += objective.losses(*send_to_device(inputs, pipeline.device)).tolist()
+    names = np.array(latents.contexts)
+    return {name: float(np.array(losses)[names == name].mean()) for name in dict.fromkeys(latents.contexts)}
+
+
+def _spread_timesteps(contexts: Sequence[str], num_train_timesteps: int) -> torch.Tensor:
+    """A timestep for each row: those of a context's rows are the middles of as many equal parts of the schedule."""
+    names = np.array(contexts)
+    timesteps = torch.zeros(len(names), dtype=torch.int64)
+    for name in set(contexts):
+        rows = np.flatnonzero(names == name)
+        timesteps[rows] = torch.from_numpy((np.arange(len(rows)) + 0.5) / len(rows) * num_train_timesteps).long()
+    return timesteps

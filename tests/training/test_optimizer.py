@@ -1,0 +1,59 @@
+"""Optimizers by name, and what their absence says."""
+
+import sys
+
+import pytest
+import torch
+
+from diffusers_ctx.training.config import OptimizationConfig
+from diffusers_ctx.training.optimizer import check_optimizer, create_optimizer
+
+from .conftest import create_trainer
+
+
+def parameter() -> torch.nn.Parameter:
+    torch.manual_seed(0)
+    return torch.nn.Parameter(torch.randn(64, 128))  # large enough to have its state in 8 bits
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "learning_rate"),
+    [("adamw", "torch", 1e-2), ("adamw_8bit", "bitsandbytes", 1e-2), ("prodigy", "prodigyopt", 1.0)],
+)
+def test_each_one_minimises(name, package, learning_rate):
+    pytest.importorskip(package)
+    options = OptimizationConfig(optimizer=name, learning_rate=learning_rate, adam_weight_decay=0.0)
+    check_optimizer(options)
+    weight = parameter()
+    optimizer = create_optimizer([weight], options, learning_rate)
+    losses = []
+    for _ in range(200):
+        loss = (weight - 1).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_adamw_has_the_options_hyperparameters():
+    options = OptimizationConfig(adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.3, adam_epsilon=1e-5)
+    defaults = create_optimizer([parameter()], options, 0.02).defaults
+    assert (defaults["lr"], defaults["betas"]) == (0.02, (0.8, 0.9))
+    assert (defaults["weight_decay"], defaults["eps"]) == (0.3, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "package"), [("adamw_8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_a_missing_package_is_named_before_anything_is_written(options, tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        create_trainer(options | {"optimizer": name})
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_options_that_cannot_work_are_refused(options):
+    with pytest.raises(ValueError, match="choose one of"):
+        create_trainer(options | {"optimizer": "sgd"})
+    pytest.importorskip("prodigyopt")
+    with pytest.raises(ValueError, match="set it to 1"):
+        create_trainer(options | {"optimizer": "prodigy", "learning_rate": 1e-4})

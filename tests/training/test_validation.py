@@ -1,0 +1,92 @@
+"""The loss on held-out images: of which images, at which timesteps, and that it can be compared."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers_ctx.data.held_out import hold_out
+from diffusers_ctx.training.validation import validation_losses
+
+from .conftest import IMAGES, create_trainer
+
+
+CONTEXTS = ["obs"] * 5 + ["snow"] * 3
+
+
+def test_so_many_of_each_context_are_held_out():
+    train, held_out = hold_out(CONTEXTS, 2, seed=0)
+    assert sorted(train + held_out) == list(range(8)) and train == sorted(train)
+    assert [CONTEXTS[row] for row in held_out] == ["obs"] * 2 + ["snow"] * 2
+    assert hold_out(CONTEXTS, 2, seed=0) == (train, held_out)
+    assert len({tuple(hold_out(CONTEXTS, 2, seed)[1]) for seed in range(20)}) > 5
+    assert hold_out(CONTEXTS, 0) == (list(range(8)), [])
+    with pytest.raises(ValueError, match="'snow' has 3 images, so 3 cannot"):
+        hold_out(CONTEXTS, 3)
+
+
+@pytest.fixture
+def trainer(options):
+    trainer = create_trainer(options | {"validation_images": 3, "mode": "frozen"})
+    trainer._prepare_training()
+    return trainer
+
+
+def losses_of(trainer, **changes) -> dict[str, float]:
+    arguments = {"latents": trainer.validator.held_out, "batch_size": 4, "seed": 0} | changes
+    return validation_losses(trainer.objective, trainer.pipeline, **arguments)
+
+
+def test_held_out_images_are_not_trained_on(trainer):
+    held_out = trainer.validator.held_out
+    assert len(held_out) == 9 and len(trainer.latents) == sum(IMAGES.values()) - 9
+    train = {latent.numpy().tobytes() for latent in trainer.latents.mean[0]}
+    assert not any(latent.numpy().tobytes() in train for latent in held_out.mean[0])
+    assert len(trainer.sampler) == 3 * (max(IMAGES.values()) - 3)
+
+
+def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
+    held_out, pipeline = trainer.validator.held_out, trainer.pipeline
+    losses = losses_of(trainer)
+    noise = torch.randn(held_out.mean.shape[1:], generator=torch.Generator().manual_seed(0))
+    for context in IMAGES:
+        rows = [row for row, name in enumerate(held_out.contexts) if name == context]
+        expected = []
+        for row, timestep in zip(rows, (166, 500, 833)):  # middles of thirds of 1000
+            conditions = pipeline.unet_conditions([held_out.captions[row]], held_out.geometry[0, [row]])
+            nothing = torch.zeros(1, *trainer.context_module.noise_shape)
+            with torch.no_grad():
+                one = [held_out.mean[0, [row]], held_out.masks[[row]], conditions, noise[[row]]]
+                expected.append(trainer.objective(*one, torch.tensor([timestep]), nothing).item())
+        assert losses[context] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_losses_can_be_compared(trainer):
+    expected = losses_of(trainer)
+    torch.randn(7)
+    assert losses_of(trainer) == expected
+    assert losses_of(trainer, batch_size=2) == pytest.approx(expected, rel=1e-4)
+    assert losses_of(trainer, seed=1) != expected
+
+
+def test_they_are_logged_and_change_nothing(options, tmp_path):
+    changes = {"max_train_steps": 4, "validation_steps": 2, "validation_images": 2, "report_to": "tensorboard"}
+    folder = create_trainer(options | changes | {"use_ema": True}).train()
+    events = EventAccumulator(str(folder / "logs" / "context-adapter")).Reload()
+    for name in ("obs", "night", "snow", "mean"):
+        assert [event.step for event in events.Scalars(f"validation_loss/{name}")] == [2, 4]
+    assert not (folder / "validation").exists()
+    silent = create_trainer(
+        options | changes | {"use_ema": True, "validation_steps": 100, "output_dir": str(tmp_path / "silent")}
+    ).train()
+    for name in ("context_adapter.safetensors", "pytorch_lora_weights.safetensors"):
+        assert (folder / name).read_bytes() == (silent / name).read_bytes()
+    assert json.loads((folder / "training_config.json").read_text())["validation_images"] == 2
+
+
+def test_too_many_are_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(ValueError, match="lower `validation_images`"):
+        create_trainer(options | {"validation_images": 5})
+    assert not (tmp_path / "adapter").exists()
