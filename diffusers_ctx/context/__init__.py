@@ -1,7 +1,15 @@
 from .causal import ReducedForm, Structural
 from .interventions import Interventions, intervention_mask
-from .module import ContextModule
+from .module import ContextModule, log_standard_normal
 from .posterior import GaussianPosterior
 
 
-__all__ = ["ContextModule", "GaussianPosterior", "Interventions", "ReducedForm", "Structural", "intervention_mask"]
+__all__ = [
+    "ContextModule",
+    "GaussianPosterior",
+    "Interventions",
+    "ReducedForm",
+    "Structural",
+    "intervention_mask",
+    "log_standard_normal",
+]

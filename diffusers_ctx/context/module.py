@@ -140,19 +140,27 @@ class ContextModule(ModelMixin, ConfigMixin):
         """
         if self.config.expressive_depth > 0:
             raise ValueError("Expressive layers have no inverse; the density is known for `expressive_depth=0` alone.")
+        noise, log_volumes = self.noise_of(values, masks)
+        return log_standard_normal(noise) + log_volumes
+
+    def noise_of(self, values: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise (B, C, N, d) that node values (B, N, d) come from in each of C contexts (C, K), and `log |det dz/dc|`
+        (C,) of that map; there must be no expressive layers."""
         masks = masks.to(values)
         weight, bias = self.mechanism.coefficients(masks)
         unmix = self.causal.inverse_matrix(masks)
         e = torch.einsum("cij,bj->bci", unmix, values.flatten(1)).unflatten(-1, values.shape[1:])
         z = torch.einsum("cnij,bcnj->bcni", torch.linalg.inv(weight), e - bias)
-        log_normal = -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(2, 3))
         log_volume = torch.linalg.slogdet(unmix).logabsdet - torch.linalg.slogdet(weight).logabsdet.sum(dim=1)
-        return log_normal + log_volume
+        return z, log_volume
 
     def read_values(self, latents: torch.Tensor) -> torch.Tensor:
         """Most likely values (B, N, d_c) of the nodes, read off latents (B, C, h, w) by an inverse posterior."""
-        mean, _ = self.head(self.encoder(latents.to(self.dtype)))
-        return mean
+        return self.read_code(latents)[0]
+
+    def read_code(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance (B, N, d_c) of the values that an inverse posterior reads off latents (B, C, h, w)."""
+        return self.head(self.encoder(latents.to(self.dtype)))
 
     def _invert_mechanisms(
         self, mean: torch.Tensor, log_variance: torch.Tensor, mask: torch.Tensor
@@ -177,6 +185,11 @@ class ContextModule(ModelMixin, ConfigMixin):
             + torch.linalg.slogdet(unmix).logabsdet[:, None] / nodes
         )
         return GaussianPosterior(z, factor, log_volume)
+
+
+def log_standard_normal(noise: torch.Tensor) -> torch.Tensor:
+    """Log-density of N(0, I) over the last two dimensions."""
+    return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(dim=(-2, -1))
 
 
 def _hidden_names(num_hidden_factors: int) -> list[str]:

@@ -1,13 +1,19 @@
 """The first part of training: what the concepts are, learned with a light decoder in the place of the UNet.
 
 In a diffusion loss, most of which does not depend on the context, that signal drowns. A light decoder sees little
-else, and its steps are cheap.
+else, and its steps are cheap. With an inverse posterior, three stages come before all terms are minimised together:
+
+1. a plain VAE, which knows no contexts, learns a code that has all of the image in it;
+2. an invertible map from that code to node values is learned from what contexts differ in, together with mechanisms
+   and causal layer (`interventional_flow.py`);
+3. the posterior learns to read those values, and the decoder to decode them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +24,10 @@ from tqdm.auto import tqdm
 
 from ..context import ContextModule
 from ..data import ContextBalancedSampler
-from .abduction_objective import AbductionObjective
-from .config import TrainingConfig
+from .abduction_objective import AbductionObjective, LightDecoder
+from .config import ContextConfig, TrainingConfig
+from .distances import unit_directions
+from .interventional_flow import ImageCodes, learn_values
 from .latents import ContextLatents
 from .noise import KeyedNoise
 
@@ -27,9 +35,12 @@ from .noise import KeyedNoise
 logger = logging.getLogger(__name__)
 
 _COLLAPSED = 0.1  # nats; a concept that was found has some three
-_DIRECTIONS = 64  # in the space of the noise
 _LATENT_DIRECTIONS = 128
-_MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
+# shares of the steps; the rest minimises all terms
+_CODE_SHARE = 0.3
+_READING_SHARE = 0.1
+_READING_WEIGHT = 20.0
+_CODES_AT_ONCE = 512
 
 
 def learn_abduction(
@@ -46,35 +57,19 @@ def learn_abduction(
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    options, seed = config.context, config.optimization.seed
-    contexts, labels = latents.masks.unique(dim=0, return_inverse=True)
     context_module.requires_grad_(True).read_out.requires_grad_(False)
-    channels, size = latents.mean.shape[2], latents.mean.shape[-1]
-    objective = AbductionObjective(context_module, contexts, channels, size, options).to(accelerator.device)
-    optimizer, parameters = _create_optimizer(objective, options.abduction_learning_rate)
-    steps = options.abduction_steps
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
-
-    figures: dict[str, torch.Tensor] = {}
-    batches = _batches(latents.contexts, labels, seed, options.abduction_batch_size)
-    progress = tqdm(range(steps), desc="Learning concepts", disable=not accelerator.is_main_process)
-    for step in progress:
-        rows = next(batches)
-        # negative numbers: those of the second part of training start at zero
-        inputs = _step_inputs(latents, labels, rows, KeyedNoise(seed, -1 - step), objective)
-        loss, figures = objective(*(tensor.to(accelerator.device) for tensor in inputs), step)
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 50.0)  # the bound is a sum over dimensions; so are its gradients
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.set_postfix(
-            {name: f"{value:.3f}" for name, value in figures.items() if value.ndim == 0}, refresh=False
+    learning = AbductionLearning(accelerator, context_module, latents, config)
+    steps = config.context.abduction_steps
+    if config.context.posterior_type == "inverse":
+        code_steps, reading_steps = round(_CODE_SHARE * steps), round(_READING_SHARE * steps)
+        codes = learning.learn_code(code_steps)
+        show_progress = accelerator.is_main_process
+        values = learn_values(
+            context_module, codes, learning.contexts, config.context, config.optimization.seed, show_progress
         )
+        learning.learn_reading(values, reading_steps)
+        steps -= code_steps + reading_steps
+    figures = learning.learn_all(steps)
     for parameter in context_module.parameters():
         parameter.data = broadcast(parameter.data)
     divergences = dict(zip(context_module.node_names, figures.pop("kl").tolist()))
@@ -85,6 +80,133 @@ def learn_abduction(
     }
 
 
+class AbductionLearning:
+    """The stages that see images.
+
+    Args:
+        accelerator: has the device.
+        context_module: what learns.
+        latents: the images.
+        config: the run.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, context_module: ContextModule, latents: ContextLatents, config: TrainingConfig
+    ):
+        self.options: ContextConfig = config.context
+        self.seed = config.optimization.seed
+        self.device = accelerator.device
+        self.show_progress = accelerator.is_main_process
+        self.module = context_module
+        self.latents = latents
+        contexts, self.labels = latents.masks.unique(dim=0, return_inverse=True)
+        self.contexts = contexts.to(self.device)
+        channels, size = latents.mean.shape[2], latents.mean.shape[-1]
+        self.objective = AbductionObjective(context_module, contexts, channels, size, self.options).to(self.device)
+        self.batches = _batches(latents.contexts, self.labels, self.seed, self.options.abduction_batch_size)
+        self.steps_done = 0
+
+    def learn_code(self, steps: int) -> ImageCodes:
+        """Trains encoder and head as those of a plain VAE."""
+        nodes, dim = self.module.noise_shape
+        objective = self.objective
+        channels = objective.dimensions // objective.size**2
+        decoder = LightDecoder(nodes, dim, channels, objective.size).to(self.device)
+
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+            mean, log_variance = self.module.read_code(latents)
+            code = mean + (log_variance / 2).exp() * self._normal(random, len(rows), nodes, dim)
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2)).mean()
+            mse = F.mse_loss(decoder(code), objective.targets(latents))
+            return objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
+
+        self._minimise(loss, [{"params": [*self._reading_parameters(), *decoder.parameters()]}], steps, "Encoding")
+        return self._codes()
+
+    def learn_reading(self, values: torch.Tensor, steps: int) -> None:
+        """Trains encoder and head to read these node values (n, N, d), and the decoder to decode them."""
+        objective = self.objective
+
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+            aims = values[rows].to(self.device)
+            mse = F.mse_loss(objective.decoder(aims), objective.targets(latents))
+            return objective.likelihood_loss(mse) + _READING_WEIGHT * F.mse_loss(
+                self.module.read_values(latents), aims
+            )
+
+        parameters = [*self._reading_parameters(), *objective.decoder.parameters()]
+        self._minimise(loss, [{"params": parameters}], steps, "Reading concepts")
+
+    def learn_all(self, steps: int) -> dict[str, torch.Tensor]:
+        """Minimises all terms; the last step's figures."""
+        mechanisms = [*self.module.mechanism.parameters(), *self.module.causal.parameters()]
+        known = {id(parameter) for parameter in mechanisms}
+        others = [p for p in self.objective.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": mechanisms, "weight_decay": 0.0}]
+        figures: dict[str, torch.Tensor] = {}
+        shape = self.module.noise_shape
+
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+            exogenous, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
+            directions = unit_directions(random, reference[0].numel()).to(self.device)
+            latent_directions = unit_directions(random, self.objective.dimensions, _LATENT_DIRECTIONS).to(self.device)
+            inputs = (latents, self.labels[rows].to(self.device), exogenous, reference, directions, latent_directions)
+            value, latest = self.objective(*inputs, warm_up=self._warm_up(step))
+            figures.update(latest)
+            return value
+
+        self._minimise(loss, groups, steps, "Learning concepts")
+        return figures
+
+    def _minimise(
+        self,
+        loss_of: Callable[[torch.Tensor, KeyedNoise, torch.Tensor, int], torch.Tensor],
+        groups: list[dict[str, Any]],
+        steps: int,
+        description: str,
+    ) -> None:
+        """Steps of AdamW on `loss_of(latents, random, rows, step)`."""
+        optimizer = torch.optim.AdamW(groups, lr=self.options.abduction_learning_rate, weight_decay=1e-4)
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for step in tqdm(range(steps), desc=description, disable=not self.show_progress):
+            rows = next(self.batches)
+            # negative numbers: those of the second part of training start at zero
+            random = KeyedNoise(self.seed, -1 - self.steps_done)
+            shape = self.latents.mean.shape[2:]
+            latents = self.latents.draw(rows, random.normal(len(rows), *shape), random.uniform(len(rows)))
+            loss = loss_of(latents.to(self.device), random, rows, step)
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"The loss is not finite at step {step} of '{description}'; lower `abduction_learning_rate`."
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(
+                parameters, 50.0
+            )  # the bound is a sum over dimensions; so are its gradients
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            self.steps_done += 1
+
+    @torch.no_grad()
+    def _codes(self) -> ImageCodes:
+        read = [
+            self.module.read_code(latents.to(self.device)) for latents in self.latents.mean[0].split(_CODES_AT_ONCE)
+        ]
+        mean, log_variance = (torch.cat(parts).flatten(1).cpu() for parts in zip(*read))
+        return ImageCodes(mean, (log_variance / 2).exp(), self.labels)
+
+    def _reading_parameters(self) -> list[torch.nn.Parameter]:
+        return [*self.module.encoder.parameters(), *self.module.head.parameters()]
+
+    def _warm_up(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.options.kl_warmup_steps)
+
+    def _normal(self, random: KeyedNoise, *shape: int) -> torch.Tensor:
+        return random.normal(*shape).to(self.device)
+
+
 def _warn_of_collapse(divergences: dict[str, float]) -> None:
     collapsed = [name for name, nats in divergences.items() if nats < _COLLAPSED]
     if collapsed:
@@ -93,20 +215,6 @@ def _warn_of_collapse(divergences: dict[str, float]) -> None:
             " composition and counterfactuals will not keep what it stands for. Lower `kl_weight`, raise"
             " `abduction_steps`, or give more images of these contexts."
         )
-
-
-def _create_optimizer(
-    objective: AbductionObjective, learning_rate: float
-) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
-    module = objective.context_module
-    mechanisms = [*module.mechanism.parameters(), *module.causal.parameters()]
-    known = {id(parameter) for parameter in mechanisms}
-    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in known]
-    groups = [
-        {"params": others, "weight_decay": 1e-4},
-        {"params": mechanisms, "weight_decay": 0.0, "lr": _MECHANISMS_RATE * learning_rate},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate), mechanisms + others
 
 
 def _batches(contexts: list[str], labels: torch.Tensor, seed: int, batch_size: int) -> Iterator[torch.Tensor]:
@@ -123,14 +231,3 @@ def _batches(contexts: list[str], labels: torch.Tensor, seed: int, batch_size: i
         batch = torch.tensor(rows[:batch_size])
         yield batch[labels[batch].argsort(stable=True)]
         rows = rows[batch_size:]
-
-
-def _step_inputs(
-    latents: ContextLatents, labels: torch.Tensor, rows: torch.Tensor, noise: KeyedNoise, objective: AbductionObjective
-) -> tuple[torch.Tensor, ...]:
-    size, (nodes, dim) = len(rows), objective.context_module.noise_shape
-    drawn = latents.draw(rows, noise.normal(size, *latents.mean.shape[2:]), noise.uniform(size))
-    exogenous, reference = noise.normal(size, nodes, dim), noise.normal(size, nodes, dim)
-    directions = F.normalize(noise.normal(nodes * dim, _DIRECTIONS), dim=0)
-    latent_directions = F.normalize(noise.normal(objective.dimensions, _LATENT_DIRECTIONS), dim=0)
-    return drawn, labels[rows], exogenous, reference, directions, latent_directions

@@ -18,10 +18,9 @@ from torch import nn
 
 from ..context import ContextModule
 from .config import ContextConfig
+from .distances import context_mismatch, sorted_distance
 
 
-_CONTRASTIVE_SHARE = 0.2  # of the steps, in which only the contrast is learned
-_CONTRAST_FADES_BY = 0.6  # the share of the steps after which its weight is 1, that of the likelihood
 # latents are averaged to one of these sizes: concepts are seen from afar, and the decoder, which doubles, stays light
 _SIZES = (4, 8, 16)
 
@@ -82,7 +81,7 @@ class AbductionObjective(nn.Module):
         reference: torch.Tensor,
         directions: torch.Tensor,
         latent_directions: torch.Tensor,
-        step: int,
+        warm_up: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and figures to log.
 
@@ -93,32 +92,22 @@ class AbductionObjective(nn.Module):
             reference: standard normal numbers (B, N, d_z) to compare the draws with, and to decode.
             directions: (N d_z, P) unit vectors to compare draws along.
             latent_directions: (C s s, P) unit vectors to compare decoded latents along; `s` is `size`.
-            step: number of the step.
+            warm_up: factor of β, from 0 to 1.
         """
-        progress = step / self.config.abduction_steps
-        contrast = self.contrast(latents, labels)
-        if progress < _CONTRASTIVE_SHARE and self.config.posterior_type == "inverse":
-            # the contrast does not fix the values' scale far from zero
-            loss = self.config.contrastive_weight * contrast
-            loss = loss + 0.01 * self.context_module.read_values(latents).square().sum(dim=(1, 2)).mean()
-            return loss, {"contrast": contrast.detach()}
-
         mask = self.contexts[labels]
-        target = F.adaptive_avg_pool2d(latents, self.size)
+        target = self.targets(latents)
         posterior = self.context_module.abduct(latents, mask)
         z = posterior.at(exogenous)
         mse, kl = F.mse_loss(self.decode(z, mask), target), posterior.kl()
-        mismatch = self.mismatch(z, reference, directions)
-        misfit = self.misfit(self.decode(reference, mask), target, latent_directions)
-        fading = self.config.contrastive_weight * max(0.0, 1 - progress / _CONTRAST_FADES_BY)
-        warm_up = min(1.0, (step - _CONTRASTIVE_SHARE * self.config.abduction_steps + 1) / self.config.kl_warmup_steps)
+        contrast = self.contrast(latents, labels)
+        mismatch = context_mismatch(z, reference, directions, len(self.contexts))
+        generated = self.decode(reference, mask)
+        misfit = sorted_distance(generated, target, latent_directions, len(self.contexts))
         causal = self.context_module.causal
         loss = (
-            # the Gaussian likelihood at its best variance (Rybkin et al. 2021, arXiv 2006.13202, equation 5), so that
-            # the KL term weighs what it should, whatever the scale of the latents
-            self.dimensions / 2 * mse.log()
+            self.likelihood_loss(mse)
             + self.config.kl_weight * warm_up * kl.sum(dim=1).mean()
-            + (1 + fading) * contrast
+            + self.config.contrastive_weight * contrast
             + self.config.matching_weight * mismatch
             + self.config.generation_weight * misfit
             + self.config.acyclicity_weight * causal.acyclicity()
@@ -127,6 +116,15 @@ class AbductionObjective(nn.Module):
         figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "misfit": misfit}
         figures["kl"] = kl.mean(dim=0)
         return loss, {name: figure.detach() for name, figure in figures.items()}
+
+    def targets(self, latents: torch.Tensor) -> torch.Tensor:
+        """The small latents (B, C, s, s) that the decoder aims at."""
+        return F.adaptive_avg_pool2d(latents, self.size)
+
+    def likelihood_loss(self, mse: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of a Gaussian at its best variance, up to a constant (Rybkin et al. 2021, arXiv
+        2006.13202, equation 5), so that a KL term weighs what it should, whatever the scale of the latents."""
+        return self.dimensions / 2 * mse.log()
 
     def contrast(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats of guessing an image's context from its values, by Bayes' rule with equal priors.
@@ -143,19 +141,3 @@ class AbductionObjective(nn.Module):
     def decode(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Small latents (B, C, s, s) that noise (B, N, d_z) stands for in the contexts of the masks (B, K)."""
         return self.decoder(self.context_module.concept_values(z, mask))
-
-    def mismatch(self, z: torch.Tensor, reference: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-        """Squared sliced Wasserstein distance of abducted noise to N(0, I): in each context, plus over all of them."""
-        groups = len(self.contexts)
-        projected, expected = z.flatten(1) @ directions, reference.flatten(1) @ directions
-        return _sorted_distance(projected, expected, groups) + _sorted_distance(projected, expected, 1)
-
-    def misfit(self, generated: torch.Tensor, target: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-        """Squared sliced Wasserstein distance of decoded prior noise to the latents, in each context."""
-        return _sorted_distance(generated.flatten(1) @ directions, target.flatten(1) @ directions, len(self.contexts))
-
-
-def _sorted_distance(a: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
-    """Mean squared distance of the order statistics of columns (B, P), within `groups` equal parts of the rows."""
-    a, b = (x.unflatten(0, (groups, -1)).sort(dim=1).values for x in (a, b))
-    return (a - b).square().mean()

@@ -20,8 +20,6 @@ from diffusers_ctx.training.latents import ContextLatents
 
 CONTEXTS = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
 CONFIG = ContextConfig(
-    abduction_steps=100,
-    kl_warmup_steps=10,
     kl_weight=0.7,
     contrastive_weight=5.0,
     matching_weight=2.0,
@@ -81,7 +79,7 @@ def test_the_loss_is_its_terms(objective, inputs):
     latents, labels, exogenous, reference, directions, latent_directions = inputs
     module, mask = objective.context_module, CONTEXTS[labels]
     with torch.no_grad():
-        loss, figures = objective(*inputs, step=45)
+        loss, figures = objective(*inputs, warm_up=0.6)
         posterior = module.abduct(latents, mask)
         z = posterior.at(exogenous)
         pooled = latents.view(12, 4, 16, 16)  # 16 is the largest size, so nothing is averaged
@@ -92,8 +90,8 @@ def test_the_loss_is_its_terms(objective, inputs):
         mismatch = mismatch_by_hand(z.flatten(1).numpy(), reference.flatten(1).numpy(), directions.numpy())
         expected = (
             4 * 16 * 16 / 2 * np.log(mse.item())
-            + 0.7 * 1.0 * posterior.kl().sum(dim=1).mean().item()
-            + (1 + 5.0 * (1 - 0.45 / 0.6)) * contrast
+            + 0.7 * 0.6 * posterior.kl().sum(dim=1).mean().item()
+            + 5.0 * contrast
             + 2.0 * mismatch
             + 6.0 * misfit
             + 3.0 * module.causal.acyclicity().item()
@@ -111,16 +109,6 @@ def test_latents_of_any_size_are_averaged_to_one_that_the_decoder_makes(latent_s
     z = torch.zeros(2, *objective.context_module.noise_shape)
     assert objective.size == decoded
     assert objective.decode(z, torch.zeros(2, 3)).shape == (2, 4, decoded, decoded)
-
-
-def test_the_first_steps_learn_the_contrast_alone(objective, inputs):
-    latents, labels = inputs[:2]
-    with torch.no_grad():
-        loss, figures = objective(*inputs, step=10)
-        size = objective.context_module.read_values(latents).square().sum(dim=(1, 2)).mean().item()
-    expected = 5.0 * cross_entropy_by_hand(objective.context_module, latents, labels) + 0.01 * size
-    assert loss.item() == pytest.approx(expected, rel=1e-3)
-    assert set(figures) == {"contrast"}
 
 
 def test_batches_have_every_context_equally_often():
@@ -170,7 +158,7 @@ def learn_two_concepts(latents: ContextLatents, **options) -> tuple[ContextModul
 def test_concepts_of_a_known_world_are_found(caplog):
     """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
     latents, truth = two_concept_latents(500)
-    module, figures = learn_two_concepts(latents, abduction_steps=400)
+    module, figures = learn_two_concepts(latents, abduction_steps=600)
     assert not caplog.records
     assert {"kl/night", "kl/snow", "reconstruction", "contrast", "mismatch", "misfit"} == set(figures)
     with torch.no_grad():
