@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter.format import public_name
 from diffusers_ctx.data import load_context_dataset
@@ -39,8 +40,9 @@ from diffusers_ctx.evaluation.report import (
     render_markdown,
     summarize,
 )
-from diffusers_ctx.hub import read_adapter_config, resolve_adapter_folder
+from diffusers_ctx.hub import pipeline_name, read_adapter_config, resolve_adapter_folder
 from diffusers_ctx.hub.validation import adapter_files
+from diffusers_ctx.pipelines import CompositionMixin
 from diffusers_ctx.training import draw_grid
 from diffusers_ctx.training.checks import check_writable
 
@@ -110,7 +112,7 @@ class Evaluation:
         self.captions = list(self.dataset["text"])
         # samples take the place of the second half, which gives the floor
         self.prompts = {name: [self.captions[row] for row in x.again] for name, x in self.contexts.items()}
-        self.pipeline = self._load_pipeline()
+        self.pipeline = self._load_pipeline(getattr(diffusers_ctx, pipeline_name(adapter_config)))
         latent_size = self.pipeline.context_module.config.posterior_sample_size
         self.resolution = latent_size * self.pipeline.vae_scale_factor  # that of training
         self.observational = self.contexts[self.obs_context].real[: config.num_counterfactuals]
@@ -128,15 +130,15 @@ class Evaluation:
             self._report(samples, counterfactuals)
         self.accelerator.end_training()
 
-    def _load_pipeline(self) -> ComposablePipeline:
+    def _load_pipeline(self, kind: type[CompositionMixin]) -> CompositionMixin:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        pipeline = ComposablePipeline.from_pretrained(
+        checker = {"safety_checker": None, "requires_safety_checker": False} if kind is ComposablePipeline else {}
+        pipeline = kind.from_pretrained(
             self.base,
             revision=self.config.revision,
             variant=self.config.variant,
             cache_dir=self.config.cache_dir,
-            safety_checker=None,
-            requires_safety_checker=False,
+            **checker,
         )
         # a name does not tell whether what is behind it was trained on or replaced
         self.base_digest = digest(weight.numpy().tobytes() for weight in weights_of(pipeline))
@@ -316,7 +318,7 @@ def digest(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
-def weights_of(pipeline: ComposablePipeline) -> Iterable[torch.Tensor]:
+def weights_of(pipeline: CompositionMixin) -> Iterable[torch.Tensor]:
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     return (weight.float() for module in modules for weight in module.state_dict().values())
 

@@ -1,6 +1,6 @@
 """Adapters on the Hub and on disk: finding and checking them, their model cards, and pushing them."""
 
-from .model_card import render_model_card, save_model_card
+from .model_card import pipeline_name, render_model_card, save_model_card
 from .push import create_repository, push_adapter_folder
 from .validation import (
     CARD_NAME,
@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "AdapterError",
     "create_repository",
+    "pipeline_name",
     "push_adapter_folder",
     "read_adapter_config",
     "render_model_card",

@@ -75,7 +75,7 @@ def render_model_card(
         obs_context=config["obs_context"],
         concepts=concepts,
         composed=concepts[:2],
-        pipeline=_pipeline(config),
+        pipeline=pipeline_name(config),
         softer={concepts[0]: 0.5},
         mode=config["mode"],
         license=config.get("license"),
@@ -97,8 +97,8 @@ def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
     return path
 
 
-def _pipeline(config: Mapping[str, Any]) -> str:
-    """Name of the pipeline that runs the adapter."""
+def pipeline_name(config: Mapping[str, Any]) -> str:
+    """Name of the pipeline, in diffusers_ctx, that runs the adapter with this config."""
     return "ComposableXLPipeline" if config["base"].get("addition_embed_type") == "text_time" else "ComposablePipeline"
 
 

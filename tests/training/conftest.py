@@ -25,6 +25,7 @@ from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 SCRIPT = SCRIPTS / "train_context_text_to_image.py"
+EVALUATION_SCRIPT = SCRIPTS / "evaluate_context_adapter.py"
 XL_SCRIPT = SCRIPTS / "train_context_text_to_image_sdxl.py"
 IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest
 

@@ -15,16 +15,15 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 
-from .conftest import files_in, flags, launch_script
+from .conftest import EVALUATION_SCRIPT, files_in, flags, launch_script
 
 
-SCRIPT = Path(__file__).parents[2] / "train_scripts" / "evaluate_context_adapter.py"
 PICTURES = ("grid.png", "graph.png", "counterfactuals.png")
 
 
 @pytest.fixture(scope="session")
 def script():
-    specification = importlib.util.spec_from_file_location("evaluate_context_adapter", SCRIPT)
+    specification = importlib.util.spec_from_file_location("evaluate_context_adapter", EVALUATION_SCRIPT)
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
@@ -179,7 +178,7 @@ def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
         shutil.rmtree(output_dir / name)
     (output_dir / "samples" / "night" / "00001.unfinished").write_bytes(b"of a run that died")
     arguments = [adapter, held_out, *flags(make_options(base_model, output_dir))]
-    run = launch_script(SCRIPT, arguments, num_processes=2)
+    run = launch_script(EVALUATION_SCRIPT, arguments, num_processes=2)
     assert (output_dir / "graph.png").exists(), run.stderr
     assert (output_dir / "results.md").read_text() in run.stdout
     return output_dir

@@ -1,14 +1,16 @@
 """Stable Diffusion XL is trained by the same trainer; what its UNet is told besides is its own."""
 
+import json
 import os
 
 import pytest
 import torch
+from conftest import attach_random_module, make_xl_pipeline
 
 from diffusers_ctx import ComposableXLPipeline
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
-from .conftest import XL_SCRIPT, create_trainer, flags, launch_script, make_options
+from .conftest import EVALUATION_SCRIPT, XL_SCRIPT, create_trainer, flags, launch_script, make_options
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -39,6 +41,20 @@ def test_the_script_trains_an_adapter_that_loads(xl_base_model, photos, tmp_path
         for names in ([], ["night"], ["night", "snow"])
     ]
     assert len({image.tobytes() for image in images}) == 3
+
+
+def test_it_is_evaluated_with_its_own_pipeline(xl_base_model, photos, tmp_path):
+    pipeline = attach_random_module(make_xl_pipeline())
+    adapter = pipeline.save_context_adapter(tmp_path / "adapter")
+    options = {
+        "pretrained_model_name_or_path": str(xl_base_model),
+        "output_dir": str(tmp_path / "results"),
+        "num_inference_steps": 2,
+        "num_counterfactuals": 2,
+    }
+    launch_script(EVALUATION_SCRIPT, [str(adapter), str(photos), *flags(options)], 1)
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {"night", "snow", "obs"} <= set(results["contexts"])
 
 
 def test_the_unet_is_told_size_and_crop_of_each_image(xl_base_model, photos, tmp_path):
