@@ -178,7 +178,7 @@ class AbductionLearning:
             loss = loss_of(latents.to(self.device), random, rows, step)
             if not loss.isfinite():
                 raise FloatingPointError(
-                    f"The loss is not finite at step {step} of '{description}'; lower `abduction_learning_rate`."
+                    f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
                 )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(

@@ -36,8 +36,9 @@ def test_the_script_trains_an_adapter_that_loads(xl_base_model, photos, tmp_path
     pipeline = ComposableXLPipeline.from_pretrained(tmp_path if mode == "full" else xl_base_model)
     pipeline.load_context_adapter(tmp_path)
     assert pipeline.concepts == ["night", "snow"]
+    arguments = {"num_inference_steps": 2, "output_type": "np"}
     images = [
-        pipeline("a street", interventions=names, num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
+        pipeline("a street", interventions=names, generator=torch.manual_seed(0), **arguments).images
         for names in ([], ["night"], ["night", "snow"])
     ]
     assert len({image.tobytes() for image in images}) == 3
