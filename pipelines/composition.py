@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,10 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         tokens = self._context_tokens(noise, mask)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         arguments = arguments | {"ip_adapter_image_embeds": [torch.cat([tokens] * (2 if guided else 1))]}
-        observational = self._context_tokens(noise, torch.zeros_like(mask))
-        with context_guidance(self.unet, observational, context_guidance_scale):
+        with ExitStack() as stack:
+            if context_guidance_scale != 1:
+                observational = self._context_tokens(noise, torch.zeros_like(mask))
+                stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
             output = plain_call(**arguments)
         return _with_noise(output, noise) if arguments["return_dict"] else (*output, noise)
 

@@ -35,9 +35,6 @@ def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Ten
         contrast = (scale - 1) * (output[0][rows] - observational)
         return (output[0] + contrast.repeat(len(sample) // len(contrast), 1, 1, 1), *output[1:])
 
-    if scale == 1:
-        yield
-        return
     handle = unet.register_forward_hook(add_contrast, with_kwargs=True)
     try:
         yield

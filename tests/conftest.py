@@ -20,6 +20,21 @@ torch.set_num_threads(1)
 
 CONCEPTS = ["night", "snow", "fog"]
 
+# what differs from the defaults of diffusers in the UNet of Stable Diffusion XL
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
 
 def make_components(cross_attention_dim: int = 32, prediction_type: str = "v_prediction") -> dict:
     """Random components of a Stable Diffusion for 32x32 images."""

@@ -125,9 +125,7 @@ class ContextModule(ModelMixin, ConfigMixin):
             mean, log_variance = map(at_least_single, self.head(features))
             return self._invert_mechanisms(mean, log_variance, mask)
         mean, log_variance = map(at_least_single, self.head(torch.cat([features, mask], dim=1)))
-        return GaussianPosterior(
-            mean, torch.diag_embed((0.5 * log_variance).exp().flatten(1)), 0.5 * log_variance.sum(dim=-1)
-        )
+        return GaussianPosterior.diagonal(mean, log_variance)
 
     def log_prob(self, values: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Log-density (B, C) of node values (B, N, d) in each of C contexts (C, K), under the mechanisms.

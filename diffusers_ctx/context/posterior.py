@@ -27,6 +27,12 @@ class GaussianPosterior:
     factor: torch.Tensor
     log_volume: torch.Tensor
 
+    @classmethod
+    def diagonal(cls, mean: torch.Tensor, log_variance: torch.Tensor) -> GaussianPosterior:
+        """With independent coordinates, from means and log-variances (B, N, d)."""
+        factor = torch.diag_embed((0.5 * log_variance).exp().flatten(1))
+        return cls(mean, factor, 0.5 * log_variance.sum(dim=-1))
+
     def at(self, eps: torch.Tensor) -> torch.Tensor:
         """The noise (B, N, d) at standard normal `eps` of the same shape: a draw, differentiable in the parameters."""
         return self.mean + (self.factor @ eps.flatten(1)[..., None])[..., 0].view_as(self.mean)

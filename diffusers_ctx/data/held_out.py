@@ -54,7 +54,7 @@ def split_held_out(
         raise ValueError(f"The adapter was not trained for this context: {error} Take its images out.") from error
     halves = {}
     for name in sorted(set(contexts), key=lambda name: (len(interventions_of(name, obs_context)), name)):
-        rows = np.random.default_rng(seed).permutation(np.flatnonzero(names == name)).tolist()
+        rows = _shuffled_rows(names, name, seed)
         n = min(len(rows) // 2, max_images or len(rows))
         if n < 2:
             raise ValueError(
@@ -78,11 +78,16 @@ def hold_out(contexts: Sequence[str], images_per_context: int, seed: int = 0) ->
     names = np.array(contexts)
     held_out: list[int] = []
     for name in sorted(set(contexts)):
-        rows = np.flatnonzero(names == name)
+        rows = _shuffled_rows(names, name, seed)
         if len(rows) <= images_per_context:
             raise ValueError(
                 f"The context {name!r} has {len(rows)} images, so {images_per_context} cannot be held out; lower"
                 " `validation_images`."
             )
-        held_out += np.random.default_rng(seed).permutation(rows)[:images_per_context].tolist()
+        held_out += rows[:images_per_context]
     return sorted(set(range(len(names))) - set(held_out)), sorted(held_out)
+
+
+def _shuffled_rows(names: np.ndarray, context: str, seed: int) -> list[int]:
+    """The context's rows, in an order that is the same whatever other contexts there are."""
+    return np.random.default_rng(seed).permutation(np.flatnonzero(names == context)).tolist()

@@ -22,9 +22,9 @@ from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from ..context import ContextModule
+from ..context import ContextModule, GaussianPosterior
 from ..data import ContextBalancedSampler
-from .abduction_objective import AbductionObjective, LightDecoder
+from .abduction_objective import AbductionObjective
 from .config import ContextConfig, TrainingConfig
 from .distances import unit_directions
 from .interventional_flow import ImageCodes, learn_values
@@ -65,7 +65,7 @@ def learn_abduction(
         codes = learning.learn_code(code_steps)
         show_progress = accelerator.is_main_process
         values = learn_values(
-            context_module, codes, learning.contexts, config.context, config.optimization.seed, show_progress
+            context_module, codes, learning.objective.contexts, config.context, config.optimization.seed, show_progress
         )
         learning.learn_reading(values, reading_steps)
         steps -= code_steps + reading_steps
@@ -100,7 +100,6 @@ class AbductionLearning:
         self.module = context_module
         self.latents = latents
         contexts, self.labels = latents.masks.unique(dim=0, return_inverse=True)
-        self.contexts = contexts.to(self.device)
         channels, size = latents.mean.shape[2], latents.mean.shape[-1]
         self.objective = AbductionObjective(context_module, contexts, channels, size, self.options).to(self.device)
         self.batches = _batches(latents.contexts, self.labels, self.seed, self.options.abduction_batch_size)
@@ -108,15 +107,13 @@ class AbductionLearning:
 
     def learn_code(self, steps: int) -> ImageCodes:
         """Trains encoder and head as those of a plain VAE."""
-        nodes, dim = self.module.noise_shape
         objective = self.objective
-        channels = objective.dimensions // objective.size**2
-        decoder = LightDecoder(nodes, dim, channels, objective.size).to(self.device)
+        decoder = objective.create_decoder().to(self.device)
 
         def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
-            mean, log_variance = self.module.read_code(latents)
-            code = mean + (log_variance / 2).exp() * self._normal(random, len(rows), nodes, dim)
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2)).mean()
+            posterior = GaussianPosterior.diagonal(*self.module.read_code(latents))
+            code = posterior.at(self._normal(random, len(rows), *self.module.noise_shape))
+            kl = posterior.kl().sum(dim=1).mean()
             mse = F.mse_loss(decoder(code), objective.targets(latents))
             return objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
 
@@ -130,9 +127,8 @@ class AbductionLearning:
         def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
             aims = values[rows].to(self.device)
             mse = F.mse_loss(objective.decoder(aims), objective.targets(latents))
-            return objective.likelihood_loss(mse) + _READING_WEIGHT * F.mse_loss(
-                self.module.read_values(latents), aims
-            )
+            error = F.mse_loss(self.module.read_values(latents), aims)
+            return objective.likelihood_loss(mse) + _READING_WEIGHT * error
 
         parameters = [*self._reading_parameters(), *objective.decoder.parameters()]
         self._minimise(loss, [{"params": parameters}], steps, "Reading concepts")
@@ -181,9 +177,8 @@ class AbductionLearning:
                     f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
                 )
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(
-                parameters, 50.0
-            )  # the bound is a sum over dimensions; so are its gradients
+            # the bound is a sum over dimensions, and so are its gradients
+            torch.nn.utils.clip_grad_norm_(parameters, 50.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

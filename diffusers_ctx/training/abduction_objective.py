@@ -69,8 +69,8 @@ class AbductionObjective(nn.Module):
         self.config = config
         self.size = max(size for size in _SIZES if size <= max(latent_size, _SIZES[0]))
         self.dimensions = latent_channels * self.size**2
-        nodes, _ = context_module.noise_shape
-        self.decoder = LightDecoder(nodes, context_module.config.concept_dim, latent_channels, self.size)
+        self.latent_channels = latent_channels
+        self.decoder = self.create_decoder()
         self.register_buffer("contexts", contexts, persistent=False)
 
     def forward(
@@ -116,6 +116,11 @@ class AbductionObjective(nn.Module):
         figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "misfit": misfit}
         figures["kl"] = kl.mean(dim=0)
         return loss, {name: figure.detach() for name, figure in figures.items()}
+
+    def create_decoder(self) -> LightDecoder:
+        """A new decoder of node values to small latents."""
+        nodes, _ = self.context_module.noise_shape
+        return LightDecoder(nodes, self.context_module.config.concept_dim, self.latent_channels, self.size)
 
     def targets(self, latents: torch.Tensor) -> torch.Tensor:
         """The small latents (B, C, s, s) that the decoder aims at."""

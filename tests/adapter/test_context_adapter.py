@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import cpu_offload
-from conftest import CONCEPTS, attach_random_module, make_components, make_context_module, make_pipeline
+from conftest import CONCEPTS, SDXL_UNET, attach_random_module, make_components, make_context_module, make_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
@@ -357,20 +357,7 @@ def test_full_size_configs_on_the_meta_device():
         "SD 1.5": sd | {"cross_attention_dim": 768, "attention_head_dim": 8},
         "SD 2.1": sd
         | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-        "SDXL": shared
-        | {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "cross_attention_dim": 2048,
-            "attention_head_dim": (5, 10, 20),
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
+        "SDXL": SDXL_UNET,
     }
     layers = {"SD 1.5": 16, "SD 2.1": 16, "SDXL": 70}
     widths = {  # output channels of every cross-attention layer, summed

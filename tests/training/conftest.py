@@ -151,16 +151,23 @@ def launch_script(
         launcher += ["--multi_gpu", f"--num_processes={num_processes}", "--main_process_port=0"]
     else:
         launcher += ["--cpu", "--num_processes=1"]
-    run = subprocess.run(
+    run = accelerate_launch(launcher, script, arguments, environment)
+    # two gloo processes may abort at their exit, after all is written: judge those by their files
+    assert run.returncode == 0 or num_processes > 1, run.stderr
+    return run
+
+
+def accelerate_launch(
+    launcher: list, script: Path, arguments: list, environment: dict[str, str] | None = None, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with these flags of its own; a run that hangs fails the test."""
+    return subprocess.run(
         [Path(sys.executable).with_name("accelerate"), "launch", *launcher, script, *arguments],
         env=environment or dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
     )
-    # two gloo processes may abort at their exit, after all is written: judge those by their files
-    assert run.returncode == 0 or num_processes > 1, run.stderr
-    return run
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import make_components
+from conftest import SDXL_UNET, make_components
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -16,21 +16,6 @@ from diffusers_ctx.training.modes import prepare_mode
 from diffusers_ctx.training.objective import DiffusionObjective
 
 from .conftest import flags, make_options
-
-
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def stable_diffusion_15() -> ComposablePipeline:

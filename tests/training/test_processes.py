@@ -3,16 +3,14 @@
 Real `accelerate launch`es of two processes on the CPU, with the configuration of `train_scripts/configs/`.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from .conftest import SCRIPT, SCRIPTS, create_trainer, flags, make_options
+from .conftest import SCRIPT, SCRIPTS, accelerate_launch, create_trainer, flags, make_options
 from .test_training_script import weights_of
 
 
@@ -37,19 +35,13 @@ ContextTrainer._train_on = fail
 """
 
 
-def launch(folder: Path, program: str, options: dict, config: str = "ddp.yaml") -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, program: str, options: dict) -> subprocess.CompletedProcess[str]:
     """Trains in two processes, in float32; a program that hangs fails the test."""
     script = folder / "program.py"
     script.write_text(program)
-    launcher = ["--config_file", SCRIPTS / "configs" / config, "--num_processes=2", "--main_process_port=0"]
+    launcher = ["--config_file", SCRIPTS / "configs" / "ddp.yaml", "--num_processes=2", "--main_process_port=0"]
     launcher += ["--mixed_precision=no", "--num_cpu_threads_per_process=1"]
-    return subprocess.run(
-        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, script, *flags(options)],
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    return accelerate_launch(launcher, script, flags(options), timeout=180)
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
