@@ -7,14 +7,15 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from .config import TrainingConfig
+from .sharding import configure_sharding
 
 
 def create_accelerator(config: TrainingConfig) -> Accelerator:
-    """Also allows TF32, if asked to."""
+    """Also allows TF32, if asked to, and sets FSDP and DeepSpeed up."""
     options, output = config.optimization, config.output
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    return Accelerator(
+    accelerator = Accelerator(
         # otherwise an epoch's last batches would make a step of their own, and steps could not be counted
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
@@ -25,3 +26,5 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
             project_dir=output.output_dir, logging_dir=f"{output.output_dir}/{output.logging_dir}"
         ),
     )
+    configure_sharding(accelerator, options.max_grad_norm)
+    return accelerator

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .config import OptimizationConfig
+from .sharding import placed_like, whole
 
 
-def create_average(parameters: list[nn.Parameter], options: OptimizationConfig) -> EMAModel | None:
+class WeightAverage(EMAModel):
+    """An average whose state is whole where it is sharded, and that loads it to where it was.
+
+    Processes save one state for all of them: shards would be those of the main process.
+    """
+
+    shadow_params: list[torch.Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All processes must ask for it."""
+        return super().state_dict() | {"shadow_params": [whole(tensor) for tensor in self.shadow_params]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = self.shadow_params
+        super().load_state_dict(state_dict)
+        self.shadow_params = [placed_like(tensor, other) for tensor, other in zip(self.shadow_params, before)]
+
+
+def create_average(parameters: list[nn.Parameter], options: OptimizationConfig) -> WeightAverage | None:
     """The average that the options ask for, if any."""
-    return EMAModel(parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
+    return WeightAverage(parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
 
 
 @contextmanager

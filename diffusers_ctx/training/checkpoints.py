@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 
@@ -21,7 +22,7 @@ def register_trained_weights(accelerator: Accelerator) -> None:
     """Lets checkpoints hold what a run learns, and not the base model again each time."""
 
     def save(models: list[nn.Module], weights: list, output_dir: str) -> None:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and weights:  # those of shards Accelerate has saved by itself
             for model in models:
                 state = _trained_state(accelerator.unwrap_model(model))
                 safetensors.torch.save_file(state, Path(output_dir) / _WEIGHTS)
@@ -83,6 +84,20 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     raise FileNotFoundError(
         f"There is no checkpoint '{name}'; {output_dir} has {[path.name for path in checkpoints]}."
     )
+
+
+def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Checks that a checkpoint has weights in shards where this run has them so, and whole ones otherwise.
+
+    Raises:
+        ValueError: if it has not; Accelerate would look for other files.
+    """
+    sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharding == (checkpoint / _WEIGHTS).exists():
+        raise ValueError(
+            f"{checkpoint} was made {'without' if sharding else 'with'} FSDP or DeepSpeed; resume with the Accelerate"
+            " configuration that it was made with."
+        )
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from diffusers.optimization import SchedulerType
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ..data import context_mask
 from .config import TrainingConfig
@@ -17,6 +21,8 @@ from .objective import PREDICTION_TYPES
 from .optimizer import check_optimizer
 from .record import options_of
 
+
+logger = logging.getLogger(__name__)
 
 _SMALLEST = {
     "rank": 1,
@@ -85,14 +91,57 @@ def check_backbone(pipeline: DiffusionPipeline) -> None:
         raise ValueError(f"The checkpoint is {'' if asks else 'not '}of Stable Diffusion XL; train it with {script}.")
 
 
-def check_precision(accelerator: Accelerator) -> None:
-    """Checks that the device computes in the precision that was asked for.
+def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Checks that the device computes in the precision that was asked for, and that FSDP or DeepSpeed would train as
+    plain data parallelism does, and could be saved.
 
     Raises:
-        ValueError: if it does not; Accelerate would ignore it, and types would clash in the first step.
+        ValueError: if not, naming what to set. Accelerate would ignore the precision, and types would clash in the
+            first step.
     """
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("Mixed precision in fp16 needs a GPU; on a CPU set `mixed_precision` to bf16 or no.")
+    changes: list[str] = []
+    if accelerator.distributed_type == DistributedType.FSDP:
+        changes += _changes_for_fsdp(accelerator, config)
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        changes += _changes_for_deepspeed(accelerator, config)
+    if changes:
+        raise ValueError(
+            f"With {accelerator.distributed_type.value}, {'; '.join(changes)}. See docs/multi_gpu.md for what works."
+        )
+
+
+def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Iterator[str]:
+    plugin = accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) != 2:  # early versions of Accelerate had no other
+        yield "set `fsdp_version` to 2"
+    if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        yield "set `fsdp_auto_wrap_policy` to TRANSFORMER_BASED_WRAP"
+    if plugin.activation_checkpointing:  # it renames what is saved
+        yield "give `--gradient_checkpointing` in the place of `fsdp_activation_checkpointing`"
+    if accelerator.num_processes == 1:  # it would not see what is unfrozen
+        yield "start more than one process"
+    if config.optimization.optimizer != "adamw":
+        yield "set `optimizer` to adamw"
+    if config.output.validation_prompt is not None or config.data.validation_images:
+        yield "leave out `validation_prompt` and `validation_images`"  # the main process has but its shards
+
+
+def _changes_for_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> Iterator[str]:
+    plugin, accumulation = accelerator.state.deepspeed_plugin, config.optimization.gradient_accumulation_steps
+    if plugin.zero_stage not in (1, 2):
+        yield "set `zero_stage` to 1 or 2"
+    if plugin.deepspeed_config.get("gradient_accumulation_steps") not in ("auto", accumulation):
+        yield f"set DeepSpeed's `gradient_accumulation_steps` to {accumulation}"
+    if plugin.offload_optimizer_device not in (None, "none"):  # that optimizer would not see the learning rate change
+        yield "set `offload_optimizer_device` to none"
+    if accelerator.mixed_precision != "no":  # it would round what learns
+        yield "set `mixed_precision` to no, or use FSDP2"
+    if config.model.mode != "frozen" and config.model.unfreeze_after:  # it steps before gradients can be left out
+        yield "set `unfreeze_after` to 0, or use FSDP2"
+    if config.optimization.optimizer != "adamw":  # each process would see but its part of the weights
+        yield "set `optimizer` to adamw"
 
 
 def check_validation_contexts(contexts: Sequence[str], concepts: Sequence[str], obs_context: str) -> None:
@@ -119,3 +168,34 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"`output_dir` {folder} cannot be written to ({error.strerror}); choose another.") from error
+
+
+def check_free_disk(folder: Path, config: TrainingConfig, learned: int, max_train_steps: int) -> None:
+    """Checks that checkpoints fit where they are saved; warns where but the first ones would.
+
+    Args:
+        folder: where they are saved.
+        config: the run.
+        learned: how many numbers learn beside the UNet.
+        max_train_steps: optimizer steps of the run.
+
+    Raises:
+        OSError: if a checkpoint and the one that replaces it do not fit.
+    """
+    options, output = config.optimization, config.output
+    # in float32: the weights, the moments that AdamW keeps of each, and the average
+    copies = 1 + 2 * (options.optimizer == "adamw") + options.use_ema
+    checkpoint = 4 * learned * copies
+    count = max_train_steps // output.checkpointing_steps
+    kept = min(count, output.checkpoints_total_limit or count)
+    free = shutil.disk_usage(folder).free
+    if count and free < min(count, 2) * checkpoint:
+        raise OSError(
+            f"A checkpoint takes {checkpoint / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free, too little for"
+            " one beside the one before it. Free some, choose another `output_dir`, or raise `checkpointing_steps`."
+        )
+    if free < min(count, kept + 1) * checkpoint:
+        logger.warning(
+            f"{count} checkpoints of {checkpoint / 1e9:.1f} GB do not fit into the {free / 1e9:.1f} GB that {folder}"
+            " has free; lower `checkpoints_total_limit`, or raise `checkpointing_steps`."
+        )

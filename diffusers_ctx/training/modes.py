@@ -86,3 +86,20 @@ def split_parameters(unet: UNet2DConditionModel) -> tuple[list[nn.Parameter], li
     known = {id(parameter) for parameter in adapter}
     backbone = [parameter for parameter in unet.parameters() if parameter.requires_grad and id(parameter) not in known]
     return adapter, backbone
+
+
+def count_learned(unet: UNet2DConditionModel, mode: str, rank: int) -> int:
+    """How many numbers will learn beside the UNet in a mode, before `prepare_mode` has made them."""
+    adapter = sum(parameter.numel() for module in adapter_modules(unet) for parameter in module.parameters())
+    if mode == "frozen":
+        return adapter
+    if mode == "full":
+        known = {id(parameter) for parameter in unet.encoder_hid_proj.parameters()}
+        known |= {id(parameter) for parameter in context_attention_layers(unet).parameters()}
+        return adapter + sum(parameter.numel() for parameter in unet.parameters() if id(parameter) not in known)
+    targets = [
+        layer
+        for name, layer in unet.named_modules()
+        if isinstance(layer, nn.Linear) and name.endswith(tuple(f".{target}" for target in LORA_TARGETS))
+    ]
+    return adapter + sum(rank * (layer.in_features + layer.out_features) for layer in targets)

@@ -28,16 +28,24 @@ from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
 from .averaging import averaged, create_average
-from .checkpoints import checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
-from .checks import check_backbone, check_options, check_precision, check_validation_contexts, check_writable
+from .checkpoints import check_kind, checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
+from .checks import (
+    check_accelerator,
+    check_backbone,
+    check_free_disk,
+    check_options,
+    check_validation_contexts,
+    check_writable,
+)
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import gradients_off, prepare_mode, schedule_options, split_parameters
+from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise, sample_timesteps
 from .objective import DiffusionObjective
 from .optimizer import create_optimizer
 from .record import options_of, training_record
+from .sharding import gather_weights, start_moments, whole
 from .validation import Validator
 
 
@@ -67,7 +75,7 @@ class ContextTrainer:
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = create_accelerator(config)
-        check_precision(self.accelerator)
+        check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
         dataset, held_out = self._split(self._load_dataset())
         self.context_module = self._create_context_module(
@@ -82,6 +90,8 @@ class ContextTrainer:
         if schedule:
             pipeline.set_context_scheduler(schedule)
         self._prepare_models()
+        learned = count_learned(pipeline.unet, config.model.mode, config.model.rank)
+        check_free_disk(self.output_dir, config, learned, self.max_train_steps)
         self.latents = self._encode(dataset)
         held_out_latents = self._encode(held_out) if len(held_out) else None
         self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
@@ -106,13 +116,12 @@ class ContextTrainer:
         step = 0
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)  # states are loaded to the CPU
             step = checkpoint_step(self.checkpoint)
         self.accelerator.init_trackers("context-adapter", config=self._tracked_options())
         self.accelerator.log(figures, step=step)
         self._run(step)
         self._save()
+        self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
         self.accelerator.end_training()
         return self.output_dir
 
@@ -190,6 +199,8 @@ class ContextTrainer:
                 f"{checkpoint} is beyond the {self.max_train_steps} steps of this run; raise `max_train_steps`, or"
                 " resume from another checkpoint."
             )
+        else:
+            check_kind(checkpoint, self.accelerator)
         return checkpoint
 
     def _create_repository(self) -> str | None:
@@ -238,16 +249,18 @@ class ContextTrainer:
         options, unet = self.config.optimization, self.pipeline.unet
         prepare_mode(unet, self.config.model.mode, self.config.model.rank)
         cast_training_params(unet, torch.float32)
-        adapter_parameters, self._backbone_parameters = split_parameters(unet)
-        self._learning = adapter_parameters + self._backbone_parameters
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma)
         learning_rate = options.learning_rate
         if options.scale_lr:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
-        optimizer = create_optimizer(self._learning, options, learning_rate)
+        optimizer = create_optimizer([p for part in split_parameters(unet) for p in part], options, learning_rate)
         loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
+        # only now: where they are sharded, other parameters have taken their places
+        adapter_parameters, self._backbone_parameters = split_parameters(unet)
+        self._learning = adapter_parameters + self._backbone_parameters
+        start_moments(self.optimizer)
         # not prepared: Accelerate would step it once per process
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -331,7 +344,9 @@ class ContextTrainer:
         frozen = [] if backbone_learns or accelerator.num_processes > 1 else self._backbone_parameters
         with accelerator.accumulate(self.objective):
             with gradients_off(frozen):
-                loss = self.objective(*self._step_inputs(number, batch))
+                inputs = self._step_inputs(number, batch)
+                with accelerator.autocast():
+                    loss = self.objective(*inputs)
                 mean_loss = accelerator.reduce(loss.detach().float(), "mean").item()
                 if not math.isfinite(mean_loss):
                     raise FloatingPointError(
@@ -344,7 +359,7 @@ class ContextTrainer:
                     for parameter in self._backbone_parameters:
                         parameter.grad = None
                 norm = accelerator.clip_grad_norm_(self._learning, self.config.optimization.max_grad_norm)
-                self._gradient_norm = float(norm)
+                self._gradient_norm = float(whole(norm))
                 # a gradient scaler leaves such steps out by itself
                 if accelerator.scaler is None and not math.isfinite(self._gradient_norm):
                     raise FloatingPointError(
@@ -390,12 +405,13 @@ class ContextTrainer:
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        mode, output = self.config.model.mode, self.config.output
         if self.ema is not None:
             self.ema.copy_to(self._learning)
         self.pipeline.unet.float().eval()
+        gather_weights(self.pipeline.unet, self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        mode, output = self.config.model.mode, self.config.output
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
         record = training_record(self.config, self.accelerator, self.max_train_steps, len(self.latents))

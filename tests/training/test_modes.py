@@ -12,7 +12,7 @@ from diffusers import PNDMScheduler
 
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter import attach_context_module
-from diffusers_ctx.training.modes import prepare_mode, split_parameters
+from diffusers_ctx.training.modes import count_learned, prepare_mode, split_parameters
 
 from .conftest import create_trainer, make_options
 
@@ -70,6 +70,13 @@ def test_full(unet):
     assert len(backbone) > 100
     prepare_mode(unet, "full", rank=2)
     assert learning(unet) == adapter_names(unet) | backbone
+
+
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
+def test_what_will_learn_is_counted_before(unet, mode):
+    count = count_learned(unet, mode, rank=3)
+    prepare_mode(unet, mode, rank=3)
+    assert count == sum(parameter.numel() for part in split_parameters(unet) for parameter in part)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])

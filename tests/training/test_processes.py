@@ -1,22 +1,47 @@
-"""Training in several processes: with a last batch that does not go round, and with one that fails.
+"""Training in several processes: with weights in shards, with a last batch that does not go round, and one that fails.
 
-Real `accelerate launch`es of two processes on the CPU, with the configuration of `train_scripts/configs/`.
+Real `accelerate launch`es of two processes on the CPU, with the configurations of `train_scripts/configs/`.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+from diffusers_ctx.training import parse_training_config
+from diffusers_ctx.training.checks import check_accelerator
 
 from .conftest import SCRIPT, SCRIPTS, accelerate_launch, create_trainer, flags, make_options
-from .test_training_script import weights_of
+from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
 TRAIN = f"""
 import runpy
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+# Accelerate leaves FSDP out without a GPU, and says nothing; otherwise all is as it would be with one
+WITH_FSDP = """
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+create = AcceleratorState.__init__
+
+
+def create_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+    create(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+AcceleratorState.__init__ = create_with_fsdp
 """
 FAILING = """
 import os, signal
@@ -35,11 +60,11 @@ ContextTrainer._train_on = fail
 """
 
 
-def launch(folder: Path, program: str, options: dict) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, program: str, options: dict, config: str = "ddp.yaml") -> subprocess.CompletedProcess[str]:
     """Trains in two processes, in float32; a program that hangs fails the test."""
     script = folder / "program.py"
     script.write_text(program)
-    launcher = ["--config_file", SCRIPTS / "configs" / "ddp.yaml", "--num_processes=2", "--main_process_port=0"]
+    launcher = ["--config_file", SCRIPTS / "configs" / config, "--num_processes=2", "--main_process_port=0"]
     launcher += ["--mixed_precision=no", "--num_cpu_threads_per_process=1"]
     return accelerate_launch(launcher, script, flags(options), timeout=180)
 
@@ -48,6 +73,137 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def tracked(output_dir: Path, name: str) -> list[float]:
+    (events,) = (output_dir / "logs" / "context-adapter").glob("events.*")
+    return [event.value for event in EventAccumulator(str(events)).Reload().Scalars(name)]
+
+
+# weights in shards, held against one process with as large a batch
+
+
+@pytest.fixture(scope="module")
+def whole_and_sharded(base_model, photos, tmp_path_factory) -> SimpleNamespace:
+    root = tmp_path_factory.mktemp("shards")
+    shared = {
+        "unfreeze_after": 0.5,  # after the first checkpoint: the LoRA has no moments yet
+        "max_train_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "linear",
+        "adam_epsilon": 1e-3,  # the usual one would divide rounding errors by themselves
+        "max_grad_norm": 1e-3,
+        "use_ema": True,
+        "ema_decay": 0.6,
+        "checkpointing_steps": 2,
+        "report_to": "tensorboard",
+    }
+    create_trainer(make_options(base_model, photos, root / "whole", train_batch_size=4, **shared)).train()
+    options = make_options(base_model, photos, root / "sharded", train_batch_size=2, **shared)
+    launched = launch(root, WITH_FSDP + TRAIN, options, "fsdp2.yaml")
+    assert (root / "sharded" / "README.md").exists(), launched.stderr
+    return SimpleNamespace(options=options, whole=root / "whole", sharded=root / "sharded")
+
+
+def test_with_shards_the_same_is_learned(whole_and_sharded):
+    whole, sharded = whole_and_sharded.whole, whole_and_sharded.sharded
+    assert (sharded / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()  # and not data parallelism once more
+    assert_close(weights_of(sharded), weights_of(whole))
+    norms = tracked(sharded, "gradient_norm")
+    assert norms == pytest.approx(tracked(whole, "gradient_norm"), rel=1e-4) and min(norms) > 1e-3  # all were clipped
+
+
+def test_a_run_with_shards_goes_on_from_its_checkpoint(whole_and_sharded, tmp_path):
+    output_dir = tmp_path / "resumed"
+    shutil.copytree(whole_and_sharded.sharded / "checkpoint-2", output_dir / "checkpoint-2")
+    changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest"}
+    launch(tmp_path, WITH_FSDP + TRAIN, whole_and_sharded.options | changes, "fsdp2.yaml")
+    expected, got = weights_of(whole_and_sharded.sharded), weights_of(output_dir)
+    assert got.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(got[name], expected[name])]
+
+
+def test_without_shards_it_cannot_go_on_from_there(whole_and_sharded):
+    changes = {"resume_from_checkpoint": str(whole_and_sharded.sharded / "checkpoint-2"), "train_batch_size": 4}
+    with pytest.raises(ValueError, match=r"checkpoint-2 was made with FSDP or DeepSpeed; resume with the Accelerate"):
+        create_trainer(whole_and_sharded.options | changes)
+
+
+def test_a_whole_unet_of_shards_is_saved(base_model, photos, tmp_path):
+    shared = {"mode": "full", "unfreeze_after": 0.0, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+    shared["gradient_checkpointing"] = True
+    create_trainer(make_options(base_model, photos, tmp_path / "whole", train_batch_size=4, **shared)).train()
+    options = make_options(base_model, photos, tmp_path / "sharded", train_batch_size=2, **shared)
+    launched = launch(tmp_path, WITH_FSDP + TRAIN, options, "fsdp2.yaml")
+    names = [*ADAPTER_WEIGHTS[:2], "unet/diffusion_pytorch_model.safetensors"]
+    assert (tmp_path / "sharded" / "README.md").exists(), launched.stderr
+    assert_close(weights_of(tmp_path / "sharded", names), weights_of(tmp_path / "whole", names))
+
+
+# configurations that cannot work
+
+
+@pytest.fixture
+def config(options):
+    return lambda **changes: parse_training_config(flags(options | changes))
+
+
+def accelerator_with(
+    kind: DistributedType, plugin: dict, precision: str = "no", processes: int = 2
+) -> SimpleNamespace:
+    plugins = SimpleNamespace(fsdp_plugin=SimpleNamespace(**plugin), deepspeed_plugin=SimpleNamespace(**plugin))
+    return SimpleNamespace(
+        distributed_type=kind,
+        state=plugins,
+        mixed_precision=precision,
+        num_processes=processes,
+        device=torch.device("cuda"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "options_changed", "processes", "message"),
+    [
+        ({"fsdp_version": 1}, {}, 2, "With FSDP, set `fsdp_version` to 2"),
+        ({"auto_wrap_policy": size_based_auto_wrap_policy}, {}, 2, "set `fsdp_auto_wrap_policy` to TRANSFORMER"),
+        ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` in the place of"),
+        ({}, {}, 1, "start more than one process"),
+        ({}, {"optimizer": "adamw_8bit"}, 2, "set `optimizer` to adamw"),
+        ({}, {"validation_prompt": "a street"}, 2, "leave out `validation_prompt`"),
+        ({}, {"validation_images": 1}, 2, "leave out `validation_prompt` and `validation_images`"),
+    ],
+)
+def test_fsdp_as_it_cannot_train(config, changes, options_changed, processes, message):
+    plugin = {"fsdp_version": 2, "auto_wrap_policy": None, "activation_checkpointing": False}
+    check_accelerator(accelerator_with(DistributedType.FSDP, plugin, "bf16"), config())
+    accelerator = accelerator_with(DistributedType.FSDP, plugin | changes, processes=processes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_accelerator(accelerator, config(**options_changed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options_changed", "precision", "message"),
+    [
+        ({"zero_stage": 3}, {}, "no", "With DEEPSPEED, set `zero_stage` to 1 or 2"),
+        ({"deepspeed_config": {"gradient_accumulation_steps": 2}}, {}, "no", "`gradient_accumulation_steps` to 1"),
+        ({"offload_optimizer_device": "cpu"}, {}, "no", "set `offload_optimizer_device` to none"),
+        ({}, {}, "bf16", "set `mixed_precision` to no, or use FSDP2"),
+        ({}, {"unfreeze_after": 0.2}, "no", "set `unfreeze_after` to 0, or use FSDP2"),
+        ({}, {"optimizer": "prodigy"}, "no", "set `optimizer` to adamw"),
+    ],
+)
+def test_deepspeed_as_it_cannot_train(config, changes, options_changed, precision, message):
+    automatic = {"gradient_accumulation_steps": "auto"}
+    plugin = {"zero_stage": 2, "offload_optimizer_device": "none", "deepspeed_config": automatic}
+    for works in ({"unfreeze_after": 0}, {"mode": "frozen"}):
+        check_accelerator(accelerator_with(DistributedType.DEEPSPEED, plugin), config(**works))
+    accelerator = accelerator_with(DistributedType.DEEPSPEED, plugin | changes, precision)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_accelerator(accelerator, config(**{"unfreeze_after": 0} | options_changed))
+
+
+# data that does not go round, and a process that fails
 
 
 def test_a_last_batch_for_one_process_alone_is_left_out(base_model, photos, tmp_path):

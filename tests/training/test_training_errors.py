@@ -1,6 +1,8 @@
 """What cannot work stops before anything is computed or written, with one message that names the mend."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -197,3 +199,30 @@ def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
     with pytest.raises(FloatingPointError, match="learning the concepts; lower `abduction_learning_rate`"):
         trainer.train()
     assert files_in(tmp_path / "adapter") == {}
+
+
+# room on the disk
+
+
+@pytest.fixture
+def a_checkpoint(options) -> int:
+    """Bytes of the tensors in a checkpoint: what learns, two moments of AdamW for each, and an average."""
+    create_trainer(options | {"unfreeze_after": 0.0, "max_train_steps": 1, "checkpointing_steps": 1}).train()
+    (saved,) = Path(options["output_dir"]).glob("checkpoint-1")
+    state = torch.load(saved / "optimizer.bin", weights_only=True)["state"]
+    return 16 * sum(moments["exp_avg"].numel() for moments in state.values())
+
+
+def test_a_full_disk_is_noticed_before(refuses, options, a_checkpoint, monkeypatch):
+    run = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * a_checkpoint - 1))
+    refuses(OSError, "A checkpoint takes .* GB free, too little for one beside the one before it. Free some", **run)
+
+
+def test_checkpoints_that_do_not_all_fit_are_warned_of(options, a_checkpoint, monkeypatch, caplog):
+    run = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * a_checkpoint))
+    create_trainer(options | run | {"checkpoints_total_limit": 1})
+    assert "do not fit" not in caplog.text
+    create_trainer(options | run)
+    assert "3 checkpoints of" in caplog.text and "do not fit into" in caplog.text
