@@ -24,13 +24,13 @@ def register_trained_weights(accelerator: Accelerator) -> None:
     def save(models: list[nn.Module], weights: list, output_dir: str) -> None:
         if accelerator.is_main_process and weights:  # those of shards Accelerate has saved by itself
             for model in models:
-                state = _trained_state(accelerator.unwrap_model(model))
+                state = _trained_state(accelerator.unwrap_model(model, keep_torch_compile=False))
                 safetensors.torch.save_file(state, Path(output_dir) / _WEIGHTS)
         weights.clear()  # tells Accelerate that there is nothing left to save
 
     def load(models: list[nn.Module], input_dir: str) -> None:
         while models:
-            model = accelerator.unwrap_model(models.pop())
+            model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
             state = safetensors.torch.load_file(Path(input_dir) / _WEIGHTS)
             expected = _trained_state(model)
             if state.keys() != expected.keys():
