@@ -40,6 +40,7 @@ _LATENT_DIRECTIONS = 128
 _CODE_SHARE = 0.3
 _READING_SHARE = 0.1
 _READING_WEIGHT = 20.0
+_MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
 _CODES_AT_ONCE = 512
 
 
@@ -138,7 +139,11 @@ class AbductionLearning:
         mechanisms = [*self.module.mechanism.parameters(), *self.module.causal.parameters()]
         known = {id(parameter) for parameter in mechanisms}
         others = [p for p in self.objective.parameters() if p.requires_grad and id(p) not in known]
-        groups: list[dict[str, Any]] = [{"params": others}, {"params": mechanisms, "weight_decay": 0.0}]
+        learning_rate = _MECHANISMS_RATE * self.options.abduction_learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": mechanisms, "weight_decay": 0.0, "lr": learning_rate},
+        ]
         figures: dict[str, torch.Tensor] = {}
         shape = self.module.noise_shape
 
