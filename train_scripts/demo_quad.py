@@ -54,7 +54,11 @@ def train(args: argparse.Namespace) -> Path:
             lr_scheduler="cosine",
             lr_warmup_steps=50,
         ),
-        OutputConfig(output_dir=str(args.output_dir / "adapter"), checkpointing_steps=args.max_train_steps),
+        OutputConfig(
+            output_dir=str(args.output_dir / "adapter"),
+            checkpointing_steps=args.max_train_steps + 1,  # only where it is interrupted
+            resume_from_checkpoint="latest",
+        ),
     )
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
     return ContextTrainer(config, pipeline).train()

@@ -100,6 +100,19 @@ def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
         )
 
 
+def check_no_checkpoints(output_dir: Path) -> None:
+    """Checks that a run which starts from the beginning leaves no older run's checkpoints to be resumed from.
+
+    Raises:
+        ValueError: if there are any; `latest` would be the one with the most steps, of whichever run.
+    """
+    if found := list_checkpoints(output_dir):
+        raise ValueError(
+            f"{output_dir} has checkpoints of an earlier run, such as {found[-1].name}; go on from there with"
+            " `--resume_from_checkpoint latest`, choose another `output_dir`, or remove them."
+        )
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints in `output_dir`, oldest first."""
     return sorted(filter(_is_checkpoint, output_dir.glob("*")), key=checkpoint_step)

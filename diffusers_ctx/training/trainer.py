@@ -28,7 +28,14 @@ from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
 from .averaging import averaged, create_average
-from .checkpoints import check_kind, checkpoint_step, find_checkpoint, register_trained_weights, save_checkpoint
+from .checkpoints import (
+    check_kind,
+    check_no_checkpoints,
+    checkpoint_step,
+    find_checkpoint,
+    register_trained_weights,
+    save_checkpoint,
+)
 from .checks import (
     check_accelerator,
     check_backbone,
@@ -190,6 +197,7 @@ class ContextTrainer:
         """The checkpoint to resume from, if any."""
         name = self.config.output.resume_from_checkpoint
         if name is None:
+            check_no_checkpoints(self.output_dir)
             return None
         checkpoint = find_checkpoint(self.output_dir, name)
         if checkpoint is None:

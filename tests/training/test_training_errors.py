@@ -130,6 +130,11 @@ def test_a_checkpoint_beyond_the_run(refuses, tmp_path):
     refuses(ValueError, "checkpoint-3 is beyond the 2 steps of this run", resume_from_checkpoint="latest")
 
 
+def test_checkpoints_of_an_earlier_run(refuses, options):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    refuses(ValueError, "adapter has checkpoints of an earlier run, such as checkpoint-2; go on .* latest`, choose")
+
+
 def test_the_latest_checkpoint_of_a_run_that_has_none_is_its_beginning(options, caplog):
     trainer = create_trainer(options | {"resume_from_checkpoint": "latest"})
     assert trainer.checkpoint is None and "training starts from the beginning" in caplog.text
@@ -149,7 +154,9 @@ def test_a_loss_that_is_not_finite_writes_no_adapter(options, tmp_path):
     create_trainer(options | {"checkpointing_steps": 1, "max_train_steps": 1}).train()
     (output_dir / "context_adapter_config.json").unlink()
     before = files_in(output_dir)
-    trainer = create_trainer(options | {"learning_rate": 1e30, "max_train_steps": 9})
+    diverging = {"learning_rate": 1e30, "max_train_steps": 9, "resume_from_checkpoint": "latest"}
+    trainer = create_trainer(options | diverging)
+    trainer.checkpoint = None  # it begins again, in a folder that has a checkpoint
     with pytest.raises(FloatingPointError, match=r"at step \d.*`learning_rate`.*last checkpoint is .*checkpoint-1"):
         trainer.train()
     assert files_in(output_dir) == before
@@ -210,6 +217,7 @@ def a_checkpoint(options) -> int:
     create_trainer(options | {"unfreeze_after": 0.0, "max_train_steps": 1, "checkpointing_steps": 1}).train()
     (saved,) = Path(options["output_dir"]).glob("checkpoint-1")
     state = torch.load(saved / "optimizer.bin", weights_only=True)["state"]
+    shutil.rmtree(saved)
     return 16 * sum(moments["exp_avg"].numel() for moments in state.values())
 
 
