@@ -9,6 +9,7 @@ as a user would, and compares its samples with real images from held-out seeds.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def train(args: argparse.Namespace) -> Path:
         ),
     )
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
-    return ContextTrainer(config, pipeline).train()
+    adapter = ContextTrainer(config, pipeline).train()
+    for checkpoint in adapter.glob("checkpoint-*"):  # of an interruption; the next demo is a new one
+        shutil.rmtree(checkpoint)
+    return adapter
 
 
 def load(adapter: Path) -> ComposablePipeline:

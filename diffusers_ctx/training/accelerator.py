@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 from .config import TrainingConfig
 from .sharding import configure_sharding
@@ -22,6 +24,8 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
         ),
         mixed_precision=options.mixed_precision,
         log_with=None if output.report_to == "none" else output.report_to,
+        # the others wait while the main process validates, saves and pushes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         project_config=ProjectConfiguration(
             project_dir=output.output_dir, logging_dir=f"{output.output_dir}/{output.logging_dir}"
         ),

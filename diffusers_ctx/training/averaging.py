@@ -24,12 +24,15 @@ class WeightAverage(EMAModel):
 
     def state_dict(self) -> dict[str, Any]:
         """All processes must ask for it."""
-        return super().state_dict() | {"shadow_params": [whole(tensor) for tensor in self.shadow_params]}
+        # on the CPU: all of them together may not fit where there are shards
+        return super().state_dict() | {"shadow_params": [whole(tensor).cpu() for tensor in self.shadow_params]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = self.shadow_params
         super().load_state_dict(state_dict)
-        self.shadow_params = [placed_like(tensor, other) for tensor, other in zip(self.shadow_params, before)]
+        self.shadow_params = [
+            placed_like(tensor, other) for tensor, other in zip(self.shadow_params, before, strict=True)
+        ]
 
 
 def create_average(parameters: list[nn.Parameter], options: OptimizationConfig) -> WeightAverage | None:

@@ -10,12 +10,14 @@ from tempfile import TemporaryFile
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ..data import context_mask
+from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
+from .modes import count_learned
 from .noise import TIMESTEP_SAMPLING
 from .objective import PREDICTION_TYPES
 from .optimizer import check_optimizer
@@ -24,6 +26,8 @@ from .record import options_of
 
 logger = logging.getLogger(__name__)
 
+# numbers per weight
+_KEPT_BY_OPTIMIZER = {"adamw": 2, "adamw_8bit": 0.5, "prodigy": 4}
 _SMALLEST = {
     "rank": 1,
     "validation_images": 0,
@@ -114,7 +118,7 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
 
 def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Iterator[str]:
     plugin = accelerator.state.fsdp_plugin
-    if getattr(plugin, "fsdp_version", 1) != 2:  # early versions of Accelerate had no other
+    if plugin.fsdp_version != 2:
         yield "set `fsdp_version` to 2"
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         yield "set `fsdp_auto_wrap_policy` to TRANSFORMER_BASED_WRAP"
@@ -170,32 +174,40 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"`output_dir` {folder} cannot be written to ({error.strerror}); choose another.") from error
 
 
-def check_free_disk(folder: Path, config: TrainingConfig, learned: int, max_train_steps: int) -> None:
-    """Checks that checkpoints fit where they are saved; warns where but the first ones would.
+def check_free_disk(
+    folder: Path, config: TrainingConfig, unet: UNet2DConditionModel, accelerator: Accelerator, start: int, end: int
+) -> None:
+    """Checks that checkpoints fit where they are saved; warns where but the next ones would.
 
     Args:
         folder: where they are saved.
         config: the run.
-        learned: how many numbers learn beside the UNet.
-        max_train_steps: optimizer steps of the run.
+        unet: the UNet, with a context module attached.
+        accelerator: where weights are in shards, checkpoints hold the base model too.
+        start: the step that the run starts from.
+        end: its last step.
 
     Raises:
-        OSError: if a checkpoint and the one that replaces it do not fit.
+        OSError: if not even the next checkpoint fits, beside the one that it replaces.
     """
-    options, output = config.optimization, config.output
-    # in float32: the weights, the moments that AdamW keeps of each, and the average
-    copies = 1 + 2 * (options.optimizer == "adamw") + options.use_ema
-    checkpoint = 4 * learned * copies
-    count = max_train_steps // output.checkpointing_steps
-    kept = min(count, output.checkpoints_total_limit or count)
+    options, output, model = config.optimization, config.output, config.model
+    # in float32: the weights, what the optimizer keeps of each, and the average
+    copies = 1 + _KEPT_BY_OPTIMIZER[options.optimizer] + options.use_ema
+    checkpoint = 4 * copies * count_learned(unet, model.mode, model.rank)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        checkpoint += sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
+    there = len([path for path in list_checkpoints(folder) if checkpoint_step(path) <= start])
+    new = end // output.checkpointing_steps - start // output.checkpointing_steps
     free = shutil.disk_usage(folder).free
-    if count and free < min(count, 2) * checkpoint:
+    if free < min(new, 1 if there else 2) * checkpoint:
         raise OSError(
             f"A checkpoint takes {checkpoint / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free, too little for"
             " one beside the one before it. Free some, choose another `output_dir`, or raise `checkpointing_steps`."
         )
-    if free < min(count, kept + 1) * checkpoint:
+    limit = output.checkpoints_total_limit
+    more = new if limit is None else min(new, max(1, limit + 1 - there))
+    if free < more * checkpoint:
         logger.warning(
-            f"{count} checkpoints of {checkpoint / 1e9:.1f} GB do not fit into the {free / 1e9:.1f} GB that {folder}"
-            " has free; lower `checkpoints_total_limit`, or raise `checkpointing_steps`."
+            f"{new} checkpoints of {checkpoint / 1e9:.1f} GB do not fit into the {free / 1e9:.1f} GB that {folder} has"
+            " free; lower `checkpoints_total_limit`, or raise `checkpointing_steps`."
         )

@@ -47,7 +47,7 @@ from .checks import (
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters
+from .modes import gradients_off, prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise, sample_timesteps
 from .objective import DiffusionObjective
 from .optimizer import create_optimizer
@@ -93,12 +93,12 @@ class ContextTrainer:
         self.max_train_steps = self._count_steps()
         self.checkpoint = self._find_checkpoint()
         check_writable(self.output_dir)
-        self.repo_id = self._create_repository()
         if schedule:
             pipeline.set_context_scheduler(schedule)
         self._prepare_models()
-        learned = count_learned(pipeline.unet, config.model.mode, config.model.rank)
-        check_free_disk(self.output_dir, config, learned, self.max_train_steps)
+        start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0
+        check_free_disk(self.output_dir, config, pipeline.unet, self.accelerator, start, self.max_train_steps)
+        self.repo_id = self._create_repository()
         self.latents = self._encode(dataset)
         held_out_latents = self._encode(held_out) if len(held_out) else None
         self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
@@ -402,6 +402,8 @@ class ContextTrainer:
 
     def _validate(self, step: int) -> None:
         """On the main process, with averaged weights if there are any."""
+        if not self.validator.has_work:
+            return
         if self.accelerator.is_main_process:
             self.pipeline.unet.eval()
             with averaged(self.ema, self._learning), self.accelerator.autocast():
@@ -419,7 +421,7 @@ class ContextTrainer:
         gather_weights(self.pipeline.unet, self.accelerator)
         if not self.accelerator.is_main_process:
             return
-        mode, output = self.config.model.mode, self.config.output
+        mode = self.config.model.mode
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
         record = training_record(self.config, self.accelerator, self.max_train_steps, len(self.latents))
@@ -428,7 +430,7 @@ class ContextTrainer:
         )
         (self.output_dir / "training_config.json").write_text(json.dumps(options_of(self.config), indent=2) + "\n")
         if self.repo_id is not None:
-            push_adapter_folder(self.output_dir, self.repo_id, token=output.hub_token)
+            push_adapter_folder(self.output_dir, self.repo_id, token=self.config.output.hub_token)
 
     def _tracked_options(self) -> dict[str, Any]:
         """Every option, as trackers take them."""

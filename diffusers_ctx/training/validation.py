@@ -40,6 +40,11 @@ class Validator:
         self.held_out = held_out
         self.accelerator = accelerator
 
+    @property
+    def has_work(self) -> bool:
+        """Whether the run asks for any of it."""
+        return self.held_out is not None or self.config.output.validation_prompt is not None
+
     def __call__(self, objective: DiffusionObjective, step: int) -> None:
         """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt."""
         if self.held_out is not None:

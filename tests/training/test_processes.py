@@ -118,7 +118,9 @@ def test_a_run_with_shards_goes_on_from_its_checkpoint(whole_and_sharded, tmp_pa
     output_dir = tmp_path / "resumed"
     shutil.copytree(whole_and_sharded.sharded / "checkpoint-2", output_dir / "checkpoint-2")
     changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest"}
-    launch(tmp_path, WITH_FSDP + TRAIN, whole_and_sharded.options | changes, "fsdp2.yaml")
+    launched = launch(tmp_path, WITH_FSDP + TRAIN, whole_and_sharded.options | changes, "fsdp2.yaml")
+    assert (output_dir / "README.md").exists(), launched.stderr
+    assert len(tracked(output_dir, "loss")) == 2
     expected, got = weights_of(whole_and_sharded.sharded), weights_of(output_dir)
     assert got.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(got[name], expected[name])]

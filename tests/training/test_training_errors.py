@@ -212,12 +212,11 @@ def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
 
 
 @pytest.fixture
-def a_checkpoint(options) -> int:
+def a_checkpoint(options, tmp_path) -> int:
     """Bytes of the tensors in a checkpoint: what learns, two moments of AdamW for each, and an average."""
-    create_trainer(options | {"unfreeze_after": 0.0, "max_train_steps": 1, "checkpointing_steps": 1}).train()
-    (saved,) = Path(options["output_dir"]).glob("checkpoint-1")
+    options = options | {"unfreeze_after": 0.0, "max_train_steps": 1, "checkpointing_steps": 1}
+    saved = create_trainer(options | {"output_dir": str(tmp_path / "earlier")}).train() / "checkpoint-1"
     state = torch.load(saved / "optimizer.bin", weights_only=True)["state"]
-    shutil.rmtree(saved)
     return 16 * sum(moments["exp_avg"].numel() for moments in state.values())
 
 
@@ -234,3 +233,15 @@ def test_checkpoints_that_do_not_all_fit_are_warned_of(options, a_checkpoint, mo
     assert "do not fit" not in caplog.text
     create_trainer(options | run)
     assert "3 checkpoints of" in caplog.text and "do not fit into" in caplog.text
+
+
+def test_a_run_that_goes_on_needs_room_for_what_is_left(options, a_checkpoint, monkeypatch, caplog):
+    run = options | {"use_ema": True, "max_train_steps": 4, "checkpointing_steps": 2}
+    (create_trainer(run).train() / "checkpoint-4").rename(Path(options["output_dir"]) / "set-aside")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=a_checkpoint))
+    create_trainer(run | {"resume_from_checkpoint": "latest"})
+    assert "do not fit" not in caplog.text
+    create_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6, "checkpoints_total_limit": 1})
+    assert "do not fit" not in caplog.text
+    create_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6})
+    assert "2 checkpoints of" in caplog.text and "do not fit into" in caplog.text
