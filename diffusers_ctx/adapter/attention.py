@@ -30,6 +30,7 @@ from ..context import ContextModule
 
 
 _CROSS_ATTENTION = "attn2.processor"
+_LORA_LOADED = "_hf_peft_config_loaded"  # by which models of diffusers and transformers know that they have a LoRA
 # the plain processors, and those that compute the very same attention and another one to the context tokens beside it
 _CONTEXT_PROCESSORS = {
     AttnProcessor: IPAdapterAttnProcessor,
@@ -135,16 +136,19 @@ def weights_at_hand(module: nn.Module) -> Iterator[torch.device]:
 
 
 @contextmanager
-def lora_detached(unet: UNet2DConditionModel) -> Iterator[None]:
-    """While it is open, `unet` is without the layers of its LoRAs: they would rename the weights that are saved."""
-    tuned = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+def lora_detached(model: nn.Module) -> Iterator[None]:
+    """While it is open, `model` is without the layers of its LoRAs: they would rename the weights that are saved."""
+    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    loaded = getattr(model, _LORA_LOADED, False)
     for name, layer in tuned.items():
-        unet.set_submodule(name, layer.get_base_layer())
+        model.set_submodule(name, layer.get_base_layer())
+    setattr(model, _LORA_LOADED, False)  # text encoders would save the LoRA in their place
     try:
         yield
     finally:
+        setattr(model, _LORA_LOADED, loaded)
         for name, layer in tuned.items():
-            unet.set_submodule(name, layer)
+            model.set_submodule(name, layer)
 
 
 def with_context(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:

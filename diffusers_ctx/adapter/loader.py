@@ -6,15 +6,17 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
-from diffusers.utils import logging
+from diffusers.utils import delete_adapter_layers, logging, recurse_remove_peft_layers
 from huggingface_hub import CommitInfo
 from peft.utils import get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..context import ContextModule
 from ..hub import (
@@ -51,6 +53,7 @@ class ContextAdapterLoaderMixin:
     scheduler: Any
     _plain_scheduler: Any = None  # where an adapter brought its own noise schedule
     config: Any
+    components: dict[str, Any]
     load_lora_weights: Callable[..., None]
     save_lora_weights: Callable[..., None]
 
@@ -58,6 +61,15 @@ class ContextAdapterLoaderMixin:
     def context_module(self) -> ContextModule | None:
         """The context module that is loaded, or `None`."""
         return attached_context_module(self.unet)
+
+    @property
+    def text_encoders(self) -> dict[str, PreTrainedModel]:
+        """The text encoders that there are, by their names."""
+        return {
+            name: model
+            for name, model in self.components.items()
+            if name.startswith("text_encoder") and model is not None
+        }
 
     @property
     def concepts(self) -> list[str]:
@@ -103,7 +115,7 @@ class ContextAdapterLoaderMixin:
         )
         config = validate_adapter_folder(folder)
         check_base(config, self.unet, self.scheduler.config.prediction_type)
-        if LORA_ADAPTER in self._unet_loras:
+        if self._context_lora_models:
             raise ValueError(
                 f"A LoRA of the name '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')`"
                 " first."
@@ -141,8 +153,7 @@ class ContextAdapterLoaderMixin:
             ValueError: if no adapter is loaded.
         """
         module = self._require_context_module()
-        lora = self._context_lora_state_dict()
-        mode = mode or ("lora" if lora else "frozen")
+        mode = mode or ("lora" if self._context_lora_models else "frozen")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter_config(
@@ -157,24 +168,24 @@ class ContextAdapterLoaderMixin:
         module.save_pretrained(str(folder / MODULE_FOLDER))
         save_attention(self.unet, folder)
         (folder / LORA_WEIGHTS_NAME).unlink(missing_ok=True)  # of an adapter that was here before
-        if lora:
-            self.save_lora_weights(
-                str(folder),
-                unet_lora_layers=lora,
-                unet_lora_adapter_metadata=self.unet.peft_config[LORA_ADAPTER].to_dict(),  # its α, for one
-            )
+        if self._context_lora_models:
+            self._save_context_lora(folder)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         save_model_card(render_model_card(config, **(card or {})), folder)
         return folder
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
-        `save_context_adapter`, LoRAs of the UNet by `save_lora_weights`. A UNet that learned as a whole is saved with
+        `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with
         the noise schedule that it learned with."""
         scheduler = self.scheduler
-        if self._plain_scheduler is not None and LORA_ADAPTER in self._unet_loras:
+        if self._plain_scheduler is not None and self._context_lora_models:
             self.scheduler = self._plain_scheduler
-        with context_module_detached(self.unet), lora_detached(self.unet), _restored(self, scheduler):
+        with ExitStack() as stack:
+            stack.enter_context(context_module_detached(self.unet))
+            for model in self._lora_models.values():
+                stack.enter_context(lora_detached(model))
+            stack.enter_context(_restored(self, scheduler))
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
@@ -185,10 +196,10 @@ class ContextAdapterLoaderMixin:
         detach_context_module(self.unet)
         if self._plain_scheduler is not None:
             self.scheduler, self._plain_scheduler = self._plain_scheduler, None
-        if list(self._unet_loras) == [LORA_ADAPTER]:
-            self.unet.unload_lora()  # deleting the last one would leave its empty layers behind
-        elif LORA_ADAPTER in self._unet_loras:
-            self.unet.delete_adapters(LORA_ADAPTER)
+        for model in self._context_lora_models.values():
+            delete_adapter_layers(model, LORA_ADAPTER)
+            if not _loras_of(model):
+                recurse_remove_peft_layers(model)  # deleting the last one has left its empty layers behind
 
     def load_ip_adapter(self, *args, **kwargs) -> None:
         """Loads an IP-Adapter, which takes the place that a context adapter needs.
@@ -263,23 +274,40 @@ class ContextAdapterLoaderMixin:
         return module
 
     def _load_context_lora(self, folder: Path) -> None:
-        active = self.unet.active_adapters() if self._unet_loras else []
+        models = self._lora_models
+        active = {name: model.active_adapters() if _loras_of(model) else [] for name, model in models.items()}
         try:
             self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
             raise AdapterError(
                 f"{folder / LORA_WEIGHTS_NAME} does not fit the UNet ({error}); save or download the adapter again."
             ) from error
-        self.unet.set_adapter([*active, LORA_ADAPTER])  # loading leaves the new one alone active
+        for name, model in self._context_lora_models.items():
+            model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
+
+    def _save_context_lora(self, folder: Path) -> None:
+        arguments: dict[str, Any] = {}
+        for name, model in self._context_lora_models.items():
+            state = get_peft_model_state_dict(model, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
+            metadata = model.peft_config[LORA_ADAPTER].to_dict()  # its α, for one
+            arguments[f"{name}_lora_layers"] = state
+            # without the base model's folder, which is nobody else's
+            arguments[f"{name}_lora_adapter_metadata"] = metadata | {"base_model_name_or_path": None}
+        self.save_lora_weights(str(folder), **arguments)
 
     @property
-    def _unet_loras(self) -> dict[str, Any]:
-        return getattr(self.unet, "peft_config", {})
+    def _lora_models(self) -> dict[str, Any]:
+        """The models that can have a LoRA, by their names."""
+        return {"unet": self.unet} | self.text_encoders
 
-    def _context_lora_state_dict(self) -> dict[str, Any]:
-        if LORA_ADAPTER not in self._unet_loras:
-            return {}
-        return get_peft_model_state_dict(self.unet, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
+    @property
+    def _context_lora_models(self) -> dict[str, Any]:
+        """Those that have the adapter's own."""
+        return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
+
+
+def _loras_of(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "peft_config", {})
 
 
 @contextmanager
