@@ -40,6 +40,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     vae_scale_factor: int
     image_processor: VaeImageProcessor
     maybe_free_model_hooks: Callable[[], None]
+    to: Callable[..., Any]
     _execution_device: torch.device
 
     def unet_conditions(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:

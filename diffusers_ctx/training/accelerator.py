@@ -6,7 +6,12 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from .config import TrainingConfig
 from .sharding import configure_sharding
@@ -24,8 +29,12 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
         ),
         mixed_precision=options.mixed_precision,
         log_with=None if output.report_to == "none" else output.report_to,
-        # the others wait while the main process validates, saves and pushes
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        kwargs_handlers=[
+            # the last layer of the first text encoder of Stable Diffusion XL has no part in the loss
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.train_text_encoder),
+            # the others wait while the main process validates, saves and pushes
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
         project_config=ProjectConfiguration(
             project_dir=output.output_dir, logging_dir=f"{output.output_dir}/{output.logging_dir}"
         ),

@@ -17,7 +17,6 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from ..data import context_mask
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
-from .modes import count_learned
 from .noise import TIMESTEP_SAMPLING
 from .objective import PREDICTION_TYPES
 from .optimizer import check_optimizer
@@ -128,6 +127,8 @@ def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Itera
         yield "start more than one process"
     if config.optimization.optimizer != "adamw":
         yield "set `optimizer` to adamw"
+    if config.model.train_text_encoder:
+        yield "leave out `train_text_encoder`"
     if config.output.validation_prompt is not None or config.data.validation_images:
         yield "leave out `validation_prompt` and `validation_images`"  # the main process has but its shards
 
@@ -144,6 +145,8 @@ def _changes_for_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> 
         yield "set `mixed_precision` to no, or use FSDP2"
     if config.model.mode != "frozen" and config.model.unfreeze_after:  # it steps before gradients can be left out
         yield "set `unfreeze_after` to 0, or use FSDP2"
+    if config.model.train_text_encoder:
+        yield "leave out `train_text_encoder`"
     if config.optimization.optimizer != "adamw":  # each process would see but its part of the weights
         yield "set `optimizer` to adamw"
 
@@ -175,25 +178,32 @@ def check_writable(folder: Path) -> None:
 
 
 def check_free_disk(
-    folder: Path, config: TrainingConfig, unet: UNet2DConditionModel, accelerator: Accelerator, start: int, end: int
+    folder: Path,
+    config: TrainingConfig,
+    learned: int,
+    unet: UNet2DConditionModel,
+    accelerator: Accelerator,
+    start: int,
+    end: int,
 ) -> None:
     """Checks that checkpoints fit where they are saved; warns where but the next ones would.
 
     Args:
         folder: where they are saved.
         config: the run.
-        unet: the UNet, with a context module attached.
-        accelerator: where weights are in shards, checkpoints hold the base model too.
+        learned: how many numbers will learn beside the concepts.
+        unet: the UNet, which checkpoints hold too where weights are in shards.
+        accelerator: says whether they are.
         start: the step that the run starts from.
         end: its last step.
 
     Raises:
         OSError: if not even the next checkpoint fits, beside the one that it replaces.
     """
-    options, output, model = config.optimization, config.output, config.model
+    options, output = config.optimization, config.output
     # in float32: the weights, what the optimizer keeps of each, and the average
     copies = 1 + _KEPT_BY_OPTIMIZER[options.optimizer] + options.use_ema
-    checkpoint = 4 * copies * count_learned(unet, model.mode, model.rank)
+    checkpoint = 4 * copies * learned
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         checkpoint += sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
     there = len([path for path in list_checkpoints(folder) if checkpoint_step(path) <= start])

@@ -19,6 +19,7 @@ class ModelConfig:
     variant: str | None = _option(None, "Variant of the model files, such as fp16.")
     mode: str = _option("lora", "What learns: `frozen` the adapter alone, `lora` a LoRA too, `full` the UNet too.")
     rank: int = _option(16, "Rank of the LoRA.")
+    train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
     unfreeze_after: float = _option(0.2, "In modes lora and full, the share of training before the UNet learns too.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
     prediction_type: str | None = _option(None, "What the UNet learns to predict, where the base predicts another.")
@@ -135,6 +136,10 @@ class TrainingConfig:
             raise ValueError("Give either `train_data_dir` or `dataset_name`.")
         if self.model.mode not in ("frozen", "lora", "full"):
             raise ValueError(f"Unknown mode '{self.model.mode}'; choose frozen, lora or full.")
+        if self.model.train_text_encoder and self.model.mode != "lora":
+            raise ValueError(
+                f"`train_text_encoder` learns a LoRA, and mode {self.model.mode} has none; choose mode lora."
+            )
         if not 0 <= self.model.unfreeze_after < 1:
             raise ValueError(f"`unfreeze_after` is {self.model.unfreeze_after}; it is a share in [0, 1).")
 

@@ -9,26 +9,30 @@ from typing import Any
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter import LORA_ADAPTER, attached_context_module, context_attention_layers
 from .config import ModelConfig
 
 
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def prepare_mode(unet: UNet2DConditionModel, mode: str, rank: int) -> None:
-    """Sets which parameters of a UNet with a context module learn, and adds the LoRA of mode `lora`.
+def prepare_mode(
+    unet: UNet2DConditionModel, mode: str, rank: int, text_encoders: Sequence[PreTrainedModel] = ()
+) -> None:
+    """Sets which parameters of a UNet with a context module learn, and adds the LoRA of mode `lora`, also to the text
+    encoders that are to learn.
 
     Of the context module only the read-out goes on learning beside the UNet: what the concepts are was learned before,
     and the UNet's loss would undo the match between posterior and prior.
     """
     unet.requires_grad_(mode == "full")
     if mode == "lora":
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS),
-            adapter_name=LORA_ADAPTER,
-        )
+        unet.add_adapter(_lora_config(rank, LORA_TARGETS), adapter_name=LORA_ADAPTER)
+    for text_encoder in text_encoders:
+        text_encoder.add_adapter(_lora_config(rank, TEXT_LORA_TARGETS), adapter_name=LORA_ADAPTER)
     # adding a LoRA freezes everything else, so this comes last
     unet.encoder_hid_proj.requires_grad_(False)
     for module in adapter_modules(unet):
@@ -80,16 +84,25 @@ def adapter_modules(unet: UNet2DConditionModel) -> list[nn.Module]:
     return [context_module.read_out, context_attention_layers(unet)]
 
 
-def split_parameters(unet: UNet2DConditionModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that learn: those of the adapter, and those of the backbone (LoRA or UNet)."""
+def split_parameters(
+    unet: UNet2DConditionModel, text_encoders: Sequence[PreTrainedModel] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that learn: those of the adapter, and those of the backbone (LoRAs or UNet)."""
     adapter = [parameter for module in adapter_modules(unet) for parameter in module.parameters()]
     known = {id(parameter) for parameter in adapter}
-    backbone = [parameter for parameter in unet.parameters() if parameter.requires_grad and id(parameter) not in known]
+    backbone = [
+        parameter
+        for model in (unet, *text_encoders)
+        for parameter in model.parameters()
+        if parameter.requires_grad and id(parameter) not in known
+    ]
     return adapter, backbone
 
 
-def count_learned(unet: UNet2DConditionModel, mode: str, rank: int) -> int:
-    """How many numbers will learn beside the UNet in a mode, before `prepare_mode` has made them."""
+def count_learned(
+    unet: UNet2DConditionModel, mode: str, rank: int, text_encoders: Sequence[PreTrainedModel] = ()
+) -> int:
+    """How many numbers will learn in a mode, before `prepare_mode` has made them."""
     adapter = sum(parameter.numel() for module in adapter_modules(unet) for parameter in module.parameters())
     if mode == "frozen":
         return adapter
@@ -97,9 +110,15 @@ def count_learned(unet: UNet2DConditionModel, mode: str, rank: int) -> int:
         known = {id(parameter) for parameter in unet.encoder_hid_proj.parameters()}
         known |= {id(parameter) for parameter in context_attention_layers(unet).parameters()}
         return adapter + sum(parameter.numel() for parameter in unet.parameters() if id(parameter) not in known)
-    targets = [
-        layer
-        for name, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear) and name.endswith(tuple(f".{target}" for target in LORA_TARGETS))
-    ]
-    return adapter + sum(rank * (layer.in_features + layer.out_features) for layer in targets)
+    text_layers = [layer for model in text_encoders for layer in _linear_layers(model, TEXT_LORA_TARGETS)]
+    layers = [*_linear_layers(unet, LORA_TARGETS), *text_layers]
+    return adapter + sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def _lora_config(rank: int, targets: list[str]) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+
+
+def _linear_layers(model: nn.Module, targets: list[str]) -> list[nn.Linear]:
+    ends = tuple(f".{target}" for target in targets)
+    return [layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name.endswith(ends)]

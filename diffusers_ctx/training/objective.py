@@ -12,9 +12,23 @@ from torch import nn
 
 from ..adapter import with_context
 from ..context import ContextModule
+from ..pipelines import CompositionMixin
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class CaptionEncoder(nn.Module):
+    """Tells the UNet what captions say, with gradients: where it is a part of the objective, text encoders learn."""
+
+    def __init__(self, pipeline: CompositionMixin):
+        super().__init__()
+        self.text_encoders = nn.ModuleDict(pipeline.text_encoders)
+        self._conditions = pipeline.unet_conditions
+
+    @torch.compiler.disable  # tokenizers cannot be compiled
+    def forward(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
+        return self._conditions(prompts, geometry)
 
 
 class DiffusionObjective(nn.Module):
@@ -25,6 +39,7 @@ class DiffusionObjective(nn.Module):
         context_module: the module.
         scheduler: the noise schedule; its prediction type is what the UNet predicts.
         snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), or `None`.
+        caption_encoder: encodes captions in the forward pass, or `None` if they come encoded.
     """
 
     def __init__(
@@ -33,11 +48,13 @@ class DiffusionObjective(nn.Module):
         context_module: ContextModule,
         scheduler: DDPMScheduler,
         snr_gamma: float | None = None,
+        caption_encoder: CaptionEncoder | None = None,
     ):
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
         self.snr_gamma = snr_gamma
+        self.caption_encoder = caption_encoder
         # the UNet owns the module; in a tuple it is not registered again, which would save and synchronise it twice
         self._context_module = (context_module,)
 
@@ -50,7 +67,9 @@ class DiffusionObjective(nn.Module):
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
     ) -> torch.Tensor:
-        """The mean of `losses`."""
+        """The mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
+        if self.caption_encoder is not None:
+            conditions = self.caption_encoder(**conditions)
         return self.losses(latents, mask, conditions, noise, timesteps, exogenous).mean()
 
     def losses(

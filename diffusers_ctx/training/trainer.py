@@ -19,7 +19,6 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..adapter import attach_context_module
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, load_context_dataset
 from ..data.held_out import hold_out
@@ -28,6 +27,7 @@ from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
 from .averaging import averaged, create_average
+from .backbone import learning_text_encoders, prepare_backbone
 from .checkpoints import (
     check_kind,
     check_no_checkpoints,
@@ -47,9 +47,9 @@ from .checks import (
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import gradients_off, prepare_mode, schedule_options, split_parameters
+from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters
 from .noise import KeyedNoise, sample_timesteps
-from .objective import DiffusionObjective
+from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
 from .record import options_of, training_record
 from .sharding import gather_weights, start_moments, whole
@@ -95,9 +95,11 @@ class ContextTrainer:
         check_writable(self.output_dir)
         if schedule:
             pipeline.set_context_scheduler(schedule)
-        self._prepare_models()
+        prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
+        self._text_encoders = learning_text_encoders(pipeline, config.model)
+        learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0
-        check_free_disk(self.output_dir, config, pipeline.unet, self.accelerator, start, self.max_train_steps)
+        check_free_disk(self.output_dir, config, learned, pipeline.unet, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset)
         held_out_latents = self._encode(held_out) if len(held_out) else None
@@ -218,28 +220,6 @@ class ContextTrainer:
             return None
         return create_repository(output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token)
 
-    def _prepare_models(self) -> None:
-        """Moves them to their device and type, and attaches the context module."""
-        model, unet = self.config.model, self.pipeline.unet
-        self.pipeline.to(self.accelerator.device)
-        self.pipeline.vae.requires_grad_(False)
-        frozen = [
-            module.requires_grad_(False)
-            for name, module in self.pipeline.components.items()
-            if name.startswith("text_encoder") and module is not None
-        ]
-        if model.mode != "full":  # what learns stays in float32
-            frozen.append(unet)
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        for module in frozen:
-            module.to(torch.empty(0, device=self.accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
-        attach_context_module(unet, self.context_module)
-        self.context_module.float()
-        if model.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        if model.enable_xformers_memory_efficient_attention:
-            unet.enable_xformers_memory_efficient_attention()
-
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
         data, seed = self.config.data, self.config.optimization.seed
         return encode_images(
@@ -255,18 +235,20 @@ class ContextTrainer:
     def _prepare_training(self) -> None:
         """What learns, optimizer, schedule and data, handed to Accelerate."""
         options, unet = self.config.optimization, self.pipeline.unet
-        prepare_mode(unet, self.config.model.mode, self.config.model.rank)
-        cast_training_params(unet, torch.float32)
+        prepare_mode(unet, self.config.model.mode, self.config.model.rank, self._text_encoders)
+        cast_training_params([unet, *self._text_encoders], torch.float32)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma)
+        caption_encoder = CaptionEncoder(self.pipeline) if self._text_encoders else None
+        objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma, caption_encoder)
         learning_rate = options.learning_rate
         if options.scale_lr:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
-        optimizer = create_optimizer([p for part in split_parameters(unet) for p in part], options, learning_rate)
+        learning = [p for part in split_parameters(unet, self._text_encoders) for p in part]
+        optimizer = create_optimizer(learning, options, learning_rate)
         loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
         # only now: where they are sharded, other parameters have taken their places
-        adapter_parameters, self._backbone_parameters = split_parameters(unet)
+        adapter_parameters, self._backbone_parameters = split_parameters(unet, self._text_encoders)
         self._learning = adapter_parameters + self._backbone_parameters
         start_moments(self.optimizer)
         # not prepared: Accelerate would step it once per process
@@ -307,7 +289,7 @@ class ContextTrainer:
             disable=not self.accelerator.is_main_process,
         )
         batches = self._batches(step * accumulation)
-        self.pipeline.unet.train()
+        self._set_training(True)
         with StopSignals(self.accelerator) as stop:
             while step < self.max_train_steps:
                 loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
@@ -396,8 +378,10 @@ class ContextTrainer:
         exogenous = random.normal(size, *self.context_module.noise_shape)
         dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
-        with torch.no_grad():
-            conditions = self.pipeline.unet_conditions(captions, geometry)
+        conditions: dict[str, Any] = {"prompts": captions, "geometry": geometry}
+        if not self._text_encoders:  # those that learn encode within the objective
+            with torch.no_grad():
+                conditions = self.pipeline.unet_conditions(**conditions)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous), device)
 
     def _validate(self, step: int) -> None:
@@ -405,11 +389,15 @@ class ContextTrainer:
         if not self.validator.has_work:
             return
         if self.accelerator.is_main_process:
-            self.pipeline.unet.eval()
+            self._set_training(False)
             with averaged(self.ema, self._learning), self.accelerator.autocast():
                 self.validator(self.accelerator.unwrap_model(self.objective), step)
-            self.pipeline.unet.train()
+            self._set_training(True)
         self.accelerator.wait_for_everyone()
+
+    def _set_training(self, training: bool) -> None:
+        for model in (self.pipeline.unet, *self._text_encoders):
+            model.train(training)
 
     # afterwards
 
@@ -417,7 +405,8 @@ class ContextTrainer:
         self.accelerator.wait_for_everyone()
         if self.ema is not None:
             self.ema.copy_to(self._learning)
-        self.pipeline.unet.float().eval()
+        self._set_training(False)
+        self.pipeline.unet.float()
         gather_weights(self.pipeline.unet, self.accelerator)
         if not self.accelerator.is_main_process:
             return
