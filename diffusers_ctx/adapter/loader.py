@@ -87,7 +87,7 @@ class ContextAdapterLoaderMixin:
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Loads a context adapter, in `lora` mode together with its LoRA, which acts beside those that are active.
+        """Loads a context adapter, in `lora` mode together with its LoRAs, which act beside those that are active.
 
         An adapter that was trained with another noise schedule than its base model's brings it along: the pipeline's
         scheduler is replaced until the adapter is unloaded.
@@ -176,8 +176,8 @@ class ContextAdapterLoaderMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
-        `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with
-        the noise schedule that it learned with."""
+        `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with the noise
+        schedule that it learned with."""
         scheduler = self.scheduler
         if self._plain_scheduler is not None and self._context_lora_models:
             self.scheduler = self._plain_scheduler
@@ -189,7 +189,7 @@ class ContextAdapterLoaderMixin:
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
-        """Takes the adapter off, with its LoRA, and leaves the plain pipeline; without an adapter, does nothing.
+        """Takes the adapter off, with its LoRAs, and leaves the plain pipeline; without an adapter, does nothing.
 
         Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back.
         """
@@ -280,7 +280,8 @@ class ContextAdapterLoaderMixin:
             self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
             raise AdapterError(
-                f"{folder / LORA_WEIGHTS_NAME} does not fit the UNet ({error}); save or download the adapter again."
+                f"{folder / LORA_WEIGHTS_NAME} does not fit the base model ({error}); save or download the adapter"
+                " again."
             ) from error
         for name, model in self._context_lora_models.items():
             model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active

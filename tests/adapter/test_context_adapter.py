@@ -147,6 +147,28 @@ def test_unloading_leaves_a_lora_of_the_text_encoder(plain_pipeline, fresh_pipel
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
 
+def test_the_adapters_lora_of_the_text_encoder_goes_beside_the_users(plain_pipeline, fresh_pipeline, tmp_path):
+    attach_random_module(plain_pipeline)
+    add_lora(plain_pipeline, LORA_ADAPTER)
+    add_lora(plain_pipeline, LORA_ADAPTER, "text_encoder", ("q_proj", "out_proj"))
+    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+    adapted = sample(plain_pipeline, interventions=["snow"])
+    plain = make_pipeline().text_encoder.state_dict()
+    fresh_pipeline.load_context_adapter(folder)
+    np.testing.assert_allclose(sample(fresh_pipeline, interventions=["snow"]), adapted, atol=1e-5)
+    fresh_pipeline.unload_context_adapter()
+    state = fresh_pipeline.text_encoder.state_dict()
+    assert state.keys() == plain.keys() and all(torch.equal(state[name], plain[name]) for name in plain)
+
+    add_lora(fresh_pipeline, "style", "text_encoder", ("q_proj", "v_proj"))
+    expected = sample(fresh_pipeline)
+    fresh_pipeline.load_context_adapter(folder)
+    assert fresh_pipeline.text_encoder.active_adapters() == ["style", LORA_ADAPTER]
+    fresh_pipeline.unload_context_adapter()
+    assert list(fresh_pipeline.text_encoder.peft_config) == ["style"]
+    np.testing.assert_array_equal(sample(fresh_pipeline), expected)
+
+
 def test_a_lora_of_the_adapters_name_is_left_alone(plain_pipeline, fresh_pipeline, tmp_path):
     attach_random_module(plain_pipeline)
     add_lora(plain_pipeline, LORA_ADAPTER)
@@ -208,11 +230,12 @@ def test_a_compiled_unet_loads_saves_and_unloads(plain_pipeline, fresh_pipeline,
 
 @pytest.mark.parametrize("lora", [None, "style", LORA_ADAPTER])
 def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, lora):
-    """Without the layers of a LoRA, whose names a plain UNet does not know."""
+    """Without the layers of a LoRA, whose names a plain model does not know."""
     expected = sample(plain_pipeline)
     attach_random_module(plain_pipeline)
     if lora is not None:
         add_lora(plain_pipeline, lora)
+        add_lora(plain_pipeline, lora, "text_encoder", ("q_proj", "v_proj"))
     adapted = sample(plain_pipeline, interventions=["snow"])
     plain_pipeline.save_pretrained(str(tmp_path))
     np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), adapted)

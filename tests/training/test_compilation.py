@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
@@ -10,11 +11,15 @@ from .conftest import create_trainer, make_options
 from .test_training_script import weights_of
 
 
-def test_compiled_training_is_plain_training_and_goes_on_as_such(base_model, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_compiled_training_is_plain_training_and_goes_on_as_such(
+    base_model, photos, tmp_path, monkeypatch, train_text_encoder
+):
     # the second step unfreezes the LoRA: what learns changes, and with it what was compiled
     options = make_options(
         base_model, photos, tmp_path / "plain", max_train_steps=3, unfreeze_after=0.3, checkpointing_steps=2
     )
+    options["train_text_encoder"] = train_text_encoder
     options["adam_epsilon"] = 1e-3  # the usual one would divide rounding errors by themselves
     create_trainer(options).train()
     with monkeypatch.context() as patch:

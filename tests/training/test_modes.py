@@ -79,6 +79,14 @@ def test_what_will_learn_is_counted_before(unet, mode):
     assert count == sum(parameter.numel() for part in split_parameters(unet) for parameter in part)
 
 
+def test_what_text_encoders_will_learn_is_counted_too(unet, plain_pipeline):
+    models = unet, "lora", 3, [plain_pipeline.text_encoder]
+    count = count_learned(*models)
+    assert count > count_learned(unet, "lora", rank=3)
+    prepare_mode(*models)
+    assert count == sum(p.numel() for part in split_parameters(unet, [plain_pipeline.text_encoder]) for p in part)
+
+
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_adapter_and_backbone_are_told_apart(unet, mode):
     prepare_mode(unet, mode, rank=2)

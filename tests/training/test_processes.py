@@ -172,6 +172,7 @@ def accelerator_with(
         ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` in the place of"),
         ({}, {}, 1, "start more than one process"),
         ({}, {"optimizer": "adamw_8bit"}, 2, "set `optimizer` to adamw"),
+        ({}, {"train_text_encoder": True}, 2, "leave out `train_text_encoder`"),
         ({}, {"validation_prompt": "a street"}, 2, "leave out `validation_prompt`"),
         ({}, {"validation_images": 1}, 2, "leave out `validation_prompt` and `validation_images`"),
     ],
@@ -193,6 +194,7 @@ def test_fsdp_as_it_cannot_train(config, changes, options_changed, processes, me
         ({}, {}, "bf16", "set `mixed_precision` to no, or use FSDP2"),
         ({}, {"unfreeze_after": 0.2}, "no", "set `unfreeze_after` to 0, or use FSDP2"),
         ({}, {"optimizer": "prodigy"}, "no", "set `optimizer` to adamw"),
+        ({}, {"train_text_encoder": True}, "no", "leave out `train_text_encoder`"),
     ],
 )
 def test_deepspeed_as_it_cannot_train(config, changes, options_changed, precision, message):

@@ -94,6 +94,8 @@ def test_too_few_epochs_for_one_step(refuses):
     ("changes", "message"),
     [
         ({"mode": "frosen"}, "Unknown mode 'frosen'; choose frozen, lora or full"),
+        ({"mode": "frozen", "train_text_encoder": True}, "mode frozen has none; choose mode lora"),
+        ({"mode": "full", "train_text_encoder": True}, "`train_text_encoder` .* mode full has none; choose mode lora"),
         ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
         ({"train_batch_size": 0}, "`train_batch_size` is 0"),
         ({"abduction_steps": 1}, "`abduction_steps` is 1; it must be 2 or more"),
