@@ -21,6 +21,7 @@ from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 from diffusers_ctx.training import ContextTrainer, TrainingConfig, draw_grid, sample_rows
+from diffusers_ctx.training.checkpoints import list_checkpoints
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 
 
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace) -> Path:
     )
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
     adapter = ContextTrainer(config, pipeline).train()
-    for checkpoint in adapter.glob("checkpoint-*"):  # of an interruption; the next demo is a new one
+    for checkpoint in list_checkpoints(adapter):  # of an interruption; the next demo is a new one
         shutil.rmtree(checkpoint)
     return adapter
 

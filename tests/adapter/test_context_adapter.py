@@ -123,60 +123,56 @@ def test_a_lora_of_the_users_own_before_or_after(saved_adapter, fresh_pipeline, 
     np.testing.assert_array_equal(both[0], both[1])
 
 
-def test_unloading_leaves_the_users_lora(plain_pipeline, fresh_pipeline, tmp_path):
+@pytest.fixture
+def lora_adapter(plain_pipeline, tmp_path):
+    """A saved adapter with a LoRA of the UNet."""
     attach_random_module(plain_pipeline)
     add_lora(plain_pipeline, LORA_ADAPTER)
-    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
-    add_lora(fresh_pipeline, "style")
+    return plain_pipeline.save_context_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def text_lora_adapter(plain_pipeline, lora_adapter):
+    """A saved adapter with a LoRA of the text encoder too."""
+    add_lora(plain_pipeline, LORA_ADAPTER, "text_encoder", ("q_proj", "out_proj"))
+    return plain_pipeline.save_context_adapter(lora_adapter)
+
+
+@pytest.mark.parametrize("where", [("unet",), ("text_encoder", ("q_proj", "v_proj"))])
+def test_unloading_leaves_the_users_lora_beside_its_own(text_lora_adapter, fresh_pipeline, where):
+    add_lora(fresh_pipeline, "style", *where)
     expected = sample(fresh_pipeline)
-    fresh_pipeline.load_context_adapter(folder)
-    assert fresh_pipeline.unet.active_adapters() == ["style", LORA_ADAPTER]
+    fresh_pipeline.load_context_adapter(text_lora_adapter)
+    model = fresh_pipeline.components[where[0]]
+    assert model.active_adapters() == ["style", LORA_ADAPTER]
     fresh_pipeline.unload_context_adapter()
-    assert list(fresh_pipeline.unet.peft_config) == ["style"]
+    assert list(model.peft_config) == ["style"]
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
 
-def test_unloading_leaves_a_lora_of_the_text_encoder(plain_pipeline, fresh_pipeline, tmp_path):
-    attach_random_module(plain_pipeline)
-    add_lora(plain_pipeline, LORA_ADAPTER)
-    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+def test_unloading_leaves_a_lora_of_the_text_encoder(lora_adapter, fresh_pipeline):
     add_lora(fresh_pipeline, "style", "text_encoder", ("q_proj", "v_proj"))
     expected = sample(fresh_pipeline)
-    fresh_pipeline.load_context_adapter(folder)
+    fresh_pipeline.load_context_adapter(lora_adapter)
     fresh_pipeline.unload_context_adapter()
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
 
-def test_the_adapters_lora_of_the_text_encoder_goes_beside_the_users(plain_pipeline, fresh_pipeline, tmp_path):
-    attach_random_module(plain_pipeline)
-    add_lora(plain_pipeline, LORA_ADAPTER)
-    add_lora(plain_pipeline, LORA_ADAPTER, "text_encoder", ("q_proj", "out_proj"))
-    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+def test_the_adapters_lora_of_the_text_encoder_comes_and_goes(plain_pipeline, text_lora_adapter, fresh_pipeline):
     adapted = sample(plain_pipeline, interventions=["snow"])
     plain = make_pipeline().text_encoder.state_dict()
-    fresh_pipeline.load_context_adapter(folder)
+    fresh_pipeline.load_context_adapter(text_lora_adapter)
     np.testing.assert_allclose(sample(fresh_pipeline, interventions=["snow"]), adapted, atol=1e-5)
     fresh_pipeline.unload_context_adapter()
     state = fresh_pipeline.text_encoder.state_dict()
     assert state.keys() == plain.keys() and all(torch.equal(state[name], plain[name]) for name in plain)
 
-    add_lora(fresh_pipeline, "style", "text_encoder", ("q_proj", "v_proj"))
-    expected = sample(fresh_pipeline)
-    fresh_pipeline.load_context_adapter(folder)
-    assert fresh_pipeline.text_encoder.active_adapters() == ["style", LORA_ADAPTER]
-    fresh_pipeline.unload_context_adapter()
-    assert list(fresh_pipeline.text_encoder.peft_config) == ["style"]
-    np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
-
-def test_a_lora_of_the_adapters_name_is_left_alone(plain_pipeline, fresh_pipeline, tmp_path):
-    attach_random_module(plain_pipeline)
-    add_lora(plain_pipeline, LORA_ADAPTER)
-    folder = plain_pipeline.save_context_adapter(tmp_path / "adapter")
+def test_a_lora_of_the_adapters_name_is_left_alone(lora_adapter, fresh_pipeline):
     add_lora(fresh_pipeline, LORA_ADAPTER)
     expected = sample(fresh_pipeline)
     with pytest.raises(ValueError, match="delete_adapters"):
-        fresh_pipeline.load_context_adapter(folder)
+        fresh_pipeline.load_context_adapter(lora_adapter)
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
 
 
