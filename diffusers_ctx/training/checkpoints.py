@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,9 +16,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"checkpoint-\d+")
 _UNFINISHED = "unfinished-"
 _WEIGHTS = "trained.safetensors"
+_OPTIONS = "options.json"
 
 
 def register_trained_weights(accelerator: Accelerator) -> None:
@@ -44,11 +50,13 @@ def register_trained_weights(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, options: dict[str, Any], total_limit: int | None
+) -> Path:
     """Writes `output_dir/checkpoint-<step>`, then removes the oldest of those up to it beyond `total_limit`.
 
     It is written under another name and renamed when it is whole: a run that dies in between leaves nothing that
-    could be taken for a checkpoint.
+    could be taken for a checkpoint. `options` are those that a run which resumes from it must have.
     """
     target = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / f"{_UNFINISHED}{target.name}"
@@ -59,6 +67,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.save_state(str(unfinished), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (unfinished / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n")
         if target.exists():
             _remove(target)
         unfinished.rename(target)
@@ -86,12 +95,60 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     )
 
 
-def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Checks that a checkpoint has weights in shards where this run has them so, and whole ones otherwise.
+def choose_checkpoint(
+    output_dir: Path, name: str | None, last_step: int, accelerator: Accelerator, options: dict[str, Any]
+) -> Path | None:
+    """The checkpoint that a run starts from; `None` is the beginning.
+
+    Args:
+        output_dir: the run's folder.
+        name: see `find_checkpoint`; `None` asks for the beginning.
+        last_step: the run's last step.
+        accelerator: the run's.
+        options: what decides what the run learns.
 
     Raises:
-        ValueError: if it has not; Accelerate would look for other files.
+        FileNotFoundError: if a named checkpoint does not exist.
+        ValueError: if the run cannot go on from there, or would begin anew beside an earlier run's checkpoints.
     """
+    if name is None:
+        _check_no_checkpoints(output_dir)
+        return None
+    checkpoint = find_checkpoint(output_dir, name)
+    if checkpoint is None:
+        logger.warning(f"There is no checkpoint in {output_dir} yet; training starts from the beginning.")
+        return None
+    if checkpoint_step(checkpoint) > last_step:
+        raise ValueError(
+            f"{checkpoint} is beyond the {last_step} steps of this run; raise `max_train_steps`, or resume from"
+            " another checkpoint."
+        )
+    _check_kind(checkpoint, accelerator)
+    _check_options(checkpoint, options)
+    return checkpoint
+
+
+def _check_options(checkpoint: Path, options: dict[str, Any]) -> None:
+    """Checks that a run has the options of the checkpoint's: others would be half ignored, half obeyed."""
+    file = checkpoint / _OPTIONS
+    if not file.exists():
+        raise ValueError(f"{checkpoint} has no {_OPTIONS}: it was not written by this version of the training script.")
+    before = json.loads(file.read_text())
+    changed = [
+        f"`{name}` was {before.get(name)} and is {options.get(name)}"
+        for name in sorted({*before, *options})
+        if before.get(name) != options.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
+            " anew into another `output_dir`."
+        )
+
+
+def _check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Checks that a checkpoint has weights in shards where this run has them so, and whole ones otherwise; Accelerate
+    would look for other files."""
     sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharding == (checkpoint / _WEIGHTS).exists():
         raise ValueError(
@@ -100,12 +157,9 @@ def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
         )
 
 
-def check_no_checkpoints(output_dir: Path) -> None:
-    """Checks that a run which starts from the beginning leaves no older run's checkpoints to be resumed from.
-
-    Raises:
-        ValueError: if there are any; `latest` would be the one with the most steps, of whichever run.
-    """
+def _check_no_checkpoints(output_dir: Path) -> None:
+    """Checks that a run which starts from the beginning leaves no older run's checkpoints to be resumed from: `latest`
+    would be the one with the most steps, of whichever run."""
     if found := list_checkpoints(output_dir):
         raise ValueError(
             f"{output_dir} has checkpoints of an earlier run, such as {found[-1].name}; go on from there with"

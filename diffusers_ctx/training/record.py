@@ -29,6 +29,40 @@ def options_of(config: TrainingConfig) -> dict[str, Any]:
     return options
 
 
+def deciding_options(config: TrainingConfig, accelerator: Accelerator, images: dict[str, int]) -> dict[str, Any]:
+    """The options that decide what a run learns, and how many images of each context it sees.
+
+    A run that resumes must have them as they were. It may be longer than it was to be, find model and images in other
+    places, and divide a batch among other processes.
+    """
+    options = options_of(config)
+    batch_size = options.pop("train_batch_size") * accelerator.num_processes
+    free = {*_MAY_CHANGE, *vars(config.output)}
+    deciding = {name: value for name, value in options.items() if name not in free}
+    return deciding | {"train_batch_size of all processes": batch_size, "images": images}
+
+
+_MAY_CHANGE = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "enable_xformers_memory_efficient_attention",
+    "gradient_checkpointing",
+    "train_data_dir",
+    "dataset_name",
+    "image_column",
+    "context_column",
+    "caption_column",
+    "skip_unreadable",
+    "cache_latents",
+    "cache_dir",
+    "num_train_epochs",
+    "max_train_steps",
+    "mixed_precision",
+    "allow_tf32",
+)
+
+
 def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int, images: int) -> dict[str, Any]:
     """How an adapter was trained, as its model card tells it; see [`~hub.render_model_card`]."""
     options = config.optimization

@@ -29,9 +29,8 @@ from .accelerator import create_accelerator
 from .averaging import averaged, create_average
 from .backbone import learning_text_encoders, prepare_backbone
 from .checkpoints import (
-    check_kind,
-    check_no_checkpoints,
     checkpoint_step,
+    choose_checkpoint,
     find_checkpoint,
     register_trained_weights,
     save_checkpoint,
@@ -51,7 +50,7 @@ from .modes import count_learned, gradients_off, prepare_mode, schedule_options,
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
-from .record import options_of, training_record
+from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .validation import Validator
 
@@ -91,7 +90,12 @@ class ContextTrainer:
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = self._count_steps()
-        self.checkpoint = self._find_checkpoint()
+        # what an epoch's order of images depends on, and what a resumed run must therefore find as it was
+        images = {context: dataset["context"].count(context) for context in sorted(dataset.unique("context"))}
+        self.options = deciding_options(config, self.accelerator, images)
+        self.checkpoint = choose_checkpoint(
+            self.output_dir, config.output.resume_from_checkpoint, self.max_train_steps, self.accelerator, self.options
+        )
         check_writable(self.output_dir)
         if schedule:
             pipeline.set_context_scheduler(schedule)
@@ -195,24 +199,6 @@ class ContextTrainer:
             )
         return steps
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, if any."""
-        name = self.config.output.resume_from_checkpoint
-        if name is None:
-            check_no_checkpoints(self.output_dir)
-            return None
-        checkpoint = find_checkpoint(self.output_dir, name)
-        if checkpoint is None:
-            logger.warning(f"There is no checkpoint in {self.output_dir} yet; training starts from the beginning.")
-        elif checkpoint_step(checkpoint) > self.max_train_steps:
-            raise ValueError(
-                f"{checkpoint} is beyond the {self.max_train_steps} steps of this run; raise `max_train_steps`, or"
-                " resume from another checkpoint."
-            )
-        else:
-            check_kind(checkpoint, self.accelerator)
-        return checkpoint
-
     def _create_repository(self) -> str | None:
         """Full name of the repository to push to, which exists from here on: the token has proved good."""
         output = self.config.output
@@ -300,12 +286,16 @@ class ContextTrainer:
                 self.accelerator.log(figures, step=step)
                 stopping = stop.requested()
                 if step % output.checkpointing_steps == 0 or stopping:
-                    save_checkpoint(self.accelerator, self.output_dir, step, output.checkpoints_total_limit)
+                    self._save_checkpoint(step)
                 if step % output.validation_steps == 0:
                     self._validate(step)
                 if stopping and step < self.max_train_steps:
                     self._stop(step, stop.exit_code)
         progress.close()
+
+    def _save_checkpoint(self, step: int) -> None:
+        limit = self.config.output.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, step, self.options, limit)
 
     def _stop(self, step: int, exit_code: int) -> None:
         """Ends the run, which can be resumed."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusers_ctx.training.checkpoints import (
     checkpoint_step,
+    choose_checkpoint,
     find_checkpoint,
     list_checkpoints,
     register_trained_weights,
@@ -18,6 +19,9 @@ from diffusers_ctx.training.checkpoints import (
 )
 
 from .conftest import files_in
+
+
+OPTIONS = {"seed": 0, "images": {"night": 5}}
 
 
 class Model(nn.Module):
@@ -54,7 +58,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_what_learns_and_the_context_module_are_saved_and_come_back(accelerator, model, tmp_path):
-    checkpoint = save_checkpoint(accelerator, tmp_path, 3, None)
+    checkpoint = save_checkpoint(accelerator, tmp_path, 3, OPTIONS, total_limit=None)
     assert checkpoint == tmp_path / "checkpoint-3" and checkpoint_step(checkpoint) == 3
     saved = safetensors.torch.load_file(checkpoint / "trained.safetensors")
     expected = {name: weight.clone() for name, weight in model.state_dict().items() if not name.startswith("frozen")}
@@ -71,7 +75,7 @@ def test_what_learns_and_the_context_module_are_saved_and_come_back(accelerator,
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(accelerator, tmp_path):
-    checkpoint = save_checkpoint(accelerator, tmp_path, 1, None)
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     other = Model()
     other.learning.bias.requires_grad_(False)
     before = {name: weight.clone() for name, weight in other.state_dict().items()}
@@ -85,11 +89,11 @@ def die(*arguments, **keywords):
 
 
 def test_one_that_was_being_written_is_never_taken_for_a_checkpoint(accelerator, model, tmp_path):
-    first = save_checkpoint(accelerator, tmp_path, 1, None)
+    first = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     before = files_in(first)
     hook = accelerator.register_save_state_pre_hook(die)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
+        save_checkpoint(accelerator, tmp_path, 2, OPTIONS, total_limit=1)
     hook.remove()
     assert (tmp_path / "unfinished-checkpoint-2" / "trained.safetensors").is_file()  # it died half-way
     assert list_checkpoints(tmp_path) == [first] and find_checkpoint(tmp_path, "latest") == first
@@ -97,36 +101,57 @@ def test_one_that_was_being_written_is_never_taken_for_a_checkpoint(accelerator,
         find_checkpoint(tmp_path, "unfinished-checkpoint-2")
     assert files_in(first) == before
 
-    save_checkpoint(accelerator, tmp_path, 2, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 2, OPTIONS, total_limit=None)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]  # and what lay half-written is gone
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_one_that_was_being_removed_is_never_taken_for_a_checkpoint(accelerator, tmp_path, monkeypatch, step):
-    save_checkpoint(accelerator, tmp_path, 1, None)
+    save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(accelerator, tmp_path, step, total_limit=1)
+        save_checkpoint(accelerator, tmp_path, step, OPTIONS, total_limit=1)
     assert tmp_path / "checkpoint-1" not in list_checkpoints(tmp_path)
     monkeypatch.undo()
-    save_checkpoint(accelerator, tmp_path, 3, total_limit=2)
+    save_checkpoint(accelerator, tmp_path, 3, OPTIONS, total_limit=2)
     assert [path for path in names(tmp_path) if path.startswith("unfinished")] == []
 
 
 def test_the_same_step_again_replaces_it(accelerator, model, tmp_path):
-    save_checkpoint(accelerator, tmp_path, 1, None)
+    save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     model.learning.weight.data.fill_(7)
-    checkpoint = save_checkpoint(accelerator, tmp_path, 1, None)
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     assert names(tmp_path) == ["checkpoint-1"]
     assert (safetensors.torch.load_file(checkpoint / "trained.safetensors")["learning.weight"] == 7).all()
 
 
 def test_pruning_keeps_the_newest_and_always_the_one_just_written(accelerator, tmp_path):
     for step in (5, 10, 100):
-        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+        save_checkpoint(accelerator, tmp_path, step, OPTIONS, total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
-    save_checkpoint(accelerator, tmp_path, 1, total_limit=1)  # a new run in the folder of a longer one
+    save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=1)  # a new run in the folder of a longer one
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-10", "checkpoint-100"]
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_the_same_options_alone(accelerator, tmp_path):
+    def choose(name="latest", last_step=3, **changes):
+        return choose_checkpoint(tmp_path, name, last_step, accelerator, OPTIONS | changes)
+
+    assert choose(None) is None and choose() is None  # there is none yet
+    checkpoint = save_checkpoint(accelerator, tmp_path, 2, OPTIONS, total_limit=None)
+    assert choose() == checkpoint == choose("checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        choose(None)
+    with pytest.raises(ValueError, match="beyond the 1 steps"):
+        choose(last_step=1)
+    message = r"`images` was \{'night': 5\} and is \{'night': 6\}, `seed` was 0 and is 1. Resume with the same ones"
+    with pytest.raises(ValueError, match=message):
+        choose(seed=1, images={"night": 6})
+    with pytest.raises(ValueError, match="`rank` was None and is 4"):
+        choose(rank=4)
+    (checkpoint / "options.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 has no options\.json"):
+        choose()
 
 
 def test_finding(tmp_path):

@@ -137,6 +137,18 @@ def test_checkpoints_of_an_earlier_run(refuses, options):
     refuses(ValueError, "adapter has checkpoints of an earlier run, such as checkpoint-2; go on .* latest`, choose")
 
 
+def test_going_on_with_other_options_or_images(refuses, options, own_photos):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    changes = {"resume_from_checkpoint": "latest", "learning_rate": 0.5, "seed": 9}
+    refuses(
+        ValueError, "`learning_rate` was .* and is 0.5, `seed` was 0 and is 9. Resume with the same ones", **changes
+    )
+    create_trainer(options | {"resume_from_checkpoint": "latest", "max_train_steps": 3, "cache_latents": True})
+    shutil.rmtree(own_photos / "snow")
+    message = "`images` was {'night': 6, 'obs': 7, 'snow': 5} and is {'night': 6, 'obs': 7}"
+    refuses(ValueError, message, resume_from_checkpoint="latest")
+
+
 def test_the_latest_checkpoint_of_a_run_that_has_none_is_its_beginning(options, caplog):
     trainer = create_trainer(options | {"resume_from_checkpoint": "latest"})
     assert trainer.checkpoint is None and "training starts from the beginning" in caplog.text
@@ -153,11 +165,11 @@ def test_no_token_to_push_with(refuses, monkeypatch, tmp_path):
 
 def test_a_loss_that_is_not_finite_writes_no_adapter(options, tmp_path):
     output_dir = tmp_path / "adapter"
-    create_trainer(options | {"checkpointing_steps": 1, "max_train_steps": 1}).train()
+    diverging = options | {"learning_rate": 1e30}
+    create_trainer(diverging | {"checkpointing_steps": 1, "max_train_steps": 1}).train()
     (output_dir / "context_adapter_config.json").unlink()
     before = files_in(output_dir)
-    diverging = {"learning_rate": 1e30, "max_train_steps": 9, "resume_from_checkpoint": "latest"}
-    trainer = create_trainer(options | diverging)
+    trainer = create_trainer(diverging | {"max_train_steps": 9, "resume_from_checkpoint": "latest"})
     trainer.checkpoint = None  # it begins again, in a folder that has a checkpoint
     with pytest.raises(FloatingPointError, match=r"at step \d.*`learning_rate`.*last checkpoint is .*checkpoint-1"):
         trainer.train()
