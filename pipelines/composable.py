@@ -113,6 +113,9 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
         )
         return self._generate(super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale)
 
-    def unet_conditions(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        text, _ = self.encode_prompt(prompts, self._execution_device, 1, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": text}
+    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        text, _ = self.encode_prompt(captions, self._execution_device, 1, do_classifier_free_guidance=False)
+        return {"text": text}
+
+    def unet_conditions(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
+        return {"encoder_hidden_states": encoded["text"]}

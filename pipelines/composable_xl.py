@@ -54,11 +54,15 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
         arguments |= arguments.pop("kwargs")
         return self._generate(super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale)
 
-    def unet_conditions(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
+    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         device = self._execution_device
-        text, _, pooled, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        text, _, pooled, _ = self.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
         if self.config.force_zeros_for_empty_prompt:  # which is what guidance takes for no prompt
-            told = torch.tensor([bool(prompt) for prompt in prompts], dtype=text.dtype, device=device)
+            told = torch.tensor([bool(caption) for caption in captions], dtype=text.dtype, device=device)
             text, pooled = text * told[:, None, None], pooled * told[:, None]
-        time_ids = geometry.to(device=device, dtype=text.dtype)
-        return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+        return {"text": text, "pooled": pooled}
+
+    def unet_conditions(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
+        text = encoded["text"]
+        added = {"text_embeds": encoded["pooled"], "time_ids": geometry.to(text)}
+        return {"encoder_hidden_states": text, "added_cond_kwargs": added}

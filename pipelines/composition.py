@@ -43,11 +43,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     to: Callable[..., Any]
     _execution_device: torch.device
 
-    def unet_conditions(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        """What the UNet is told of the image beside its context, as keyword arguments of its call.
+    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """What the text encoders make of captions: tensors with a row for each, on the pipeline's device."""
+        raise NotImplementedError
+
+    def unet_conditions(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
+        """What the UNet is told of images beside their context, as keyword arguments of its call.
 
         Args:
-            prompts: one per image.
+            encoded: their captions, from `encode_captions`.
             geometry: (B, 6), each image's original height and width, top and left of its crop, and height and width,
                 in pixels. Not every backbone asks for it.
         """
@@ -175,7 +179,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             raise ValueError(
                 f"`prompt` has {len(prompts)} entries for {len(latents)} images; give one for all or each."
             )
-        conditions = self.unet_conditions(prompts, self._uncropped(latents))
+        conditions = self.unet_conditions(self.encode_captions(prompts), self._uncropped(latents))
         # the noise schedule alone, whichever scheduler samples: not every class builds all of them
         alphas = DDIMScheduler.from_config(self.scheduler.config).alphas_cumprod.to(latents.device)
         prediction_type = self.scheduler.config.prediction_type

@@ -47,8 +47,8 @@ class DataConfig:
     center_crop: bool = _option(False, "Crop the centre, and not the same random place for each image.")
     random_flip: bool = _option(False, "Flip images left to right at random.")
     proportion_empty_prompts: float = _option(0.1, "Share of captions dropped, for classifier-free guidance.")
-    cache_latents: bool = _option(False, "Keep encoded images on disk, for other runs on the same ones.")
-    cache_dir: str | None = _option(None, "Where downloads and encoded images are kept; by default that of the Hub.")
+    cache_latents: bool = _option(False, "Keep encoded images and captions on disk, and encode each once.")
+    cache_dir: str | None = _option(None, "Where downloads and what was encoded are kept; by default that of the Hub.")
 
 
 @dataclass

@@ -24,11 +24,11 @@ class CaptionEncoder(nn.Module):
     def __init__(self, pipeline: CompositionMixin):
         super().__init__()
         self.text_encoders = nn.ModuleDict(pipeline.text_encoders)
-        self._conditions = pipeline.unet_conditions
+        self._encode, self._conditions = pipeline.encode_captions, pipeline.unet_conditions
 
     @torch.compiler.disable  # tokenizers cannot be compiled
-    def forward(self, prompts: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        return self._conditions(prompts, geometry)
+    def forward(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:
+        return self._conditions(self._encode(captions), geometry)
 
 
 class DiffusionObjective(nn.Module):

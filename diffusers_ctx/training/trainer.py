@@ -28,6 +28,7 @@ from .abduction import learn_abduction
 from .accelerator import create_accelerator
 from .averaging import averaged, create_average
 from .backbone import learning_text_encoders, prepare_backbone
+from .caption_cache import CaptionCache
 from .checkpoints import (
     checkpoint_step,
     choose_checkpoint,
@@ -107,6 +108,9 @@ class ContextTrainer:
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset)
         held_out_latents = self._encode(held_out) if len(held_out) else None
+        self._encode_captions = pipeline.encode_captions
+        if config.data.cache_latents and not self._text_encoders:
+            self._encode_captions = CaptionCache(pipeline, {"", *self.latents.captions}, self._cache_dir)
         self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
 
     @property
@@ -214,7 +218,7 @@ class ContextTrainer:
             context_mask(list(dataset["context"]), self.concepts, data.obs_context),
             ImageTransform(self._resolution, data.center_crop, seed),
             random_flip=data.random_flip,
-            cache_dir=Path(data.cache_dir or HF_HOME) / "context-latents" if data.cache_latents else None,
+            cache_dir=self._cache_dir if data.cache_latents else None,
             show_progress=self.accelerator.is_main_process,
         )
 
@@ -249,6 +253,10 @@ class ContextTrainer:
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
         register_trained_weights(self.accelerator)
+
+    @property
+    def _cache_dir(self) -> Path:
+        return Path(self.config.data.cache_dir or HF_HOME) / "context-latents"
 
     @property
     def _resolution(self) -> int:
@@ -368,10 +376,10 @@ class ContextTrainer:
         exogenous = random.normal(size, *self.context_module.noise_shape)
         dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
-        conditions: dict[str, Any] = {"prompts": captions, "geometry": geometry}
+        conditions: dict[str, Any] = {"captions": captions, "geometry": geometry}
         if not self._text_encoders:  # those that learn encode within the objective
             with torch.no_grad():
-                conditions = self.pipeline.unet_conditions(**conditions)
+                conditions = self.pipeline.unet_conditions(self._encode_captions(captions), geometry)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous), device)
 
     def _validate(self, step: int) -> None:

@@ -156,7 +156,7 @@ def validation_losses(
         inputs = (
             latents.mean[0, rows],
             latents.masks[rows],
-            pipeline.unet_conditions(captions, latents.geometry[0, rows]),
+            pipeline.unet_conditions(pipeline.encode_captions(captions), latents.geometry[0, rows]),
             noise[rows],
             timesteps[rows],
             torch.zeros(len(rows), *pipeline.context_module.noise_shape),  # the posterior's mean

@@ -110,7 +110,7 @@ def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
 
 def test_no_prompt_is_told_as_guidance_tells_it(pipeline):
     geometry = torch.tensor([[40, 36, 1, 2, 32, 32], [32, 32, 0, 0, 32, 32]])
-    conditions = pipeline.unet_conditions(["", PROMPT], geometry)
+    conditions = pipeline.unet_conditions(pipeline.encode_captions(["", PROMPT]), geometry)
     added = conditions["added_cond_kwargs"]
     text, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPT)
     torch.testing.assert_close(conditions["encoder_hidden_states"], torch.cat([negative, text]))

@@ -56,7 +56,9 @@ def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
         rows = [row for row, name in enumerate(held_out.contexts) if name == context]
         expected = []
         for row, timestep in zip(rows, (166, 500, 833)):  # middles of thirds of 1000
-            conditions = pipeline.unet_conditions([held_out.captions[row]], held_out.geometry[0, [row]])
+            conditions = pipeline.unet_conditions(
+                pipeline.encode_captions([held_out.captions[row]]), held_out.geometry[0, [row]]
+            )
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
             with torch.no_grad():
                 one = [held_out.mean[0, [row]], held_out.masks[[row]], conditions, noise[[row]]]

@@ -1,0 +1,64 @@
+"""Encoded captions on disk are what the text encoders say, and are encoded once."""
+
+import pytest
+import torch
+from conftest import make_pipeline, make_xl_pipeline
+
+from diffusers_ctx.training.caption_cache import CaptionCache
+
+from .conftest import create_trainer
+from .test_processes import assert_close
+from .test_training_script import weights_of
+
+
+CAPTIONS = ["", "a street", "a house at the sea"]
+
+
+@pytest.fixture(params=[make_pipeline, make_xl_pipeline], ids=["sd", "sdxl"])
+def pipeline(request):
+    return request.param()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_captions_are_told_as_without_a_cache(pipeline, tmp_path, dtype):
+    for encoder in pipeline.text_encoders.values():
+        encoder.to(dtype)
+    cache = CaptionCache(pipeline, CAPTIONS, tmp_path)
+    asked = [CAPTIONS[2], "", "", CAPTIONS[1]]
+    expected, got = pipeline.encode_captions(asked), cache(asked)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
+        torch.testing.assert_close(got[name], tensor)
+    with pytest.raises(KeyError):
+        cache(["never announced"])
+
+
+def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(pipeline, tmp_path, monkeypatch):
+    encoded = []
+    encode_captions = pipeline.encode_captions
+    monkeypatch.setattr(pipeline, "encode_captions", lambda asked: encoded.extend(asked) or encode_captions(asked))
+    first = CaptionCache(pipeline, [*CAPTIONS, "a street"], tmp_path)(CAPTIONS)
+    assert sorted(encoded[1:]) == sorted(CAPTIONS)  # the first one shows the shapes
+    encoded.clear()
+    again = CaptionCache(pipeline, reversed(CAPTIONS), tmp_path)(CAPTIONS)
+    assert len(encoded) == 1 and all(torch.equal(again[name], first[name]) for name in first)
+
+    with torch.no_grad():
+        for encoder in pipeline.text_encoders.values():
+            for weight in encoder.parameters():
+                weight.mul_(1.5)
+    changed = CaptionCache(pipeline, CAPTIONS, tmp_path)(CAPTIONS)
+    assert not any(torch.allclose(changed[name], first[name]) for name in first)
+    CaptionCache(pipeline, CAPTIONS[:2], tmp_path)
+    assert len(list(tmp_path.glob("captions-*.arrow"))) == len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_learns_the_same_from_cached_captions(options, tmp_path):
+    cached = {"cache_latents": True, "cache_dir": str(tmp_path / "cache")}
+    for name, changes in (("plain", {}), ("first", cached), ("second", cached)):
+        create_trainer(options | changes | {"output_dir": str(tmp_path / name)}).train()
+    assert len(list((tmp_path / "cache" / "context-latents").glob("captions-*.arrow"))) == 1
+    for name in ("first", "second"):
+        assert_close(weights_of(tmp_path / name), weights_of(tmp_path / "plain"))
