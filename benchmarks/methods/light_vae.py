@@ -28,6 +28,7 @@ BATCH_SIZE = 126  # 18 images of each context
 LEARNING_RATE = 1e-3
 KL_WARMUP_STEPS = 500
 _WIDTH = 64
+_PATCH = 4  # convolutions see patches of so many pixels as one: sixteen times as many steps in the same time
 
 
 def create_module() -> ContextModule:
@@ -38,9 +39,8 @@ def create_module() -> ContextModule:
         causal_form="reduced_form",
         expressive_depth=2,
         posterior_type="amortized",
-        posterior_in_channels=3,
-        posterior_width=32,
-        posterior_sample_size=quad.RESOLUTION,
+        posterior_in_channels=3 * _PATCH**2,
+        posterior_sample_size=quad.RESOLUTION // _PATCH,
     )
 
 
@@ -52,11 +52,9 @@ def create_decoder(module: ContextModule) -> nn.Sequential:
         nn.SiLU(),
         nn.Unflatten(1, (_WIDTH, 4, 4)),
     ]
-    width = _WIDTH
-    for narrower in (64, 48, 32, 24):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, narrower, 3, padding=1), nn.SiLU()]
-        width = narrower
-    return nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+    for _ in range(2):
+        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(_WIDTH, 3 * _PATCH**2, 3, padding=1), nn.PixelShuffle(_PATCH))
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def negative_bound(
     module: ContextModule, decoder: nn.Module, pixels: torch.Tensor, mask: torch.Tensor, step: int
 ) -> torch.Tensor:
     """Negative evidence bound, with the Gaussian likelihood at its best variance, as in learning the concepts."""
-    posterior = module.abduct(pixels, mask)
+    posterior = module.abduct(F.pixel_unshuffle(pixels, _PATCH), mask)
     z = posterior.at(torch.randn(len(pixels), *module.noise_shape))
     error = F.mse_loss(decoder(module(z, mask).flatten(1)), pixels)
     warm_up = min(1.0, (step + 1) / KL_WARMUP_STEPS)

@@ -64,7 +64,7 @@ class ContextConfig:
     expressive_depth: int = _option(0, "Layers between mechanism and causal layer; needs an amortized posterior.")
     kl_weight: float = _option(1.0, "Weight β of the KL divergence, in units of the likelihood.")
     kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.")
-    contrastive_weight: float = _option(10.0, "Weight of the contrast between contexts.")
+    contrastive_weight: float = _option(30.0, "Weight of the contrast between contexts.")
     matching_weight: float = _option(50.0, "Weight of the match of the noise in each context to its prior.")
     generation_weight: float = _option(500.0, "Weight of the match of decoded prior noise in each context to images.")
     acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")

@@ -7,8 +7,11 @@ see. Its sign is then lost to other nodes. An invertible map of a code that has 
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,9 @@ _LEARNING_RATE = 2e-3
 _MECHANISMS_LEARNING_RATE = 1e-2
 # small: most of a code's likelihood is in what no context differs in
 _LIKELIHOOD_WEIGHT = 0.05
-_CONTRAST_FACTOR = 3  # to the weight that the contrast has later, beside the reconstruction
+_ATTEMPTS = 6
+_TRIAL_SHARE = 0.1  # of the steps, after which the best attempt alone goes on
+_JUDGED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,8 @@ def learn_values(
 ) -> torch.Tensor:
     """Learns mechanisms and causal layer together with a map from codes to node values.
 
-    What is minimised: the contrast between contexts, the mismatch of the noise to its prior in each of them, the
-    negative log-likelihood of the codes, and the causal layer's penalties.
+    Where the map starts decides whether it finds the concepts, and its loss soon tells: of several attempts, the best
+    goes on to the end.
 
     Args:
         context_module: the module; its mechanisms and causal layer are changed.
@@ -131,45 +136,88 @@ def learn_values(
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    device, shape = contexts.device, context_module.noise_shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        flow = InvertibleMap(codes.mean.shape[1]).to(device)
-    mechanisms = [*context_module.mechanism.parameters(), *context_module.causal.parameters()]
-    groups = [
-        {"params": flow.parameters(), "lr": _LEARNING_RATE},
-        {"params": mechanisms, "lr": _MECHANISMS_LEARNING_RATE},
+    steps = _STEPS_FACTOR * options.abduction_steps
+    trial = max(1, round(_TRIAL_SHARE * steps))
+    attempts = [
+        _Attempt(deepcopy(context_module), codes, contexts, options, seed, number) for number in range(_ATTEMPTS)
     ]
-    optimizer, steps = torch.optim.Adam(groups), _STEPS_FACTOR * options.abduction_steps
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
-    rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(len(contexts))]
-    labels = torch.arange(len(contexts), device=device).repeat_interleave(_IMAGES_PER_CONTEXT)
-    for step in tqdm(range(steps), desc="Telling concepts apart", disable=not show_progress):
-        # the numbers after those of the steps on images
-        random = KeyedNoise(seed, -1 - options.abduction_steps - step)
-        rows = _draw_rows(rows_of, random)
-        drawn = codes.mean[rows] + codes.std[rows] * random.normal(*codes.mean[rows].shape)
+    total = _ATTEMPTS * trial + steps - trial
+    with tqdm(total=total, desc="Telling concepts apart", disable=not show_progress) as progress:
+        for attempt in attempts:
+            attempt.advance(trial, progress)
+        best = min(attempts, key=lambda attempt: attempt.loss)
+        best.advance(steps - trial, progress)
+    context_module.load_state_dict(best.module.state_dict())
+    return best.values()
+
+
+class _Attempt:
+    """A map and a module that learn together, from a random start of the map."""
+
+    def __init__(
+        self,
+        module: ContextModule,
+        codes: ImageCodes,
+        contexts: torch.Tensor,
+        options: ContextConfig,
+        seed: int,
+        number: int,
+    ):
+        self.module, self.codes, self.contexts, self.options, self.seed = module, codes, contexts, options, seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_ATTEMPTS * seed + number)
+            self.flow = InvertibleMap(codes.mean.shape[1]).to(contexts.device)
+        self._mechanisms = [*module.mechanism.parameters(), *module.causal.parameters()]
+        groups = [
+            {"params": self.flow.parameters(), "lr": _LEARNING_RATE},
+            {"params": self._mechanisms, "lr": _MECHANISMS_LEARNING_RATE},
+        ]
+        self._optimizer, steps = torch.optim.Adam(groups), _STEPS_FACTOR * options.abduction_steps
+        self._schedule = get_scheduler("cosine", self._optimizer, num_warmup_steps=0, num_training_steps=steps)
+        self._rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(len(contexts))]
+        self._labels = torch.arange(len(contexts), device=contexts.device).repeat_interleave(_IMAGES_PER_CONTEXT)
+        self._steps_done = 0
+        self.loss = math.inf  # the mean of its last steps
+
+    def advance(self, steps: int, progress: tqdm) -> None:
+        """Takes so many steps more."""
+        losses = []
+        for _ in range(steps):
+            loss = self._loss()
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"The loss is not finite at step {self._steps_done} of telling concepts apart."
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*self.flow.parameters(), *self._mechanisms], 20.0)
+            self._optimizer.step()
+            self._schedule.step()
+            self._optimizer.zero_grad()
+            self._steps_done += 1
+            losses.append(loss.item())
+            progress.update()
+        self.loss = fmean(losses[-_JUDGED_STEPS:])
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """Node values (n, N, d) of the images' mean codes."""
+        flat, _ = self.flow(self.codes.mean.to(self.contexts.device))
+        return flat.unflatten(1, self.module.noise_shape).cpu()
+
+    def _loss(self) -> torch.Tensor:
+        device, shape = self.contexts.device, self.module.noise_shape
+        # the numbers after those of the steps on images; attempts see the same ones, so that they can be compared
+        random = KeyedNoise(self.seed, -1 - self.options.abduction_steps - self._steps_done)
+        rows = _draw_rows(self._rows_of, random)
+        mean, std = self.codes.mean[rows], self.codes.std[rows]
+        drawn = mean + std * random.normal(*mean.shape)
         reference = random.normal(len(rows), *shape)
         directions = unit_directions(random, reference[0].numel())
-        values, log_volume = flow(drawn.to(device))
-        loss = _loss(
-            context_module,
-            values.unflatten(1, shape),
-            log_volume,
-            labels,
-            contexts,
-            (reference.to(device), directions.to(device)),
-            options,
+        values, log_volume = self.flow(drawn.to(device))
+        prior = (reference.to(device), directions.to(device))
+        return _loss(
+            self.module, values.unflatten(1, shape), log_volume, self._labels, self.contexts, prior, self.options
         )
-        if not loss.isfinite():
-            raise FloatingPointError(f"The loss is not finite at step {step} of telling concepts apart.")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*flow.parameters(), *mechanisms], 20.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        return flow(codes.mean.to(device))[0].unflatten(1, shape).cpu()
 
 
 def _draw_rows(rows_of: list[torch.Tensor], random: KeyedNoise) -> torch.Tensor:
@@ -193,7 +241,7 @@ def _loss(
     likelihood = (log_densities[own, labels] + log_volume).mean()
     causal = context_module.causal
     return (
-        _CONTRAST_FACTOR * options.contrastive_weight * F.cross_entropy(log_densities, labels)
+        options.contrastive_weight * F.cross_entropy(log_densities, labels)
         + options.matching_weight * context_mismatch(noise[own, labels], *prior, len(contexts))
         - _LIKELIHOOD_WEIGHT * likelihood
         + options.acyclicity_weight * causal.acyclicity()

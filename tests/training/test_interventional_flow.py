@@ -68,7 +68,7 @@ def test_the_loss_is_its_terms():
         mismatch = context_mismatch(noise, reference, directions, 4).item()
         causal = module.causal
         expected = (
-            3 * 2.0 * contrast
+            2.0 * contrast
             + 3.0 * mismatch
             - 0.05 * (own + log_volume.numpy()).mean()
             + 4.0 * causal.acyclicity().item()
