@@ -52,6 +52,7 @@ class ContextAdapterLoaderMixin:
     unet: UNet2DConditionModel
     scheduler: Any
     _plain_scheduler: Any = None  # where an adapter brought its own noise schedule
+    _loaded_full: bool = False  # whether it was loaded, and trained together with its UNet
     config: Any
     components: dict[str, Any]
     load_lora_weights: Callable[..., None]
@@ -128,6 +129,7 @@ class ContextAdapterLoaderMixin:
                 self._load_context_lora(folder)
             if config.get("scheduler"):
                 self.set_context_scheduler(config["scheduler"])
+            self._loaded_full = config["mode"] == "full"
         except Exception:
             self.unload_context_adapter()
             raise
@@ -146,14 +148,14 @@ class ContextAdapterLoaderMixin:
 
         Args:
             save_directory: folder to write to; made if need be.
-            mode: `frozen`, `lora` or `full`, how it was trained; read off the pipeline by default.
+            mode: `frozen`, `lora` or `full`, how it was trained; by default as it was loaded, or read off the pipeline.
             card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
 
         Raises:
             ValueError: if no adapter is loaded.
         """
         module = self._require_context_module()
-        mode = mode or ("lora" if self._context_lora_models else "frozen")
+        mode = mode or ("full" if self._loaded_full else "lora" if self._context_lora_models else "frozen")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter_config(
@@ -194,6 +196,7 @@ class ContextAdapterLoaderMixin:
         Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back.
         """
         detach_context_module(self.unet)
+        self._loaded_full = False
         if self._plain_scheduler is not None:
             self.scheduler, self._plain_scheduler = self._plain_scheduler, None
         for model in self._context_lora_models.values():

@@ -104,6 +104,18 @@ def test_an_adapter_without_lora_saved_over_one_with_leaves_none_behind(plain_pi
     assert json.loads((folder / "context_adapter_config.json").read_text())["mode"] == "frozen"
 
 
+def test_an_adapter_of_mode_full_is_saved_again_as_one(plain_pipeline, saved_adapter, fresh_pipeline, tmp_path):
+    def mode_of(pipeline, name: str) -> str:
+        folder = pipeline.save_context_adapter(tmp_path / name)
+        return json.loads((folder / "context_adapter_config.json").read_text())["mode"]
+
+    fresh_pipeline.load_context_adapter(plain_pipeline.save_context_adapter(tmp_path / "first", mode="full"))
+    assert mode_of(fresh_pipeline, "second") == "full"
+    fresh_pipeline.unload_context_adapter()
+    fresh_pipeline.load_context_adapter(saved_adapter)
+    assert mode_of(fresh_pipeline, "third") == "frozen"
+
+
 @pytest.mark.parametrize("first", ["lora", "adapter"])
 def test_a_lora_of_the_users_own_before_or_after(saved_adapter, fresh_pipeline, first):
     both = []
