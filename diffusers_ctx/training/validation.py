@@ -65,6 +65,7 @@ class Validator:
             [interventions_of(name, obs_context) for name in names],
             [output.validation_prompt or ""] * output.num_validation_images,
             seed=self.config.optimization.seed,
+            resolution=self.config.data.resolution,
         )
         keep_grid(draw_grid(rows, names), Path(output.output_dir), step, self.accelerator.trackers)
 
@@ -76,6 +77,7 @@ def sample_rows(
     seed: int,
     num_inference_steps: int = 25,
     guidance_scale: float = 1.0,
+    resolution: int | None = None,
 ) -> list[np.ndarray]:
     """Images (len(prompts), H, W, 3) uint8 for each context, with the same prompts and the same noise in every row.
 
@@ -86,6 +88,7 @@ def sample_rows(
         seed: seed of the first column; the next ones count on from it.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance.
+        resolution: height and width; by default the model's own.
     """
     rows = []
     for interventions in contexts:
@@ -96,6 +99,8 @@ def sample_rows(
             generator=generators,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            height=resolution,
+            width=resolution,
             output_type="np",
         ).images
         rows.append(np.rint(images * 255).astype(np.uint8))

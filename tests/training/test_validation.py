@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.data.held_out import hold_out
@@ -93,3 +94,10 @@ def test_too_many_are_refused_before_anything_is_written(options, tmp_path):
     with pytest.raises(ValueError, match="lower `validation_images`"):
         create_trainer(options | {"validation_images": 5})
     assert not (tmp_path / "adapter").exists()
+
+
+def test_samples_have_the_size_of_training(options, tmp_path):
+    shown = {"validation_prompt": "a street", "validation_steps": 2, "num_validation_images": 1}
+    create_trainer(options | shown | {"resolution": 64, "max_train_steps": 2}).train()
+    with Image.open(tmp_path / "adapter" / "validation" / "step-2.png") as grid:
+        assert grid.width == 64
