@@ -1,8 +1,9 @@
-"""How context tokens enter a UNet: beside the text, through diffusers' own IP-Adapter plumbing.
+"""How context tokens enter a UNet: beside the text, through diffusers' own plumbing for image prompts.
 
-Tokens travel as `added_cond_kwargs["image_embeds"]` through `unet.encoder_hid_proj` to IP-Adapter processors in the
-cross-attention layers. The context module itself lives in `encoder_hid_proj`, so that it follows the UNet to its
-device, its data type and its checkpoints.
+Tokens travel as `added_cond_kwargs["image_embeds"]` through `unet.encoder_hid_proj`: with the injection
+`cross_attention` to IP-Adapter processors in the cross-attention layers, which attend to them by keys and values of
+their own, and with `prompt` to the end of the text, whose keys and values they share. The context module itself lives
+in `encoder_hid_proj`, so that it follows the UNet to its device, its data type and its checkpoints.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..context import ContextModule
+from ..hub import INJECTIONS
 
 
 _CROSS_ATTENTION = "attn2.processor"
@@ -51,15 +53,34 @@ class ContextProjection(nn.Module):
         return tokens
 
 
-def attach_context_module(unet: UNet2DConditionModel, context_module: ContextModule) -> None:
-    """Gives every cross-attention layer of `unet` keys and values for the tokens of `context_module`.
+class PromptProjection(ContextProjection):
+    """The same for tokens that lengthen the text (B, L, D), as image prompts do in Kandinsky 2.1."""
 
-    Values start at zero: a fresh adapter changes nothing.
+    def __init__(self, context_module: ContextModule):
+        super().__init__(context_module)
+        self.is_on = True
+
+    def forward(self, text: torch.Tensor, tokens: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        return torch.cat([text, tokens[0].flatten(1, 2).to(text)], dim=1) if self.is_on else text
+
+
+def attach_context_module(
+    unet: UNet2DConditionModel, context_module: ContextModule, injection: str = "cross_attention"
+) -> None:
+    """Lets the cross-attention of `unet` see the tokens of `context_module`.
+
+    Args:
+        unet: the UNet.
+        context_module: the module.
+        injection: `"cross_attention"` gives every such layer keys and values for the tokens. Values start at zero: a
+            fresh adapter changes nothing. `"prompt"` puts the tokens behind those of the text and adds no weights.
 
     Raises:
-        ValueError: if the UNet already carries an adapter of this kind, its tokens have another width, or its weights
-            have been put away by `enable_sequential_cpu_offload`.
+        ValueError: if the injection is unknown, the UNet already carries an adapter of this kind, its tokens have
+            another width, or its weights have been put away by `enable_sequential_cpu_offload`.
     """
+    if injection not in INJECTIONS:
+        raise ValueError(f"Unknown injection '{injection}'; choose one of {list(INJECTIONS)}.")
     if unet.encoder_hid_proj is not None:
         raise ValueError(
             "The UNet already has an IP-Adapter or a context adapter; call `unload_ip_adapter()` or"
@@ -73,6 +94,10 @@ def attach_context_module(unet: UNet2DConditionModel, context_module: ContextMod
     if unet.conv_in.weight.is_meta and not next(context_module.parameters()).is_meta:
         raise ValueError("The UNet's weights are put away; call `enable_sequential_cpu_offload()` after loading.")
     context_module.to(unet.conv_in.weight)  # its device and data type
+    if injection == "prompt":
+        unet.encoder_hid_proj = PromptProjection(context_module)
+        unet.config.encoder_hid_dim_type = "text_image_proj"
+        return
     processors = {
         name: _context_processor(unet, name, processor, context_module) if _is_cross_attention(name) else processor
         for name, processor in unet.attn_processors.items()
@@ -97,6 +122,7 @@ def detach_context_module(unet: UNet2DConditionModel) -> None:
 def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
     """While it is open, `unet` is the plain model; afterwards it carries its context module again, if it had one."""
     processors, projection = unet.attn_processors, unet.encoder_hid_proj
+    kind = unet.config.encoder_hid_dim_type
     modules = _context_modules(unet)
     detach_context_module(unet)
     try:
@@ -105,7 +131,7 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
         if modules:
             unet.set_attn_processor(dict(processors))
             unet.encoder_hid_proj = projection
-            unet.config.encoder_hid_dim_type = "ip_image_proj"
+            unet.config.encoder_hid_dim_type = kind
 
 
 def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
@@ -117,7 +143,9 @@ def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
     modules = _context_modules(unet)
     if not modules:
         return None
-    if not all(type(processor) in _PLAIN_PROCESSORS for processor in _cross_attention_processors(unet).values()):
+    if injection_of(unet) == "cross_attention" and not all(
+        type(processor) in _PLAIN_PROCESSORS for processor in _cross_attention_processors(unet).values()
+    ):
         raise RuntimeError(
             "The context adapter's attention processors were replaced (`set_attn_processor`, attention slicing and"
             " `fuse_qkv_projections` do that); undo it with `unfuse_qkv_projections()` if it was the latter, or call"
@@ -158,6 +186,8 @@ def with_context(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, 
 
 def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
     """The adapter's own weights in the attention layers, by the name of the layer (dots become slashes)."""
+    if injection_of(unet) == "prompt":
+        return nn.ModuleDict()
     return nn.ModuleDict(
         {
             name.removesuffix("." + _CROSS_ATTENTION).replace(".", "/"): nn.ModuleDict(
@@ -169,14 +199,28 @@ def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
 
 
 def set_context_scale(unet: UNet2DConditionModel, scale: float) -> None:
-    """Weighs the attention to context tokens: 1 as trained, 0 the plain model."""
+    """Weighs the attention to context tokens: 1 as trained, 0 the plain model.
+
+    Raises:
+        ValueError: if the tokens are in the prompt, where they are or are not, and the scale is neither 0 nor 1.
+    """
+    if injection_of(unet) == "prompt":
+        if scale not in (0, 1):
+            raise ValueError(f"Tokens in the prompt have no weight: the scale can be 0 or 1, not {scale}.")
+        unet.encoder_hid_proj.is_on = scale == 1
+        return
     for processor in _cross_attention_processors(unet).values():
         processor.scale = [float(scale)]
 
 
+def injection_of(unet: UNet2DConditionModel) -> str:
+    """How the UNet is told the tokens of the context module that it carries."""
+    return "prompt" if isinstance(unet.encoder_hid_proj, PromptProjection) else "cross_attention"
+
+
 def _context_modules(unet: UNet2DConditionModel) -> list[ContextModule]:
     projection = getattr(unet, "encoder_hid_proj", None)
-    layers = getattr(projection, "image_projection_layers", [])
+    layers = getattr(projection, "image_projection_layers", [projection])
     return [layer.context_module for layer in layers if isinstance(layer, ContextProjection)]
 
 

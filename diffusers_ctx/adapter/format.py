@@ -13,7 +13,7 @@ from ..context import ContextModule
 from ..embedded import embedded_base
 from ..hub import FORMAT_VERSION, LIBRARY, WEIGHTS_NAME, AdapterError
 from ..version import __version__
-from .attention import context_attention_layers
+from .attention import context_attention_layers, injection_of
 
 
 # in which the noise schedule of training may differ from the base model's
@@ -75,6 +75,7 @@ def adapter_config(
         "concepts": list(context_module.config.concepts),
         "obs_context": context_module.config.obs_context,
         "mode": mode,
+        "injection": injection_of(unet),
     }
     own = {name: scheduler.config.get(name) for name in SCHEDULE_OPTIONS}
     differing = {name: value for name, value in own.items() if value != plain_scheduler.config.get(name)}

@@ -122,7 +122,7 @@ class ContextAdapterLoaderMixin:
                 " first."
             )
         module = _read_module(folder / MODULE_FOLDER)
-        attach_context_module(self.unet, module)
+        attach_context_module(self.unet, module, config.get("injection", "cross_attention"))
         try:
             load_attention(self.unet, read_attention(folder))
             if config["mode"] == "lora":
@@ -148,7 +148,7 @@ class ContextAdapterLoaderMixin:
 
         Args:
             save_directory: folder to write to; made if need be.
-            mode: `frozen`, `lora` or `full`, how it was trained; by default as it was loaded, or read off the pipeline.
+            mode: `frozen`, `lora` or `full`, how it was trained; by default read off what was loaded.
             card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
 
         Raises:
@@ -220,7 +220,7 @@ class ContextAdapterLoaderMixin:
         """Weighs the context tokens in the cross-attention: 1 as trained, 0 the plain model.
 
         Raises:
-            ValueError: if no adapter is loaded.
+            ValueError: if no adapter is loaded, or its tokens are in the prompt and the scale is neither 0 nor 1.
         """
         self._require_context_module()
         set_context_scale(self.unet, scale)

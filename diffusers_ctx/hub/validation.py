@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 FORMAT_VERSION = 1
 LIBRARY = "diffusers_ctx"
 MODES = ("frozen", "lora", "full")
+INJECTIONS = ("cross_attention", "prompt")
 
 CONFIG_NAME = "context_adapter_config.json"
 WEIGHTS_NAME = "context_adapter.safetensors"
@@ -197,6 +198,9 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
             raise AdapterError(f"`{field}` in {path} is missing or no {kind.__name__}: save the adapter again.")
     if config["mode"] not in MODES:
         raise AdapterError(f"`mode` in {path} is {config['mode']!r}; known are {', '.join(MODES)}.")
+    injection = config.get("injection", INJECTIONS[0])  # adapters of the first days do not say
+    if injection not in INJECTIONS:
+        raise AdapterError(f"`injection` in {path} is {injection!r}; known are {', '.join(INJECTIONS)}.")
     concepts = config["concepts"]
     if not concepts or not all(isinstance(concept, str) and concept for concept in concepts):
         raise AdapterError(f"`concepts` in {path} must be names, at least one: it is {concepts!r}.")

@@ -25,8 +25,10 @@ def prepare_backbone(
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for module in frozen:
         module.to(torch.empty(0, device=accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
-    attach_context_module(unet, context_module)
+    attach_context_module(unet, context_module, model.injection)
     context_module.float()
+    if model.injection == "prompt":  # tokens of zeros take a little of the attention and add nothing
+        torch.nn.init.zeros_(context_module.read_out.norm.weight)
     if model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         for text_encoder in learning_text_encoders(pipeline, model):

@@ -15,6 +15,7 @@ from diffusers.optimization import SchedulerType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ..data import context_mask
+from ..hub import INJECTIONS
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
 from .noise import TIMESTEP_SAMPLING
@@ -76,6 +77,8 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
             f"Unknown timestep_sampling '{config.optimization.timestep_sampling}'; choose one of"
             f" {list(TIMESTEP_SAMPLING)}."
         )
+    if config.model.injection not in INJECTIONS:
+        raise ValueError(f"Unknown injection '{config.model.injection}'; choose one of {list(INJECTIONS)}.")
     check_optimizer(config.optimization)
     schedules = [kind.value for kind in SchedulerType]
     if config.optimization.lr_scheduler not in schedules:

@@ -20,6 +20,9 @@ class ModelConfig:
     mode: str = _option("lora", "What learns: `frozen` the adapter alone, `lora` a LoRA too, `full` the UNet too.")
     rank: int = _option(16, "Rank of the LoRA.")
     train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
+    injection: str = _option(
+        "cross_attention", "How the UNet sees the tokens: by attention of its own, or as a part of the `prompt`."
+    )
     unfreeze_after: float = _option(0.2, "In modes lora and full, the share of training before the UNet learns too.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
     prediction_type: str | None = _option(None, "What the UNet learns to predict, where the base predicts another.")

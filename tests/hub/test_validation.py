@@ -93,6 +93,7 @@ def test_a_config_that_is_no_json(adapter, name, text, word):
         ({"concepts": ["obs", "night"]}, "rename one"),
         ({"obs_context": None}, "`obs_context`"),
         ({"mode": "frosen"}, "frozen, lora, full"),
+        ({"injection": "text"}, "cross_attention, prompt"),
     ],
 )
 def test_a_config_that_cannot_be_used(adapter, changes, word):

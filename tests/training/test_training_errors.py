@@ -103,6 +103,7 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"kl_warmup_steps": 0}, "`kl_warmup_steps` is 0"),
         ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
         ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
+        ({"injection": "text"}, "Unknown injection 'text'; choose one of .*'prompt'"),
         ({"timestep_sampling": "high"}, "Unknown timestep_sampling 'high'; choose one of .*'high_noise'"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'; choose one of .*'cosine'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
