@@ -3,7 +3,8 @@
     python train_scripts/demo_quad.py --output_dir runs/demo
 
 Writes quad images into one folder per context, trains an adapter on the embedded Stable Diffusion with them, loads it
-as a user would, and compares its samples with real images from held-out seeds.
+as a user would, and compares its samples, and those of the adapter that comes with the library, with real images from
+held-out seeds.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ctx import ComposablePipeline, embedded_base
+from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 from diffusers_ctx.training import ContextTrainer, TrainingConfig, draw_grid, sample_rows
@@ -76,39 +78,40 @@ def load(adapter: Path) -> ComposablePipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure(pipeline: ComposablePipeline, interventions: tuple[str, ...], args: argparse.Namespace) -> tuple:
-    """Distance of samples to held-out images, and the floor: the distance between two sets of held-out images."""
+def measure(
+    pipelines: Sequence[ComposablePipeline], interventions: tuple[str, ...], args: argparse.Namespace
+) -> list[float]:
+    """Distance of each one's samples to held-out images, and the floor: that between two sets of held-out images."""
     n, held_out = args.samples_per_context, quad.FIRST_HELD_OUT_SEED + args.seed
     real = quad.generate(interventions, n=n, seed=held_out)
     again = quad.generate(interventions, n=n, seed=held_out + 1)
-    generated = pipeline(
-        again.captions,
-        interventions=list(interventions),
-        generator=torch.Generator().manual_seed(held_out),
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=1.0,
-        output_type="np",
-    ).images
-    generated = np.rint(generated * 255).astype(np.uint8)
-    return (
-        sliced_wasserstein_distance(generated, real.images),
-        sliced_wasserstein_distance(again.images, real.images),
-    )
+    distances = []
+    for pipeline in pipelines:
+        generated = pipeline(
+            again.captions,
+            interventions=list(interventions),
+            generator=torch.Generator().manual_seed(held_out),
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=1.0,
+            output_type="np",
+        ).images
+        distances.append(sliced_wasserstein_distance(np.rint(generated * 255).astype(np.uint8), real.images))
+    return [*distances, sliced_wasserstein_distance(again.images, real.images)]
 
 
-def draw(pipeline: ComposablePipeline, args: argparse.Namespace) -> Path:
-    """A row of samples per context, the same noise down a column, and beside it a row of real held-out images."""
+def draw(pipelines: Sequence[ComposablePipeline], args: argparse.Namespace) -> Path:
+    """A row of each one's samples per context, the same noise down a column, and beside it real held-out images."""
     seed = quad.FIRST_HELD_OUT_SEED + args.seed
     prompts = quad.generate(n=COLUMNS, seed=seed).captions
-    samples = sample_rows(pipeline, CONTEXTS, prompts, seed, args.num_inference_steps)
+    samples = [sample_rows(pipeline, CONTEXTS, prompts, seed, args.num_inference_steps) for pipeline in pipelines]
     gap = np.full((1, quad.RESOLUTION, quad.RESOLUTION, 3), 255, dtype=np.uint8)
     rows, labels = [], []
-    for interventions, generated in zip(CONTEXTS, samples):
+    for interventions, own, shipped in zip(CONTEXTS, *samples):
         real = quad.generate(interventions, n=COLUMNS, seed=seed).images
-        rows.append(np.concatenate([generated, gap, real]))
+        rows.append(np.concatenate([own, gap, shipped, gap, real]))
         name = f"do({', '.join(interventions)})" if interventions else "observational"
         unseen = ", never seen together in training" if len(interventions) > 1 else ""
-        labels.append(f"{name}{unseen}: {COLUMNS} samples, {COLUMNS} real held-out images")
+        labels.append(f"{name}{unseen}: {COLUMNS} samples, {COLUMNS} of the shipped adapter, {COLUMNS} real images")
     picture = args.output_dir / "grid.png"
     draw_grid(rows, labels).save(picture)
     return picture
@@ -118,12 +121,13 @@ def main() -> None:
     args = parse_args()
     start = time.time()
     adapter = train(args)
-    pipeline = load(adapter)
+    pipelines = [load(adapter), load(Path(embedded_adapter("quad")))]
     print(f"\nSliced Wasserstein distance to {args.samples_per_context} held-out images (floor: real to real)")
     for interventions in tqdm(CONTEXTS, desc="Measuring", leave=False):
-        distance, floor = measure(pipeline, interventions, args)
-        tqdm.write(f"  {' + '.join(interventions) or 'obs':28s} {distance:.3f}   floor {floor:.3f}")
-    print(f"Adapter: {adapter}\nPicture: {draw(pipeline, args)}\nTook {(time.time() - start) / 60:.1f} minutes")
+        distance, shipped, floor = measure(pipelines, interventions, args)
+        name = " + ".join(interventions) or "obs"
+        tqdm.write(f"  {name:28s} {distance:.3f}   shipped adapter {shipped:.3f}   floor {floor:.3f}")
+    print(f"Adapter: {adapter}\nPicture: {draw(pipelines, args)}\nTook {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
