@@ -32,7 +32,8 @@ class ComposablePipelineOutput(StableDiffusionPipelineOutput):
 class CompositionMixin(ContextAdapterLoaderMixin):
     """Gives a text-to-image pipeline of diffusers interventions on the concepts of a context adapter.
 
-    A pipeline says by `plain_class` which one of diffusers it extends, and by `unet_conditions` what its UNet is told.
+    A pipeline says by `plain_class` which one of diffusers it extends, and by `encode_captions` and `unet_conditions`
+    what its UNet is told.
     """
 
     plain_class: type[DiffusionPipeline]

@@ -146,6 +146,8 @@ class ContextAdapterLoaderMixin:
     ) -> Path:
         """Saves the loaded adapter, with its LoRA if it has one, and a model card.
 
+        Beside an adapter of mode `full` the pipeline has to be saved too, by `save_pretrained`.
+
         Args:
             save_directory: folder to write to; made if need be.
             mode: `frozen`, `lora` or `full`, how it was trained; by default read off what was loaded.
@@ -249,7 +251,7 @@ class ContextAdapterLoaderMixin:
         create_pr: bool = False,
         card: dict[str, Any] | None = None,
     ) -> CommitInfo:
-        """Saves the loaded adapter and pushes it to the Hub.
+        """Saves the loaded adapter, in mode `full` with its pipeline, and pushes it to the Hub.
 
         Args:
             repo_id: repository to push to; made if need be.
@@ -260,6 +262,8 @@ class ContextAdapterLoaderMixin:
             card: further arguments of the model card, see `save_context_adapter`.
         """
         with TemporaryDirectory() as folder:
+            if self._loaded_full:
+                self.save_pretrained(folder)
             self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
             return push_adapter_folder(
                 folder,

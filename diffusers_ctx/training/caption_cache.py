@@ -34,7 +34,8 @@ class CaptionCache:
         ordered = sorted(set(captions))
         self.device = pipeline.device
         self.rows = {caption: row for row, caption in enumerate(ordered)}
-        sample = pipeline.encode_captions(ordered[:1])
+        with torch.no_grad():
+            sample = pipeline.encode_captions(ordered[:1])
         self.dtypes = {name: tensor.dtype for name, tensor in sample.items()}
         self.shapes = {name: tensor.shape[1:] for name, tensor in sample.items()}
 
@@ -43,7 +44,7 @@ class CaptionCache:
                 encoded = pipeline.encode_captions(batch["caption"])
             return {name: tensor.float().flatten(1).cpu().numpy() for name, tensor in encoded.items()}
 
-        key = _content_key(pipeline, ordered)
+        key = _content_key(pipeline, ordered, self.shapes)
         folder.mkdir(parents=True, exist_ok=True)
         self.encoded = datasets.Dataset.from_dict({"caption": ordered}).map(
             encode,
@@ -70,13 +71,14 @@ class CaptionCache:
         }
 
 
-def _content_key(pipeline: CompositionMixin, captions: list[str]) -> str:
-    """A digest of the captions, the pipeline's class, its tokenizers, and its text encoders' weights and settings."""
-    settings = (type(pipeline).__name__, pipeline.config.get("force_zeros_for_empty_prompt"), captions)
+def _content_key(pipeline: CompositionMixin, captions: list[str], shapes: dict[str, torch.Size]) -> str:
+    """A digest of the captions' tokens, of the text encoders' weights and settings, and of what is kept."""
+    settings = (type(pipeline).__name__, pipeline.config.get("force_zeros_for_empty_prompt"), captions, shapes)
     digest = hashlib.sha256(repr(settings).encode())
     for name, encoder in pipeline.text_encoders.items():
         tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
-        digest.update(repr((encoder.config.to_json_string(), sorted(tokenizer.get_vocab().items()))).encode())
+        tokens = tokenizer(captions, padding="max_length", truncation=True).input_ids
+        digest.update(repr((encoder.config.to_json_string(), tokens)).encode())
         for parameter, weight in sorted(encoder.state_dict().items()):
             digest.update(f"{parameter} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -22,6 +22,7 @@ _NAME = re.compile(r"checkpoint-\d+")
 _UNFINISHED = "unfinished-"
 _WEIGHTS = "trained.safetensors"
 _OPTIONS = "options.json"
+_OF_LENGTH = ("max_train_steps", "unfreeze_step")  # a run may become longer
 
 
 def register_trained_weights(accelerator: Accelerator) -> None:
@@ -128,15 +129,32 @@ def choose_checkpoint(
     return checkpoint
 
 
-def _check_options(checkpoint: Path, options: dict[str, Any]) -> None:
-    """Checks that a run has the options of the checkpoint's: others would be half ignored, half obeyed."""
+def keep_to_plan(checkpoint: Path, options: dict[str, Any]) -> None:
+    """Puts into the options of a run that goes on for longer than was planned what stays as it was planned."""
+    before = _read_options(checkpoint)
+    options["unfreeze_step"] = before["unfreeze_step"]
+    length, steps, schedule = before["max_train_steps"], options["max_train_steps"], options["lr_scheduler"]
+    if length != steps and not schedule.startswith("constant"):
+        logger.warning(
+            f"From here on the learning rate is that of a run of {steps} steps, and not of {length} as before: the"
+            f" schedule '{schedule}' depends on it."
+        )
+
+
+def _read_options(checkpoint: Path) -> dict[str, Any]:
+    """The options of the run that wrote it."""
     file = checkpoint / _OPTIONS
     if not file.exists():
         raise ValueError(f"{checkpoint} has no {_OPTIONS}: it was not written by this version of the training script.")
-    before = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def _check_options(checkpoint: Path, options: dict[str, Any]) -> None:
+    """Checks that a run has the options of the checkpoint's: others would be half ignored, half obeyed."""
+    before = _read_options(checkpoint)
     changed = [
         f"`{name}` was {before.get(name)} and is {options.get(name)}"
-        for name in sorted({*before, *options})
+        for name in sorted({*before, *options}.difference(_OF_LENGTH))
         if before.get(name) != options.get(name)
     ]
     if changed:

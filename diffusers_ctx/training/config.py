@@ -50,7 +50,9 @@ class DataConfig:
     center_crop: bool = _option(False, "Crop the centre, and not the same random place for each image.")
     random_flip: bool = _option(False, "Flip images left to right at random.")
     proportion_empty_prompts: float = _option(0.1, "Share of captions dropped, for classifier-free guidance.")
-    cache_latents: bool = _option(False, "Keep encoded images and captions on disk, and encode each once.")
+    cache_latents: bool = _option(
+        False, "Keep encoded images, and captions unless text encoders learn, on disk; encode each once."
+    )
     cache_dir: str | None = _option(None, "Where downloads and what was encoded are kept; by default that of the Hub.")
 
 

@@ -147,6 +147,8 @@ def learn_values(
             attempt.advance(trial, progress)
         best = min(attempts, key=lambda attempt: attempt.loss)
         best.advance(steps - trial, progress)
+    if not math.isfinite(best.loss):
+        raise FloatingPointError("The loss of telling concepts apart is not finite; lower `contrastive_weight`.")
     context_module.load_state_dict(best.module.state_dict())
     return best.values()
 
@@ -180,21 +182,20 @@ class _Attempt:
         self.loss = math.inf  # the mean of its last steps
 
     def advance(self, steps: int, progress: tqdm) -> None:
-        """Takes so many steps more."""
+        """Takes so many steps more, or fewer if the loss ceases to be finite."""
         losses = []
         for _ in range(steps):
             loss = self._loss()
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"The loss is not finite at step {self._steps_done} of telling concepts apart."
-                )
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                self.loss = math.inf
+                return
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*self.flow.parameters(), *self._mechanisms], 20.0)
             self._optimizer.step()
             self._schedule.step()
             self._optimizer.zero_grad()
             self._steps_done += 1
-            losses.append(loss.item())
             progress.update()
         self.loss = fmean(losses[-_JUDGED_STEPS:])
 

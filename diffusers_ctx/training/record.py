@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import accelerate
@@ -29,17 +32,38 @@ def options_of(config: TrainingConfig) -> dict[str, Any]:
     return options
 
 
-def deciding_options(config: TrainingConfig, accelerator: Accelerator, images: dict[str, int]) -> dict[str, Any]:
+def deciding_options(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    concepts: Sequence[str],
+    resolution: int,
+    steps: int,
+    contexts: Iterable[str],
+) -> dict[str, Any]:
     """The options that decide what a run learns, and how many images of each context it sees.
 
-    A run that resumes must have them as they were. It may be longer than it was to be, find model and images in other
-    places, and divide a batch among other processes.
+    A run that resumes must have them as they were, but for its length. It may find model and images in other places,
+    and divide a batch among other processes.
+
+    Args:
+        config: the run.
+        accelerator: its processes and precision.
+        concepts: the concepts that it learns.
+        resolution: height and width of its images.
+        steps: its optimizer steps.
+        contexts: the context of each image.
     """
-    options = options_of(config)
-    batch_size = options.pop("train_batch_size") * accelerator.num_processes
     free = {*_MAY_CHANGE, *vars(config.output)}
-    deciding = {name: value for name, value in options.items() if name not in free}
-    return deciding | {"train_batch_size of all processes": batch_size, "images": images}
+    options = {name: value for name, value in options_of(config).items() if name not in free}
+    return options | {
+        "concepts": list(concepts),
+        "resolution": resolution,
+        "train_batch_size of all processes": config.optimization.train_batch_size * accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "images": dict(sorted(Counter(contexts).items())),
+        "max_train_steps": steps,
+        "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
+    }
 
 
 _MAY_CHANGE = (
@@ -50,15 +74,12 @@ _MAY_CHANGE = (
     "gradient_checkpointing",
     "train_data_dir",
     "dataset_name",
-    "image_column",
-    "context_column",
-    "caption_column",
     "skip_unreadable",
     "cache_latents",
     "cache_dir",
+    "unfreeze_after",
+    "train_batch_size",
     "num_train_epochs",
-    "max_train_steps",
-    "mixed_precision",
     "allow_tf32",
 )
 

@@ -33,6 +33,7 @@ from .checkpoints import (
     checkpoint_step,
     choose_checkpoint,
     find_checkpoint,
+    keep_to_plan,
     register_trained_weights,
     save_checkpoint,
 )
@@ -91,12 +92,14 @@ class ContextTrainer:
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = self._count_steps()
-        # what an epoch's order of images depends on, and what a resumed run must therefore find as it was
-        images = {context: dataset["context"].count(context) for context in sorted(dataset.unique("context"))}
-        self.options = deciding_options(config, self.accelerator, images)
+        self.options = deciding_options(
+            config, self.accelerator, self.concepts, self._resolution, self.max_train_steps, dataset["context"]
+        )
         self.checkpoint = choose_checkpoint(
             self.output_dir, config.output.resume_from_checkpoint, self.max_train_steps, self.accelerator, self.options
         )
+        if self.checkpoint is not None:
+            keep_to_plan(self.checkpoint, self.options)
         check_writable(self.output_dir)
         if schedule:
             pipeline.set_context_scheduler(schedule)
@@ -110,7 +113,8 @@ class ContextTrainer:
         held_out_latents = self._encode(held_out) if len(held_out) else None
         self._encode_captions = pipeline.encode_captions
         if config.data.cache_latents and not self._text_encoders:
-            self._encode_captions = CaptionCache(pipeline, {"", *self.latents.captions}, self._cache_dir)
+            with self.accelerator.local_main_process_first():
+                self._encode_captions = CaptionCache(pipeline, {"", *self.latents.captions}, self._cache_dir)
         self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
 
     @property
@@ -327,7 +331,7 @@ class ContextTrainer:
     def _train_on(self, number: int, batch: dict[str, Any], step: int) -> float:
         """One batch; the mean loss of all processes."""
         accelerator = self.accelerator
-        backbone_learns = step >= self.config.model.unfreeze_after * self.max_train_steps
+        backbone_learns = step >= self.options["unfreeze_step"]
         # DDP waits for all the gradients that it found at first
         frozen = [] if backbone_learns or accelerator.num_processes > 1 else self._backbone_parameters
         with accelerator.accumulate(self.objective):

@@ -15,8 +15,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers
+from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers, loader
 from diffusers_ctx.hub import AdapterError
+from diffusers_ctx.hub.push import files_to_push
 
 
 def sample(pipeline, **arguments) -> np.ndarray:
@@ -114,6 +115,16 @@ def test_an_adapter_of_mode_full_is_saved_again_as_one(plain_pipeline, saved_ada
     fresh_pipeline.unload_context_adapter()
     fresh_pipeline.load_context_adapter(saved_adapter)
     assert mode_of(fresh_pipeline, "third") == "frozen"
+
+
+def test_a_loaded_adapter_of_mode_full_is_pushed_with_its_pipeline(
+    plain_pipeline, fresh_pipeline, tmp_path, monkeypatch
+):
+    attach_random_module(plain_pipeline)
+    fresh_pipeline.load_context_adapter(plain_pipeline.save_context_adapter(tmp_path / "full", mode="full"))
+    monkeypatch.setattr(loader, "push_adapter_folder", lambda folder, repo_id, **options: files_to_push(folder))
+    files = fresh_pipeline.push_context_adapter("user/adapter")
+    assert {"model_index.json", "unet/config.json", "context_adapter.safetensors", "README.md"} <= set(files)
 
 
 @pytest.mark.parametrize("first", ["lora", "adapter"])

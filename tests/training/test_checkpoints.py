@@ -149,6 +149,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_same_options_alone(accelerator, 
         choose(seed=1, images={"night": 6})
     with pytest.raises(ValueError, match="`rank` was None and is 4"):
         choose(rank=4)
+    assert choose(max_train_steps=9, unfreeze_step=3) == checkpoint  # a run may become longer
     (checkpoint / "options.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-2 has no options\.json"):
         choose()

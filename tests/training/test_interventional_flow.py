@@ -6,6 +6,7 @@ import torch
 from conftest import make_context_module
 
 from diffusers_ctx import ContextModule
+from diffusers_ctx.training import interventional_flow
 from diffusers_ctx.training.config import ContextConfig
 from diffusers_ctx.training.distances import context_mismatch, sorted_distance, unit_directions
 from diffusers_ctx.training.interventional_flow import ImageCodes, InvertibleMap, _draw_rows, _loss, learn_values
@@ -118,6 +119,36 @@ def test_an_intervention_that_narrows_is_not_folded():
     read = values[..., 0].numpy()
     assert abs(np.corrcoef(read[:, 0], night)[0, 1]) > 0.9 > abs(np.corrcoef(read[:, 0], np.abs(night))[0, 1])
     assert abs(np.corrcoef(read[:, 1], snow)[0, 1]) > 0.9
+
+
+@pytest.mark.parametrize("losses", [[5, 2, 3, 4, 6, 7], [np.nan, 9, 3, 4, 1, 7]])
+def test_the_best_of_several_attempts_goes_on(monkeypatch, losses):
+    attempts = []
+
+    class Attempt(interventional_flow._Attempt):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.number = len(attempts)
+            attempts.append(self)
+
+        def _loss(self):
+            loss = super()._loss()
+            return loss * 0 + losses[self.number]
+
+    monkeypatch.setattr(interventional_flow, "_Attempt", Attempt)
+    torch.manual_seed(3)
+    module = ContextModule(["night"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1)
+    mean = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    codes, contexts = ImageCodes(mean, torch.ones(20, 2), torch.arange(20) % 2), torch.tensor([[0.0], [1.0]])
+    values = learn_values(module, codes, contexts, ContextConfig(abduction_steps=10), seed=0, show_progress=False)
+    best = int(np.nanargmin(losses))
+    assert [attempt._steps_done for attempt in attempts] == [
+        20 if number == best else 2 * np.isfinite(losses[number]) for number in range(6)
+    ]
+    assert torch.equal(values, attempts[best].values())
+    assert not any(torch.equal(values, attempt.values()) for attempt in attempts if attempt.number != best)
+    chosen = attempts[best].module.state_dict()
+    assert all(torch.equal(weight, chosen[name]) for name, weight in module.state_dict().items())
 
 
 def test_it_depends_on_the_seed_and_on_nothing_else():

@@ -150,6 +150,17 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
     refuses(ValueError, message, resume_from_checkpoint="latest")
 
 
+def test_a_run_that_becomes_longer_keeps_to_when_the_unet_was_to_learn(options, caplog):
+    plan = options | {"unfreeze_after": 0.5, "max_train_steps": 4, "checkpointing_steps": 4}
+    create_trainer(plan).train()
+    longer = create_trainer(plan | {"resume_from_checkpoint": "latest", "max_train_steps": 9})
+    assert longer.options["unfreeze_step"] == 2 and not [line for line in caplog.messages if "learning rate" in line]
+    create_trainer(plan | {"output_dir": options["output_dir"] + "2", "lr_scheduler": "cosine"}).train()
+    changes = {"output_dir": options["output_dir"] + "2", "lr_scheduler": "cosine", "resume_from_checkpoint": "latest"}
+    create_trainer(plan | changes | {"max_train_steps": 9})
+    assert "a run of 9 steps, and not of 4 as before: the schedule 'cosine'" in caplog.text
+
+
 def test_the_latest_checkpoint_of_a_run_that_has_none_is_its_beginning(options, caplog):
     trainer = create_trainer(options | {"resume_from_checkpoint": "latest"})
     assert trainer.checkpoint is None and "training starts from the beginning" in caplog.text
