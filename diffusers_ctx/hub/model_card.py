@@ -78,6 +78,7 @@ def render_model_card(
         pipeline=pipeline_name(config),
         softer={concepts[0]: 0.5},
         mode=config["mode"],
+        injection=config.get("injection"),
         license=config.get("license"),
         pictures=pictures or [],
         command=training.get("command"),

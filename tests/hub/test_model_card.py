@@ -184,6 +184,13 @@ def test_each_mode_says_what_was_trained(mode):
     assert f'ComposablePipeline.from_pretrained("{base}")' in text
 
 
+def test_tokens_in_the_prompt_are_told():
+    words = "takes 0 and 1 alone"
+    assert words in render_model_card(CONFIG | {"injection": "prompt"}).text
+    assert words not in render_model_card(CONFIG | {"injection": "cross_attention"}).text
+    assert words not in render_model_card(CONFIG).text
+
+
 def test_the_paper_is_cited():
     text = render_model_card(CONFIG).text
     assert "https://arxiv.org/abs/2507.04754" in text and "@inproceedings{" in text
