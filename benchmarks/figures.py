@@ -20,6 +20,10 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.training import draw_grid
 
 
+_REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000, "concept_steps": 1500}
+_CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
+
+
 def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Image.Image:
     """Combinations that were never seen: real images first, beneath them the samples of every row."""
     pictures, labels = [], []
@@ -65,6 +69,25 @@ def draw_graphs(results: list[dict[str, Any]]) -> Figure:
     return _heat_maps(matrices, quad.CONCEPTS, "cause", "effect")
 
 
+def draw_curves(results_dir: Path) -> Figure:
+    """How the row ours depends on the UNet's steps and on the number of images, other things being equal."""
+    runs = [json.loads(file.read_text()) for file in sorted(results_dir.glob("dependent-seed0-*/ours.json"))]
+    reference = _REFERENCE_RUN.items()
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (option, label) in zip(figure.subplots(1, 2, sharey=True), _CURVES.items()):
+        others = [(name, value) for name, value in reference if name != option]
+        alike = [run for run in runs if all(run["options"][name] == value for name, value in others)]
+        points = sorted((run["options"][option], summary) for run in alike if (summary := summarize_row(run)))
+        for name in ("singles", "pairs", "triples"):
+            axes.plot([place for place, _ in points], [summary[name] for _, summary in points], "o-", label=name)
+        axes.set(xscale="log", xlabel=label, ylim=(0, None))
+        axes.set_xticks([place for place, _ in points], [f"{place:,}" for place, _ in points], minor=False)
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("debiased distance")
+    figure.axes[0].legend()
+    return figure
+
+
 def _heat_maps(matrices: dict[str, Any], columns: tuple[str, ...], xlabel: str, ylabel: str) -> Figure:
     figure = Figure(figsize=(3.2 * len(matrices), 3.4), layout="constrained")
     for axes, (name, matrix) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items()):
@@ -96,6 +119,8 @@ def main() -> None:
     draw_interference(chosen).savefig(args.output_dir / "interference.png")
     if any("graph" in row for row in chosen):
         draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
+    if dependent:
+        draw_curves(args.results.parent).savefig(args.output_dir / "curves.png")
 
 
 if __name__ == "__main__":

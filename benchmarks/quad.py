@@ -33,6 +33,7 @@ from methods.ours import (
     load_pipeline,
     oracle_graph,
 )
+from methods.reconstruction import Reconstruction
 from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
@@ -73,6 +74,7 @@ def rows(dependent: bool, seconds: float) -> dict[str, Method]:
         "composable-diffusion": ComposableDiffusion("prompt-lora"),
         "concept-sliders": ConceptSliders("prompt-lora"),
         "paper-vae": LightVae(seconds),
+        "autoencoder": Reconstruction(),
     }
 
 
