@@ -163,7 +163,7 @@ class ContextAdapter:
             OptimizationConfig(
                 seed=setting.seed,
                 train_batch_size=64,
-                max_train_steps=setting.train_steps,
+                max_train_steps=setting.rival_steps if self._is_given_concepts else setting.train_steps,
                 learning_rate=_LEARNING_RATES[self.mode],
                 lr_scheduler="cosine",
                 lr_warmup_steps=50,
@@ -176,6 +176,10 @@ class ContextAdapter:
             ),
         )
         self.trainer(setting, config).train()
+
+    @property
+    def _is_given_concepts(self) -> bool:
+        return issubclass(self.trainer, GivenNoiseTrainer)
 
     @property
     def learns_graph(self) -> bool:
