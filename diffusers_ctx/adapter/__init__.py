@@ -1,5 +1,6 @@
 from .attention import (
     attach_context_module,
+    attached_adapter,
     attached_context_module,
     context_attention_layers,
     detach_context_module,
@@ -13,6 +14,7 @@ __all__ = [
     "LORA_ADAPTER",
     "ContextAdapterLoaderMixin",
     "attach_context_module",
+    "attached_adapter",
     "attached_context_module",
     "context_attention_layers",
     "detach_context_module",

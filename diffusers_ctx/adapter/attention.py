@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,12 +43,28 @@ _CONTEXT_PROCESSORS = {
 _PLAIN_PROCESSORS = {context: plain for plain, context in _CONTEXT_PROCESSORS.items()}
 
 
+@dataclass
+class AttachedAdapter:
+    """What pipelines must know of the adapter that a UNet carries; several may share the UNet (`from_pipe`).
+
+    Attributes:
+        plain_scheduler: the scheduler without it, where it came with a noise schedule of its own.
+        trained_full: whether the UNet learned as a whole together with it.
+        has_lora: whether LoRAs came with it.
+    """
+
+    plain_scheduler: Any = None
+    trained_full: bool = False
+    has_lora: bool = False
+
+
 class ContextProjection(nn.Module):
     """Holds the context module where the UNet expects an image projection; its tokens need no projection."""
 
     def __init__(self, context_module: ContextModule):
         super().__init__()
         self.context_module = context_module
+        self.adapter = AttachedAdapter()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens
@@ -81,11 +98,7 @@ def attach_context_module(
     """
     if injection not in INJECTIONS:
         raise ValueError(f"Unknown injection '{injection}'; choose one of {list(INJECTIONS)}.")
-    if unet.encoder_hid_proj is not None:
-        raise ValueError(
-            "The UNet already has an IP-Adapter or a context adapter; call `unload_ip_adapter()` or"
-            " `unload_context_adapter()` first."
-        )
+    check_unoccupied(unet)
     if unet.config.cross_attention_dim != context_module.config.token_dim:
         raise ValueError(
             f"The context module makes tokens of width {context_module.config.token_dim}, the UNet takes"
@@ -107,9 +120,22 @@ def attach_context_module(
     unet.config.encoder_hid_dim_type = "ip_image_proj"
 
 
+def check_unoccupied(unet: UNet2DConditionModel) -> None:
+    """Checks that the UNet has a place for an adapter's tokens.
+
+    Raises:
+        ValueError: if another adapter is there.
+    """
+    if unet.encoder_hid_proj is not None:
+        raise ValueError(
+            "The UNet already has an IP-Adapter or a context adapter; call `unload_ip_adapter()` or"
+            " `unload_context_adapter()` first."
+        )
+
+
 def detach_context_module(unet: UNet2DConditionModel) -> None:
     """Takes the context module and its attention weights off `unet`, which is then as it was; without one, nothing."""
-    if not _context_modules(unet):
+    if not _projections(unet):
         return
     unet.set_attn_processor(_plain_processors(unet.attn_processors))
     if getattr(unet, "original_attn_processors", None) is not None:  # `unfuse_qkv_projections` would bring ours back
@@ -123,12 +149,12 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
     """While it is open, `unet` is the plain model; afterwards it carries its context module again, if it had one."""
     processors, projection = unet.attn_processors, unet.encoder_hid_proj
     kind = unet.config.encoder_hid_dim_type
-    modules = _context_modules(unet)
+    attached = bool(_projections(unet))
     detach_context_module(unet)
     try:
         yield
     finally:
-        if modules:
+        if attached:
             unet.set_attn_processor(dict(processors))
             unet.encoder_hid_proj = projection
             unet.config.encoder_hid_dim_type = kind
@@ -140,8 +166,8 @@ def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
     Raises:
         RuntimeError: if its attention processors have been replaced since, so that its tokens would be ignored.
     """
-    modules = _context_modules(unet)
-    if not modules:
+    projections = _projections(unet)
+    if not projections:
         return None
     if injection_of(unet) == "cross_attention" and not all(
         type(processor) in _PLAIN_PROCESSORS for processor in _cross_attention_processors(unet).values()
@@ -151,7 +177,13 @@ def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
             " `fuse_qkv_projections` do that); undo it with `unfuse_qkv_projections()` if it was the latter, or call"
             " `unload_context_adapter()` and `load_context_adapter(...)` again."
         )
-    return modules[0]
+    return projections[0].context_module
+
+
+def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
+    """What is known of the adapter that the UNet carries; without one, what is true of none."""
+    projections = _projections(unet)
+    return projections[0].adapter if projections else AttachedAdapter()
 
 
 @contextmanager
@@ -218,10 +250,10 @@ def injection_of(unet: UNet2DConditionModel) -> str:
     return "prompt" if isinstance(unet.encoder_hid_proj, PromptProjection) else "cross_attention"
 
 
-def _context_modules(unet: UNet2DConditionModel) -> list[ContextModule]:
+def _projections(unet: UNet2DConditionModel) -> list[ContextProjection]:
     projection = getattr(unet, "encoder_hid_proj", None)
     layers = getattr(projection, "image_projection_layers", [projection])
-    return [layer.context_module for layer in layers if isinstance(layer, ContextProjection)]
+    return [layer for layer in layers if isinstance(layer, ContextProjection)]
 
 
 def _is_cross_attention(name: str) -> bool:

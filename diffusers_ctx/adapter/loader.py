@@ -14,6 +14,7 @@ from typing import Any
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.utils import delete_adapter_layers, logging, recurse_remove_peft_layers
 from huggingface_hub import CommitInfo
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,7 +33,9 @@ from ..hub import (
 )
 from .attention import (
     attach_context_module,
+    attached_adapter,
     attached_context_module,
+    check_unoccupied,
     context_module_detached,
     detach_context_module,
     lora_detached,
@@ -51,8 +54,6 @@ class ContextAdapterLoaderMixin:
 
     unet: UNet2DConditionModel
     scheduler: Any
-    _plain_scheduler: Any = None  # where an adapter brought its own noise schedule
-    _loaded_full: bool = False  # whether it was loaded, and trained together with its UNet
     config: Any
     components: dict[str, Any]
     load_lora_weights: Callable[..., None]
@@ -115,6 +116,7 @@ class ContextAdapterLoaderMixin:
             local_files_only=local_files_only,
         )
         config = validate_adapter_folder(folder)
+        check_unoccupied(self.unet)
         check_base(config, self.unet, self.scheduler.config.prediction_type)
         if self._context_lora_models:
             raise ValueError(
@@ -129,7 +131,7 @@ class ContextAdapterLoaderMixin:
                 self._load_context_lora(folder)
             if config.get("scheduler"):
                 self.set_context_scheduler(config["scheduler"])
-            self._loaded_full = config["mode"] == "full"
+            attached_adapter(self.unet).trained_full = config["mode"] == "full"
         except Exception:
             self.unload_context_adapter()
             raise
@@ -150,14 +152,15 @@ class ContextAdapterLoaderMixin:
 
         Args:
             save_directory: folder to write to; made if need be.
-            mode: `frozen`, `lora` or `full`, how it was trained; by default read off what was loaded.
+            mode: `frozen`, `lora` or `full`, how it was trained; by default read off what is loaded.
             card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
 
         Raises:
             ValueError: if no adapter is loaded.
+            RuntimeError: if a part of it has been removed or replaced since.
         """
-        module = self._require_context_module()
-        mode = mode or ("full" if self._loaded_full else "lora" if self._context_lora_models else "frozen")
+        module, adapter = self._require_context_module(), attached_adapter(self.unet)
+        mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter_config(
@@ -165,7 +168,7 @@ class ContextAdapterLoaderMixin:
             self.unet,
             self.scheduler,
             # in mode full, the pipeline that is saved beside the adapter has the schedule of training itself
-            plain_scheduler=(None if mode == "full" else self._plain_scheduler) or self.scheduler,
+            plain_scheduler=(None if mode == "full" else adapter.plain_scheduler) or self.scheduler,
             base_model=public_name(self.config.get("_name_or_path")),
             mode=mode,
         )
@@ -182,9 +185,9 @@ class ContextAdapterLoaderMixin:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
         `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with the noise
         schedule that it learned with."""
-        scheduler = self.scheduler
-        if self._plain_scheduler is not None and self._context_lora_models:
-            self.scheduler = self._plain_scheduler
+        scheduler, adapter = self.scheduler, attached_adapter(self.unet)
+        if adapter.plain_scheduler is not None and not adapter.trained_full:
+            self.scheduler = adapter.plain_scheduler
         with ExitStack() as stack:
             stack.enter_context(context_module_detached(self.unet))
             for model in self._lora_models.values():
@@ -196,11 +199,15 @@ class ContextAdapterLoaderMixin:
         """Takes the adapter off, with its LoRAs, and leaves the plain pipeline; without an adapter, does nothing.
 
         Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back.
+
+        Raises:
+            ValueError: if its LoRA has been fused into the weights.
         """
+        self._check_unfused()
+        plain_scheduler = attached_adapter(self.unet).plain_scheduler
         detach_context_module(self.unet)
-        self._loaded_full = False
-        if self._plain_scheduler is not None:
-            self.scheduler, self._plain_scheduler = self._plain_scheduler, None
+        if plain_scheduler is not None:
+            self.scheduler = plain_scheduler
         for model in self._context_lora_models.values():
             delete_adapter_layers(model, LORA_ADAPTER)
             if not _loras_of(model):
@@ -219,27 +226,43 @@ class ContextAdapterLoaderMixin:
         super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
-        """Weighs the context tokens in the cross-attention: 1 as trained, 0 the plain model.
+        """Weighs the context tokens in the cross-attention, and the adapter's LoRAs: 1 as trained, 0 the plain model.
+
+        A UNet that learned as a whole (mode `full`) stays what it learned to be.
 
         Raises:
-            ValueError: if no adapter is loaded, or its tokens are in the prompt and the scale is neither 0 nor 1.
+            ValueError: if no adapter is loaded, its tokens are in the prompt and the scale is neither 0 nor 1, its
+                LoRA has been fused, or it came with a noise schedule of its own and the scale is not 1.
         """
         self._require_context_module()
+        self._check_unfused()
+        if scale != 1 and attached_adapter(self.unet).plain_scheduler is not None:
+            raise ValueError(
+                "This adapter came with a noise schedule that the plain model does not know, so it cannot be weighed;"
+                " call `unload_context_adapter()` for the plain model."
+            )
         set_context_scale(self.unet, scale)
+        for layer in self._context_lora_layers:
+            layer.set_scale(LORA_ADAPTER, scale)
 
     def set_context_scheduler(self, options: dict[str, Any]) -> None:
-        """Gives the pipeline the noise schedule that an adapter was trained with, until it is unloaded.
+        """Gives the pipeline the noise schedule that the attached adapter learns with, until it is unloaded.
 
         Args:
             options: what differs from the base model's schedule, of `prediction_type`, `rescale_betas_zero_snr` and
                 `timestep_spacing`. A scheduler that does not know one of them gives way to DDIM, and so does PNDM,
                 the default of Stable Diffusion 1.x, which knows fewer prediction types.
+
+        Raises:
+            ValueError: if no adapter is attached.
         """
+        self._require_context_module()
         kind = type(self.scheduler)
         if kind is PNDMScheduler or not set(options) <= set(inspect.signature(kind.__init__).parameters):
             kind, options = DDIMScheduler, {"clip_sample": False} | options
-        self._plain_scheduler = self._plain_scheduler or self.scheduler
-        self.scheduler = kind.from_config(self._plain_scheduler.config, **options)
+        adapter = attached_adapter(self.unet)
+        adapter.plain_scheduler = adapter.plain_scheduler or self.scheduler
+        self.scheduler = kind.from_config(adapter.plain_scheduler.config, **options)
 
     def push_context_adapter(
         self,
@@ -262,7 +285,7 @@ class ContextAdapterLoaderMixin:
             card: further arguments of the model card, see `save_context_adapter`.
         """
         with TemporaryDirectory() as folder:
-            if self._loaded_full:
+            if attached_adapter(self.unet).trained_full:
                 self.save_pretrained(folder)
             self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
             return push_adapter_folder(
@@ -275,10 +298,25 @@ class ContextAdapterLoaderMixin:
             )
 
     def _require_context_module(self) -> ContextModule:
+        """The context module.
+
+        Raises:
+            ValueError: if there is none.
+            RuntimeError: if a part of the adapter has been removed or replaced since it was loaded.
+        """
         module = self.context_module
         if module is None:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
+        if attached_adapter(self.unet).has_lora and not self._context_lora_models:
+            raise RuntimeError(
+                "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
+                " `unload_context_adapter()` and `load_context_adapter(...)` again."
+            )
         return module
+
+    def _check_unfused(self) -> None:
+        if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
+            raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
 
     def _load_context_lora(self, folder: Path) -> None:
         models = self._lora_models
@@ -292,6 +330,7 @@ class ContextAdapterLoaderMixin:
             ) from error
         for name, model in self._context_lora_models.items():
             model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
+        attached_adapter(self.unet).has_lora = True
 
     def _save_context_lora(self, folder: Path) -> None:
         arguments: dict[str, Any] = {}
@@ -312,6 +351,12 @@ class ContextAdapterLoaderMixin:
     def _context_lora_models(self) -> dict[str, Any]:
         """Those that have the adapter's own."""
         return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
+
+    @property
+    def _context_lora_layers(self) -> list[BaseTunerLayer]:
+        """Every layer of theirs that a LoRA has a part in."""
+        modules = (module for model in self._context_lora_models.values() for module in model.modules())
+        return [module for module in modules if isinstance(module, BaseTunerLayer)]
 
 
 def _loras_of(model: nn.Module) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
@@ -51,8 +54,9 @@ def push_adapter_folder(
         PermissionError: if the Hub does not accept the token.
     """
     files = files_to_push(folder)
-    repo_id = create_repository(repo_id, token=token, private=private)
-    return _api(token).upload_folder(
+    api = _api(token)
+    repo_id = _create(api, repo_id, private)  # a pull request needs no right to write
+    return api.upload_folder(
         repo_id=repo_id,
         folder_path=Path(folder),
         allow_patterns=[glob.escape(name) for name in files],
@@ -64,7 +68,7 @@ def push_adapter_folder(
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Makes sure that there is a repository to push to, and so that the token may push.
+    """Makes sure that there is a repository to push to, and that the token may write to it.
 
     Args:
         repo_id: its name; without a namespace, the token's owner's.
@@ -76,14 +80,14 @@ def create_repository(repo_id: str, *, token: str | None = None, private: bool |
 
     Raises:
         LocalTokenNotFoundError: if there is no token.
-        PermissionError: if the Hub does not accept the token.
+        PermissionError: if the Hub does not accept the token, or does not let it write there.
     """
-    try:
-        return _api(token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise PermissionError(f"The Hub does not accept this token. {_LOGIN}.") from error
+    api = _api(token)
+    name = _create(api, repo_id, private)
+    if "write" in inspect.signature(api.auth_check).parameters:  # older versions cannot ask
+        with _refused(repo_id):  # who may only read a repository has found it as well
+            api.auth_check(name, write=True)
+    return name
 
 
 def files_to_push(folder: str | os.PathLike) -> list[str]:
@@ -123,6 +127,22 @@ def _pictures(card: Path) -> list[str]:
                 f"{card} shows {picture}, which is no picture in {card.parent}: put it there or take it off the card."
             )
     return [picture.as_posix() for picture in pictures]
+
+
+def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
+    with _refused(repo_id):
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+@contextmanager
+def _refused(repo_id: str) -> Iterator[None]:
+    """Says what to do where the Hub does not let a token in."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(f"The Hub does not let this token write to {repo_id}. {_LOGIN}.") from error
 
 
 def _api(token: str | None) -> HfApi:

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..adapter import attach_context_module
+from ..adapter import attach_context_module, attached_adapter
 from ..context import ContextModule
 from ..pipelines import CompositionMixin
 from .config import ModelConfig
@@ -19,13 +19,14 @@ def prepare_backbone(
     unet = pipeline.unet
     pipeline.to(accelerator.device)
     pipeline.vae.requires_grad_(False)
-    frozen = [text_encoder.requires_grad_(False) for text_encoder in pipeline.text_encoders.values()]
-    if model.mode != "full":  # what learns stays in float32
-        frozen.append(unet)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for module in frozen:
-        module.to(torch.empty(0, device=accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
+    for text_encoder in pipeline.text_encoders.values():
+        text_encoder.requires_grad_(False)
+    if model.mode != "full":  # there the UNet learns, and all of the pipeline is saved
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        for module in (unet, *pipeline.text_encoders.values()):
+            module.to(torch.empty(0, device=accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
     attach_context_module(unet, context_module, model.injection)
+    attached_adapter(unet).trained_full = model.mode == "full"
     context_module.float()
     if model.injection == "prompt":  # tokens of zeros take a little of the attention and add nothing
         torch.nn.init.zeros_(context_module.read_out.norm.weight)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType
@@ -80,7 +81,14 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     if config.model.injection not in INJECTIONS:
         raise ValueError(f"Unknown injection '{config.model.injection}'; choose one of {list(INJECTIONS)}.")
     check_optimizer(config.optimization)
-    schedules = [kind.value for kind in SchedulerType]
+    trackers = ["none", "all", *map(str, get_available_trackers())]
+    if config.output.report_to not in trackers:  # Accelerate would leave it out and go on
+        raise ValueError(
+            f"`report_to` is '{config.output.report_to}', and no tracker of that name is installed; install it, or"
+            f" choose one of {trackers}."
+        )
+    # piecewise_constant takes rules that no option gives
+    schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
 

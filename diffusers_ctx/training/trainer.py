@@ -101,9 +101,9 @@ class ContextTrainer:
         if self.checkpoint is not None:
             keep_to_plan(self.checkpoint, self.options)
         check_writable(self.output_dir)
+        prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
         if schedule:
             pipeline.set_context_scheduler(schedule)
-        prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0

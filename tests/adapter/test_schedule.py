@@ -31,11 +31,15 @@ def sample(pipeline, **arguments) -> np.ndarray:
     return pipeline("a street", num_inference_steps=3, output_type="np", generator=generator, **arguments).images
 
 
-@pytest.fixture
-def trained() -> ComposablePipeline:
-    pipeline = attach_random_module(epsilon_pipeline())
+def add_random_lora(pipeline: ComposablePipeline) -> ComposablePipeline:
     torch.manual_seed(3)
     pipeline.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), LORA_ADAPTER)
+    return pipeline
+
+
+@pytest.fixture
+def trained() -> ComposablePipeline:
+    pipeline = add_random_lora(attach_random_module(epsilon_pipeline()))
     pipeline.set_context_scheduler(OPTIONS)
     return pipeline
 

@@ -227,6 +227,12 @@ class HubDouble:
         links = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data)), "Location": f"{self.storage}/lfs/{oid}"}
         return Answer(b"", 302, headers | links)
 
+    def may_write(self, request: Request, name: str) -> Any:
+        self._repo(request, name)
+        if name.split("/")[0] != USER:
+            raise Refusal(403, f"You have no right to write to {name}")
+        return {}
+
     ROUTES = (
         ("GET", "/api/whoami-v2", whoami),
         ("POST", "/api/validate-yaml", validate_yaml),
@@ -234,6 +240,7 @@ class HubDouble:
         ("POST", "/api/models/([^/]+/[^/]+)/preupload/([^/]+)", preupload),
         ("POST", "/api/models/([^/]+/[^/]+)/commit/([^/]+)", commit),
         ("GET", "/api/models/([^/]+/[^/]+)", model),
+        ("GET", "/api/models/([^/]+/[^/]+)/auth-check/write", may_write),
         ("GET", "/api/models/([^/]+/[^/]+)/revision/([^/]+)", model),
         ("GET", "/api/models/([^/]+/[^/]+)/tree/([^/]+)", tree),
         ("POST", "/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", lfs_batch),

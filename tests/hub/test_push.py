@@ -153,6 +153,12 @@ def test_a_repository_can_be_made_before_there_is_anything_to_push(hub, adapter,
     assert list(hub.repos) == [REPO] and hub.repos[REPO].branches["main"][-1].oid == pushed["oid"]
 
 
+def test_a_repository_that_can_only_be_read_is_refused_before_training(hub, tmp_path):
+    hub.add_repo("stranger/weather", {"README.md": b"# theirs"})
+    (refused,) = call(hub, tmp_path / "home", (CREATE, {"repo_id": "stranger/weather", "token": TOKEN}))
+    assert refused["error"] == "PermissionError" and "write to stranger/weather" in refused["message"]
+
+
 def test_an_adapter_of_mode_full_takes_its_pipeline_along(tmp_path):
     folder = write_adapter(tmp_path / "full", mode="full")
     with pytest.raises(AdapterError, match=r"model_index\.json.*save_pretrained"):
