@@ -100,7 +100,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         exogenous_noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The concepts' noise (num_images, N, d_z): checked if given, else drawn without advancing `generator`.
+        """The concepts' noise (num_images, N, d_z): checked if given, else drawn, without advancing a `generator`.
 
         Raises:
             ValueError: if the given noise has another shape, or there are several generators but not one per image.
@@ -117,8 +117,8 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             if len(generator) != num_images:
                 raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
             return torch.cat([_draw_apart((1, *shape[1:]), one) for one in generator])
-        if generator is None and self._execution_device.type != "cpu":
-            return torch.randn(shape)  # the diffusion noise comes from the device's generator and advances that one
+        if generator is None:
+            return torch.randn(shape)
         return _draw_apart(shape, generator)
 
     def prepare_ip_adapter_image_embeds(
@@ -254,14 +254,13 @@ def _number_of_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tens
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def _draw_apart(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+def _draw_apart(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise that depends on the generator's state but leaves it as it is.
 
     The copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
     that the diffusion noise is made of.
     """
-    source = generator if generator is not None else torch.default_generator
-    copy = torch.Generator(device=source.device)
-    copy.set_state(source.get_state())
-    seed = torch.randint(2**62, (), generator=copy, device=source.device).item()
+    copy = torch.Generator(device=generator.device)
+    copy.set_state(generator.get_state())
+    seed = torch.randint(2**62, (), generator=copy, device=generator.device).item()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))

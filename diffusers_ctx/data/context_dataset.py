@@ -80,6 +80,7 @@ def load_context_dataset(
     image_column: str = "image",
     context_column: str = "context",
     text_column: str = _DEFAULT_TEXT_COLUMN,
+    name: str | None = None,
     split: str = "train",
     skip_unreadable: bool = False,
     cache_dir: str | Path | None = None,
@@ -104,7 +105,8 @@ def load_context_dataset(
         image_column: the dataset's column of images; unused for a folder of contexts.
         context_column: the dataset's column of contexts, strings or class labels; unused for a folder of contexts.
         text_column: the column of captions, also in metadata files. A dataset may lack it if it has the default name.
-        split: the split of a dataset that `datasets.load_dataset` loads.
+        name: the configuration of a dataset that `datasets.load_dataset` loads, where it has several.
+        split: the split of such a dataset.
         skip_unreadable: whether images that cannot be decoded are left out, with one warning, and not an error.
         cache_dir: where `datasets.load_dataset` caches.
         max_samples_per_context: keeps at most so many images of each context, drawn at random.
@@ -126,7 +128,7 @@ def load_context_dataset(
         kept = _kept_contexts(_context_folders(Path(source)), concepts, obs_context)
         dataset = _read_folders(Path(source), kept, text_column)
     else:
-        table = source if isinstance(source, Dataset) else _load(source, split, cache_dir)
+        table = source if isinstance(source, Dataset) else _load(source, name, split, cache_dir)
         dataset = _read_columns(table, image_column, context_column, text_column)
         kept = _kept_contexts(dataset.unique("context"), concepts, obs_context)
     rows = _rows(list(dataset["context"]), kept, max_samples_per_context, seed)
@@ -271,7 +273,7 @@ def _read_metadata(file: Path) -> list[dict[str, Any]]:
 # A dataset with columns
 
 
-def _load(source: str | Path, split: str, cache_dir: str | Path | None) -> Dataset:
+def _load(source: str | Path, name: str | None, split: str, cache_dir: str | Path | None) -> Dataset:
     if not isinstance(source, str | Path):
         raise TypeError(
             f"`source` is a {type(source).__name__}; give a folder, the name of a dataset, or one `datasets.Dataset` "
@@ -280,11 +282,15 @@ def _load(source: str | Path, split: str, cache_dir: str | Path | None) -> Datas
     if not Path(source).is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no folder {str(source)!r}; check the path.")  # and no need to ask the Hub
     try:
-        return load_dataset(str(source), split=split, cache_dir=str(cache_dir) if cache_dir else None)
+        return load_dataset(str(source), name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{str(source)!r} is no folder here, and `datasets.load_dataset` does not find it either ({error}); check "
             "the path or the name."
+        ) from error
+    except ValueError as error:  # no such configuration or split, or none given where there are several
+        raise ValueError(
+            f"{str(source)!r} cannot be loaded ({error}); choose with `dataset_config_name` and `dataset_split`."
         ) from error
 
 

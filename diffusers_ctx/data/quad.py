@@ -157,6 +157,8 @@ def write_folders(root: str | Path, n: int, seed: int, dependent: bool = True) -
     for offset, (context, interventions) in enumerate(contexts().items()):
         folder = root / context
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in folder.glob("[0-9]*.png"):  # of a larger set, they would be images without a caption
+            earlier.unlink()
         sample = generate(interventions, n=n, seed=seed + offset, dependent=dependent)
         lines = ["file_name,text"]
         for index, (image, caption) in enumerate(zip(sample.images, sample.captions)):

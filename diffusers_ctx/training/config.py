@@ -34,6 +34,8 @@ class ModelConfig:
 class DataConfig:
     train_data_dir: str | None = _option(None, "Folder with one sub-folder of images per context.")
     dataset_name: str | None = _option(None, "Dataset on the Hub or on disk, in the place of a folder.")
+    dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
+    dataset_split: str = _option("train", "The dataset's split.")
     image_column: str = _option("image", "The dataset's column of images.")
     context_column: str = _option("context", "The dataset's column of context names.")
     caption_column: str = _option("text", "The column of captions, in datasets and in metadata files.")
@@ -121,6 +123,7 @@ class OutputConfig:
     )
     validation_steps: int = _option(500, "Steps between validations.")
     num_validation_images: int = _option(4, "Images per context in a validation.")
+    validation_guidance_scale: float = _option(7.5, "Classifier-free guidance of the validation images.")
     push_to_hub: bool = _option(False, "Push the adapter to the Hub when it is done.")
     hub_token: str | None = _option(None, "Token with write access; by default that of `hf auth login`.")
     hub_model_id: str | None = _option(None, "Repository to push to; by default the name of output_dir.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -17,6 +18,7 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
+from torch import nn
 
 from ..version import __version__
 from .config import TrainingConfig
@@ -39,11 +41,12 @@ def deciding_options(
     resolution: int,
     steps: int,
     contexts: Iterable[str],
+    unet: nn.Module,
 ) -> dict[str, Any]:
     """The options that decide what a run learns, and how many images of each context it sees.
 
-    A run that resumes must have them as they were, but for its length. It may find model and images in other places,
-    and divide a batch among other processes.
+    A run that resumes must have them as they were, but for its length. It may find the same model and images in other
+    places, and divide a batch among other processes.
 
     Args:
         config: the run.
@@ -52,6 +55,7 @@ def deciding_options(
         resolution: height and width of its images.
         steps: its optimizer steps.
         contexts: the context of each image.
+        unet: the base model's, before anything has learned.
     """
     free = {*_MAY_CHANGE, *vars(config.output)}
     options = {name: value for name, value in options_of(config).items() if name not in free}
@@ -61,6 +65,7 @@ def deciding_options(
         "train_batch_size of all processes": config.optimization.train_batch_size * accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "images": dict(sorted(Counter(contexts).items())),
+        "weights of the base model": _digest(unet),
         "max_train_steps": steps,
         "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
     }
@@ -74,6 +79,8 @@ _MAY_CHANGE = (
     "gradient_checkpointing",
     "train_data_dir",
     "dataset_name",
+    "dataset_config_name",
+    "dataset_split",
     "skip_unreadable",
     "cache_latents",
     "cache_dir",
@@ -82,6 +89,12 @@ _MAY_CHANGE = (
     "num_train_epochs",
     "allow_tf32",
 )
+
+
+def _digest(model: nn.Module) -> str:
+    """A digest of where each of the weights begins: of two models that were trained apart, all differ."""
+    beginnings = (parameter.detach().flatten()[:64].float().cpu().numpy() for parameter in model.parameters())
+    return hashlib.sha256(b"".join(beginning.tobytes() for beginning in beginnings)).hexdigest()[:16]
 
 
 def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int, images: int) -> dict[str, Any]:

@@ -93,7 +93,13 @@ class ContextTrainer:
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = self._count_steps()
         self.options = deciding_options(
-            config, self.accelerator, self.concepts, self._resolution, self.max_train_steps, dataset["context"]
+            config,
+            self.accelerator,
+            self.concepts,
+            self._resolution,
+            self.max_train_steps,
+            dataset["context"],
+            pipeline.unet,
         )
         self.checkpoint = choose_checkpoint(
             self.output_dir, config.output.resume_from_checkpoint, self.max_train_steps, self.accelerator, self.options
@@ -161,6 +167,8 @@ class ContextTrainer:
             image_column=data.image_column,
             context_column=data.context_column,
             text_column=data.caption_column,
+            name=data.dataset_config_name,
+            split=data.dataset_split,
             skip_unreadable=data.skip_unreadable,
             cache_dir=data.cache_dir,
             max_samples_per_context=data.max_train_samples,
@@ -299,7 +307,7 @@ class ContextTrainer:
                 stopping = stop.requested()
                 if step % output.checkpointing_steps == 0 or stopping:
                     self._save_checkpoint(step)
-                if step % output.validation_steps == 0:
+                if step % output.validation_steps == 0 or step == self.max_train_steps:
                     self._validate(step)
                 if stopping and step < self.max_train_steps:
                     self._stop(step, stop.exit_code)

@@ -65,6 +65,7 @@ class Validator:
             [interventions_of(name, obs_context) for name in names],
             [output.validation_prompt or ""] * output.num_validation_images,
             seed=self.config.optimization.seed,
+            guidance_scale=output.validation_guidance_scale,
             resolution=self.config.data.resolution,
         )
         keep_grid(draw_grid(rows, names), Path(output.output_dir), step, self.accelerator.trackers)

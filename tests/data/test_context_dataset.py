@@ -236,6 +236,13 @@ def test_a_selected_and_formatted_dataset(table):
     assert dataset["context"][:] == ["obs", "night"]
 
 
+def test_a_split_or_configuration_that_is_not_there(table, tmp_path):
+    table.to_parquet(tmp_path / "train.parquet")
+    for wrong in ({"split": "test"}, {"name": "large"}):
+        with pytest.raises(ValueError, match="choose with `dataset_config_name` and `dataset_split`"):
+            load_context_dataset(tmp_path, cache_dir=tmp_path / "cache", **wrong)
+
+
 def test_a_folder_of_parquet_files(table, tmp_path):
     table.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     dataset = load_context_dataset(tmp_path / "hub", cache_dir=tmp_path / "cache")

@@ -335,3 +335,9 @@ def test_the_contexts_of_the_benchmark():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         quad.generate(**arguments)
+
+
+def test_a_smaller_set_in_the_same_folder_leaves_nothing_of_the_larger_one(tmp_path):
+    for n in (4, 2):
+        quad.write_folders(tmp_path, n=n, seed=0)
+    assert sorted(path.name for path in (tmp_path / "size").iterdir()) == ["00000.png", "00001.png", "metadata.csv"]

@@ -1,5 +1,6 @@
 """What learns in each mode, by name, and from when on."""
 
+import json
 import re
 from pathlib import Path
 
@@ -190,3 +191,17 @@ def test_gradient_checkpointing_changes_no_result(base_model, photos, tmp_path):
         plain, checkpointed = (safetensors.torch.load_file(folder / name) for folder in folders)
         for key, weight in plain.items():
             torch.testing.assert_close(checkpointed[key], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_pipeline_that_learned_in_bf16_is_saved_in_float32_and_samples(base_model, photos, tmp_path):
+    options = make_options(base_model, photos, tmp_path / "full", mode="full", mixed_precision="bf16")
+    trainer = create_trainer(options)
+    folder = trainer.train()
+    pipeline = ComposablePipeline.from_pretrained(folder, safety_checker=None)
+    assert {model.dtype for model in (pipeline.unet, pipeline.text_encoder, pipeline.vae)} == {torch.float32}
+    pipeline.load_context_adapter(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a street", interventions=["snow"], num_inference_steps=2, output_type="np").images
+    assert np.isfinite(images).all()
+    again = trainer.pipeline.save_context_adapter(tmp_path / "again")
+    assert json.loads((again / "context_adapter_config.json").read_text())["mode"] == "full"

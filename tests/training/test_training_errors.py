@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import parse_training_config
 
 from .conftest import create_trainer, files_in
@@ -106,6 +107,8 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"injection": "text"}, "Unknown injection 'text'; choose one of .*'prompt'"),
         ({"timestep_sampling": "high"}, "Unknown timestep_sampling 'high'; choose one of .*'high_noise'"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'; choose one of .*'cosine'"),
+        ({"lr_scheduler": "piecewise_constant"}, "Unknown lr_scheduler 'piecewise_constant'"),
+        ({"report_to": "notebook"}, "`report_to` is 'notebook', and no tracker .* choose one of .*'tensorboard'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
         ({"validation_interventions": ["night+sleet"]}, "`validation_interventions` .*'sleet'; known are .*'snow'"),
         ({"validation_interventions": ["night+"]}, "`validation_interventions` .*'night[+]'"),
@@ -148,6 +151,16 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
     shutil.rmtree(own_photos / "snow")
     message = "`images` was {'night': 6, 'obs': 7, 'snow': 5} and is {'night': 6, 'obs': 7}"
     refuses(ValueError, message, resume_from_checkpoint="latest")
+
+
+def test_going_on_with_another_base_model(refuses, options, tmp_path):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    other = ComposablePipeline.from_pretrained(options["pretrained_model_name_or_path"], safety_checker=None)
+    with torch.no_grad():
+        other.unet.conv_in.weight.add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "other"), "resume_from_checkpoint": "latest"}
+    refuses(ValueError, r"`weights of the base model` was \w+ and is \w+. Resume with the same ones", **changes)
 
 
 def test_a_run_that_becomes_longer_keeps_to_when_the_unet_was_to_learn(options, caplog):

@@ -101,3 +101,14 @@ def test_samples_have_the_size_of_training(options, tmp_path):
     create_trainer(options | shown | {"resolution": 64, "max_train_steps": 2}).train()
     with Image.open(tmp_path / "adapter" / "validation" / "step-2.png") as grid:
         assert grid.width == 64
+
+
+def test_the_last_step_is_validated_with_the_guidance_that_is_asked_for(options, tmp_path):
+    shown = {"validation_prompt": "a street", "validation_steps": 5, "num_validation_images": 1, "max_train_steps": 1}
+    grids = {}
+    for scale in (1.0, 7.5):
+        folder = tmp_path / str(scale)
+        create_trainer(options | shown | {"output_dir": str(folder), "validation_guidance_scale": scale}).train()
+        with Image.open(folder / "validation" / "step-1.png") as grid:
+            grids[scale] = np.asarray(grid)
+    assert (grids[1.0] != grids[7.5]).any()
