@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, load_context_dataset
 from ..data.held_out import hold_out
+from ..data.streaming import ImageStream
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
@@ -54,6 +55,7 @@ from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
+from .streamed_batches import StreamedBatches, open_images, take_concept_images
 from .validation import Validator
 
 
@@ -85,6 +87,7 @@ class ContextTrainer:
         self.accelerator = create_accelerator(config)
         check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
+        self._images = open_images(config) if config.data.streaming else None
         dataset, held_out = self._split(self._load_dataset())
         self.context_module = self._create_context_module(
             config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
@@ -100,6 +103,7 @@ class ContextTrainer:
         )
         if self.checkpoint is not None:
             keep_to_plan(self.checkpoint, self.options)
+        self.stream = None if self._images is None else self._stream_batches(self._images, dataset.unique("context"))
         check_writable(self.output_dir)
         if schedule:
             pipeline.set_context_scheduler(schedule)
@@ -154,6 +158,8 @@ class ContextTrainer:
 
     def _load_dataset(self) -> datasets.Dataset:
         data = self.config.data
+        if self._images is not None:
+            return take_concept_images(self._images, self.config, self.accelerator.is_main_process)
         return load_context_dataset(
             Path(data.train_data_dir) if data.train_data_dir else data.dataset_name,
             obs_context=data.obs_context,
@@ -190,9 +196,19 @@ class ContextTrainer:
             posterior_sample_size=self._resolution // self.pipeline.vae_scale_factor,
         )
 
+    def _stream_batches(self, images: ImageStream, contexts: list[str]) -> StreamedBatches:
+        stream = StreamedBatches(
+            images, contexts, self.concepts, self.pipeline.vae, self._resolution, self.config, self.accelerator
+        )
+        if self.checkpoint is None:  # which has the place in the stream
+            stream.check()
+        return stream
+
     def _count_steps(self) -> int:
         """Optimizer steps of the run."""
         options = self.config.optimization
+        if self.config.data.streaming and options.max_train_steps:
+            return options.max_train_steps
         batches = len(self.sampler) // self._global_batch_size
         if not batches:
             raise ValueError(
@@ -239,7 +255,11 @@ class ContextTrainer:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
         learning = [p for part in split_parameters(unet, self._text_encoders) for p in part]
         optimizer = create_optimizer(learning, options, learning_rate)
-        loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
+        loader = None
+        if self.stream is None:
+            loader = DataLoader(
+                self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True
+            )
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
         # only now: where they are sharded, other parameters have taken their places
         adapter_parameters, self._backbone_parameters = split_parameters(unet, self._text_encoders)
@@ -256,6 +276,8 @@ class ContextTrainer:
         self.ema = create_average(self._learning, options)
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
+        if self.stream is not None:
+            self.accelerator.register_for_checkpointing(self.stream)
         register_trained_weights(self.accelerator)
 
     @property
@@ -318,6 +340,9 @@ class ContextTrainer:
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered batches of this process, endlessly, from number `start` of the whole run."""
+        if self.stream is not None:
+            yield from self.stream.batches(start)
+            return
         epoch, skipped = divmod(start, len(self.loader))
         number = start
         while True:
@@ -370,9 +395,10 @@ class ContextTrainer:
         options, device = self.config.optimization, self.accelerator.device
         indices = batch["index"].cpu()
         size, shape = len(indices), self.latents.mean.shape[2:]
+        images = batch.get("images", self.latents)
         random = KeyedNoise(options.seed, number, self.accelerator.process_index, self.accelerator.num_processes)
         first, flip = random.normal(size, *shape), random.uniform(size)
-        latents, geometry = self.latents.draw(indices, first, flip), self.latents.geometry_of(indices, flip)
+        latents, geometry = images.draw(indices, first, flip), images.geometry_of(indices, flip)
         noise = random.normal(size, *shape) + options.noise_offset * random.normal(size, shape[0], 1, 1)
         timesteps = sample_timesteps(
             random.uniform(size), options.timestep_sampling, self.pipeline.scheduler.config.num_train_timesteps
