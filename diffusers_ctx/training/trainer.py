@@ -56,6 +56,7 @@ from .optimizer import create_optimizer
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .streamed_batches import StreamedBatches, open_images, take_concept_images
+from .tracking import start_trackers, track_step
 from .validation import Validator
 
 
@@ -134,6 +135,7 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
+        start_trackers(self.accelerator, self._tracked_options())
         figures: dict[str, float] = {}
         if self.checkpoint is None:
             figures = self._learn_concepts()
@@ -142,8 +144,8 @@ class ContextTrainer:
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             step = checkpoint_step(self.checkpoint)
-        self.accelerator.init_trackers("context-adapter", config=self._tracked_options())
-        self.accelerator.log(figures, step=step)
+        if figures:
+            track_step(self.accelerator, figures, step)
         self._run(step)
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
@@ -317,7 +319,7 @@ class ContextTrainer:
                 progress.update()
                 progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
                 figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
-                self.accelerator.log(figures, step=step)
+                track_step(self.accelerator, figures, step)
                 stopping = stop.requested()
                 if step % output.checkpointing_steps == 0 or stopping:
                     self._save_checkpoint(step)
