@@ -348,7 +348,7 @@ def _readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> 
     """Decodes every row's image; returns the rows whose image can be, or raises and names the rest."""
     encoded = dataset.cast_column("image", Image(decode=False))
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        defects = dict(zip(rows, pool.map(lambda row: defect_of(encoded[row]["image"]), rows)))
+        defects = dict(zip(rows, pool.map(lambda row: _defect(encoded[row]["image"]), rows)))
     broken = {row: defect for row, defect in defects.items() if defect}
     if not broken:
         return rows
@@ -366,14 +366,26 @@ def _readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> 
     return readable
 
 
-def defect_of(image: dict[str, Any] | None) -> str | None:
-    """Why an encoded image cannot be decoded, or None if it can."""
+def decode_image(image: dict[str, Any] | None) -> PIL.Image.Image:
+    """An encoded image in RGB.
+
+    Raises:
+        ValueError: if it cannot be decoded, saying why.
+    """
     if image is None:
-        return "no image"
+        raise ValueError("no image")
     try:
-        Image(mode="RGB").decode_example(image)
+        return Image(mode="RGB").decode_example(image)
     except Exception as error:  # Pillow's decoders raise many types on broken files
-        return str(error) or type(error).__name__
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _defect(image: dict[str, Any] | None) -> str | None:
+    """Why an encoded image cannot be decoded, or None if it can."""
+    try:
+        decode_image(image)
+    except ValueError as error:
+        return str(error)
     return None
 
 

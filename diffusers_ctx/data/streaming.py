@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .context_dataset import (
     context_folders,
-    defect_of,
+    decode_image,
     interventions_of,
     is_context_root,
     kept_contexts,
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-_IMAGE = Image(mode="RGB")
 _FOLDER_SHARDS = 64  # among which the files of a folder are divided
 _WARN_AFTER = 10_000  # rows in a row that are of no use
 _GIVE_UP_AFTER = 1_000_000
@@ -67,9 +66,9 @@ class ImageStream:
         Raises:
             ValueError: if it has none.
         """
-        value = row[self.context_column]
-        if isinstance(self.rows.features[self.context_column], ClassLabel) and value is not None:
-            value = self.rows.features[self.context_column].names[value]
+        value, feature = row[self.context_column], self.rows.features[self.context_column]
+        if isinstance(feature, ClassLabel) and value in range(feature.num_classes):  # -1 stands for none
+            value = feature.names[value]
         if not isinstance(value, str):
             raise ValueError(
                 f"A row has {value!r} in the column {self.context_column!r}; give each row its context's name."
@@ -180,10 +179,12 @@ def take_images(
     with tqdm(total=total, desc="Taking images from the stream", disable=not show_progress) as progress:
         for row in _sought(rows, is_wanted, lambda: f"any of {lacking()}"):
             context, image = stream.context_of(row), row[stream.image_column]
-            if defect := defect_of(image):
-                broken.append(_describe(image, context, defect))
+            try:
+                decode_image(image)
+            except ValueError as error:
+                broken.append(_describe(image, context, error))
                 if not skip_unreadable:
-                    raise ValueError(_unreadable(broken[-1]))
+                    raise ValueError(_unreadable(broken[-1])) from error
                 continue
             taken.append({"image": image, "context": context, "text": stream.text_of(row)})
             counts[context] += 1
@@ -196,7 +197,7 @@ def take_images(
     if empty:
         raise ValueError(f"The stream has no images of the contexts {empty}; add some, or leave out their concepts.")
     kept_contexts(counts, concepts, obs_context)
-    features = Features({"image": _IMAGE, "context": Value("string"), "text": Value("string")})
+    features = Features({"image": Image(mode="RGB"), "context": Value("string"), "text": Value("string")})
     return Dataset.from_list(taken, features=features)
 
 
@@ -260,14 +261,16 @@ class ContextStream:
             self._taken += 1
             self._ahead += islice(self._reader, 1)  # so that no step has to wait for a whole buffer
             image = row[self.stream.image_column]
-            if defect := defect_of(image):
-                description = _describe(image, self.context, defect)
+            try:
+                decoded = decode_image(image)
+            except ValueError as error:
+                description = _describe(image, self.context, error)
                 if not self.skip_unreadable:
-                    raise ValueError(_unreadable(description))
+                    raise ValueError(_unreadable(description)) from error
                 logger.warning(f"An image cannot be read and is passed over: {description}.")
                 continue
             self._fruitless = False
-            return _IMAGE.decode_example(image), self.stream.text_of(row)
+            return decoded, self.stream.text_of(row)
 
     def fill(self) -> None:
         """Reads images to shuffle, if none are left; see `__next__` for what it raises."""
@@ -355,7 +358,7 @@ def _sought(rows: Iterable[Row], is_wanted: Callable[[Row], bool], sought: Calla
             )
 
 
-def _describe(image: Row | None, context: str, defect: str) -> str:
+def _describe(image: Row | None, context: str, defect: ValueError) -> str:
     return f"{(image or {}).get('path') or 'one without a name'}, context {context!r} ({defect})"
 
 

@@ -243,6 +243,13 @@ def test_a_label_that_no_image_has(tmp_path):
     assert len(take_images(stream, 2, concepts=["night"], show_progress=False)) == 2
 
 
+def test_a_row_without_a_label(tmp_path):
+    labels = datasets.ClassLabel(names=["obs", "night"])
+    stream = open_stream(write_parquet(tmp_path / "none", [(png(0), "obs"), (png(1), -1)], 1, context=labels))
+    with pytest.raises(ValueError, match="A row has -1 in the column 'context'; give each row its context's name"):
+        ContextStream(stream, "night", 4).fill()
+
+
 # columns, and other kinds of files
 
 
