@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
 
 _DEFAULT_TEXT_COLUMN = "text"
-_DATA_FILES = {".parquet", ".arrow"}  # a folder that holds one of these is `datasets.load_dataset`'s to read
+_DATA_FILES = {".parquet", ".arrow", ".tar"}  # a folder that holds one of these is `datasets.load_dataset`'s to read
 _NAMED_IN_MESSAGES = 20
 
 
@@ -124,13 +124,13 @@ def load_context_dataset(
     """
     if max_samples_per_context is not None and max_samples_per_context < 1:
         raise ValueError(f"`max_samples_per_context` is {max_samples_per_context}; it must be 1 or more.")
-    if _is_context_root(source):
-        kept = _kept_contexts(_context_folders(Path(source)), concepts, obs_context)
-        dataset = _read_folders(Path(source), kept, text_column)
+    if is_context_root(source):
+        kept = kept_contexts(context_folders(Path(source)), concepts, obs_context)
+        dataset = read_folders(Path(source), kept, text_column)
     else:
-        table = source if isinstance(source, Dataset) else _load(source, name, split, cache_dir)
+        table = source if isinstance(source, Dataset) else load_source(source, name, split, cache_dir)
         dataset = _read_columns(table, image_column, context_column, text_column)
-        kept = _kept_contexts(dataset.unique("context"), concepts, obs_context)
+        kept = kept_contexts(dataset.unique("context"), concepts, obs_context)
     rows = _rows(list(dataset["context"]), kept, max_samples_per_context, seed)
     rows = _readable_rows(dataset, rows, skip_unreadable)
     return dataset.select(rows)
@@ -139,7 +139,8 @@ def load_context_dataset(
 # Which contexts there are, and which are kept
 
 
-def _kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_context: str) -> list[str]:
+def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_context: str) -> list[str]:
+    """The contexts that intervene on `concepts` alone, sorted; see `load_context_dataset` for what it raises."""
     contexts = sorted(contexts)
     if obs_context not in contexts:
         raise ValueError(
@@ -190,7 +191,8 @@ def _rows(contexts: list[str], kept: list[str], limit: int | None, seed: int) ->
 # A folder of contexts
 
 
-def _is_context_root(source: Any) -> bool:
+def is_context_root(source: Any) -> bool:
+    """Whether it is a folder of contexts, and not one that `datasets.load_dataset` reads."""
     if not isinstance(source, str | Path) or not Path(source).is_dir():
         return False
     return not any(path.suffix in _DATA_FILES and path.stem != "metadata" for path in Path(source).rglob("*"))
@@ -210,17 +212,19 @@ def _images_among(root: Path, paths: Iterable[Path]) -> list[Path]:
     )
 
 
-def _context_folders(root: Path) -> list[str]:
+def context_folders(root: Path) -> list[str]:
+    """The contexts that a folder has sub-folders of."""
     stray = _images_among(root, root.iterdir())
     if stray:
         raise ValueError(
-            f"Images lie directly in {root}, so their context is unknown: {_listed([path.name for path in stray])}. "
+            f"Images lie directly in {root}, so their context is unknown: {listed([path.name for path in stray])}. "
             "Move each into a sub-folder named after its context, such as 'obs'."
         )
     return [path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.relative_to(root))]
 
 
-def _read_folders(root: Path, contexts: list[str], text_column: str) -> Dataset:
+def read_folders(root: Path, contexts: list[str], text_column: str) -> Dataset:
+    """The images in these sub-folders, by name, and their captions."""
     columns: dict[str, list[str]] = {"image": [], "context": [], "text": []}
     for context in contexts:
         folder = root / context
@@ -252,9 +256,7 @@ def _read_captions(folder: Path, images: list[Path], text_column: str) -> dict[P
     captions = {folder / entry["file_name"]: entry[text_column] or "" for entry in entries}
     unknown = sorted(captions.keys() - set(images))
     if unknown:
-        raise ValueError(
-            f"{files[0]} names images that are not there: {_listed(list(map(str, unknown)))}; correct it."
-        )
+        raise ValueError(f"{files[0]} names images that are not there: {listed(list(map(str, unknown)))}; correct it.")
     return captions
 
 
@@ -273,7 +275,10 @@ def _read_metadata(file: Path) -> list[dict[str, Any]]:
 # A dataset with columns
 
 
-def _load(source: str | Path, name: str | None, split: str, cache_dir: str | Path | None) -> Dataset:
+def load_source(
+    source: str | Path, name: str | None, split: str, cache_dir: str | Path | None, streaming: bool = False
+) -> Any:
+    """A dataset of `datasets.load_dataset`, map-style or a stream; see `load_context_dataset` for what it raises."""
     if not isinstance(source, str | Path):
         raise TypeError(
             f"`source` is a {type(source).__name__}; give a folder, the name of a dataset, or one `datasets.Dataset` "
@@ -282,7 +287,8 @@ def _load(source: str | Path, name: str | None, split: str, cache_dir: str | Pat
     if not Path(source).is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no folder {str(source)!r}; check the path.")  # and no need to ask the Hub
     try:
-        return load_dataset(str(source), name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
+        cache = str(cache_dir) if cache_dir else None
+        return load_dataset(str(source), name, split=split, cache_dir=cache, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{str(source)!r} is no folder here, and `datasets.load_dataset` does not find it either ({error}); check "
@@ -297,13 +303,25 @@ def _load(source: str | Path, name: str | None, split: str, cache_dir: str | Pat
 def _read_columns(table: Dataset, image_column: str, context_column: str, text_column: str) -> Dataset:
     """The table with exactly the columns `image`, `context` and `text`."""
     table = table.with_format(None)
+    wanted = wanted_columns(table, image_column, context_column, text_column)
+    contexts = _context_names(table, context_column)
+    texts = _texts(table, text_column) if text_column in wanted else [""] * len(table)
+    images = table.select_columns(image_column).rename_columns({image_column: "image"})
+    return images.add_column("context", contexts).add_column("text", texts).cast_column("image", Image(mode="RGB"))
+
+
+def wanted_columns(
+    table: Dataset | IterableDataset, image_column: str, context_column: str, text_column: str
+) -> list[str]:
+    """The columns of images, of contexts and, if there are any, of captions; see `load_context_dataset`."""
+    columns = table.column_names or []
     wanted = [image_column, context_column]
-    if text_column in table.column_names or text_column != _DEFAULT_TEXT_COLUMN:
+    if text_column in columns or text_column != _DEFAULT_TEXT_COLUMN:
         wanted.append(text_column)
-    missing = [name for name in wanted if name not in table.column_names]
+    missing = [name for name in wanted if name not in columns]
     if missing:
         raise ValueError(
-            f"The dataset has no column {missing}, only {table.column_names}; name its columns with `image_column`, "
+            f"The dataset has no column {missing}, only {columns}; name its columns with `image_column`, "
             "`context_column` and `text_column`."
         )
     if not isinstance(table.features[image_column], Image):
@@ -311,10 +329,7 @@ def _read_columns(table: Dataset, image_column: str, context_column: str, text_c
             f"The column {image_column!r} holds {table.features[image_column]}, no images; cast it with "
             "`dataset.cast_column(name, datasets.Image())`."
         )
-    contexts = _context_names(table, context_column)
-    texts = _texts(table, text_column) if text_column in wanted else [""] * len(table)
-    images = table.select_columns(image_column).rename_columns({image_column: "image"})
-    return images.add_column("context", contexts).add_column("text", texts).cast_column("image", Image(mode="RGB"))
+    return wanted
 
 
 def _context_names(table: Dataset, column: str) -> list[str]:
@@ -345,7 +360,7 @@ def _readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> 
     broken = {row: defect for row, defect in defects.items() if defect}
     if not broken:
         return rows
-    message = f"{len(broken)} of {len(rows)} images cannot be read: " + _listed(
+    message = f"{len(broken)} of {len(rows)} images cannot be read: " + listed(
         [f"{_name(encoded[row], row)} ({defect})" for row, defect in broken.items()]
     )
     if not skip_unreadable:
@@ -359,14 +374,26 @@ def _readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> 
     return readable
 
 
+def decode_image(image: dict[str, Any] | None) -> PIL.Image.Image:
+    """An encoded image in RGB.
+
+    Raises:
+        ValueError: if it cannot be decoded, saying why.
+    """
+    if image is None:
+        raise ValueError("no image")
+    try:
+        return Image(mode="RGB").decode_example(image)
+    except Exception as error:  # Pillow's decoders raise many types on broken files
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
 def _defect(image: dict[str, Any] | None) -> str | None:
     """Why an encoded image cannot be decoded, or None if it can."""
-    if image is None:
-        return "no image"
     try:
-        Image(mode="RGB").decode_example(image)
-    except Exception as error:  # Pillow's decoders raise many types on broken files
-        return str(error) or type(error).__name__
+        decode_image(image)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -374,6 +401,7 @@ def _name(example: dict[str, Any], row: int) -> str:
     return (example["image"] or {}).get("path") or f"row {row}, context {example['context']!r}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Some names for a message, and how many more there are."""
     more = len(names) - _NAMED_IN_MESSAGES
     return ", ".join(names[:_NAMED_IN_MESSAGES]) + (f" and {more} more" if more > 0 else "")

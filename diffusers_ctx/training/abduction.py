@@ -30,9 +30,12 @@ from .distances import unit_directions
 from .interventional_flow import ImageCodes, learn_values
 from .latents import ContextLatents
 from .noise import KeyedNoise
+from .tracking import track_concepts
 
 
 logger = logging.getLogger(__name__)
+
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and figures to track
 
 _COLLAPSED = 0.1  # nats; a concept that was found has some three
 _LATENT_DIRECTIONS = 128
@@ -42,6 +45,7 @@ _READING_SHARE = 0.1
 _READING_WEIGHT = 20.0
 _MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
 _CODES_AT_ONCE = 512
+_TRACKED_STEPS = 10
 
 
 def learn_abduction(
@@ -73,12 +77,9 @@ def learn_abduction(
     figures = learning.learn_all(steps)
     for parameter in context_module.parameters():
         parameter.data = broadcast(parameter.data)
-    divergences = dict(zip(context_module.node_names, figures.pop("kl").tolist()))
     if accelerator.is_main_process:
-        _warn_of_collapse({name: divergences[name] for name in context_module.config.concepts})
-    return {name: value.item() for name, value in figures.items()} | {
-        f"kl/{name}": divergence for name, divergence in divergences.items()
-    }
+        _warn_of_collapse({name: figures[f"kl/{name}"] for name in context_module.config.concepts})
+    return figures
 
 
 class AbductionLearning:
@@ -94,6 +95,7 @@ class AbductionLearning:
     def __init__(
         self, accelerator: Accelerator, context_module: ContextModule, latents: ContextLatents, config: TrainingConfig
     ):
+        self.accelerator = accelerator
         self.options: ContextConfig = config.context
         self.seed = config.optimization.seed
         self.device = accelerator.device
@@ -111,12 +113,13 @@ class AbductionLearning:
         objective = self.objective
         decoder = objective.create_decoder().to(self.device)
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
             posterior = GaussianPosterior.diagonal(*self.module.read_code(latents))
             code = posterior.at(self._normal(random, len(rows), *self.module.noise_shape))
             kl = posterior.kl().sum(dim=1).mean()
             mse = F.mse_loss(decoder(code), objective.targets(latents))
-            return objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
+            value = objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
+            return value, {"code/reconstruction": mse, "code/kl": kl}
 
         self._minimise(loss, [{"params": [*self._reading_parameters(), *decoder.parameters()]}], steps, "Encoding")
         return self._codes()
@@ -125,16 +128,17 @@ class AbductionLearning:
         """Trains encoder and head to read these node values (n, N, d), and the decoder to decode them."""
         objective = self.objective
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
             aims = values[rows].to(self.device)
             mse = F.mse_loss(objective.decoder(aims), objective.targets(latents))
             error = F.mse_loss(self.module.read_values(latents), aims)
-            return objective.likelihood_loss(mse) + _READING_WEIGHT * error
+            value = objective.likelihood_loss(mse) + _READING_WEIGHT * error
+            return value, {"reading/reconstruction": mse, "reading/error": error}
 
         parameters = [*self._reading_parameters(), *objective.decoder.parameters()]
         self._minimise(loss, [{"params": parameters}], steps, "Reading concepts")
 
-    def learn_all(self, steps: int) -> dict[str, torch.Tensor]:
+    def learn_all(self, steps: int) -> dict[str, float]:
         """Minimises all terms; the last step's figures."""
         mechanisms = [*self.module.mechanism.parameters(), *self.module.causal.parameters()]
         known = {id(parameter) for parameter in mechanisms}
@@ -144,29 +148,26 @@ class AbductionLearning:
             {"params": others},
             {"params": mechanisms, "weight_decay": 0.0, "lr": learning_rate},
         ]
-        figures: dict[str, torch.Tensor] = {}
         shape = self.module.noise_shape
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
             exogenous, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
             directions = unit_directions(random, reference[0].numel()).to(self.device)
             latent_directions = unit_directions(random, self.objective.dimensions, _LATENT_DIRECTIONS).to(self.device)
             inputs = (latents, self.labels[rows].to(self.device), exogenous, reference, directions, latent_directions)
-            value, latest = self.objective(*inputs, warm_up=self._warm_up(step))
-            figures.update(latest)
-            return value
+            return self.objective(*inputs, warm_up=self._warm_up(step))
 
-        self._minimise(loss, groups, steps, "Learning concepts")
-        return figures
+        return self._numbers(self._minimise(loss, groups, steps, "Learning concepts"))
 
     def _minimise(
         self,
-        loss_of: Callable[[torch.Tensor, KeyedNoise, torch.Tensor, int], torch.Tensor],
+        loss_of: Callable[[torch.Tensor, KeyedNoise, torch.Tensor, int], Loss],
         groups: list[dict[str, Any]],
         steps: int,
         description: str,
-    ) -> None:
-        """Steps of AdamW on `loss_of(latents, random, rows, step)`."""
+    ) -> dict[str, torch.Tensor]:
+        """Steps of AdamW on `loss_of(latents, random, rows, step)`; the last step's figures."""
+        figures: dict[str, torch.Tensor] = {}
         optimizer = torch.optim.AdamW(groups, lr=self.options.abduction_learning_rate, weight_decay=1e-4)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -176,7 +177,7 @@ class AbductionLearning:
             random = KeyedNoise(self.seed, -1 - self.steps_done)
             shape = self.latents.mean.shape[2:]
             latents = self.latents.draw(rows, random.normal(len(rows), *shape), random.uniform(len(rows)))
-            loss = loss_of(latents.to(self.device), random, rows, step)
+            loss, figures = loss_of(latents.to(self.device), random, rows, step)
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
@@ -188,6 +189,17 @@ class AbductionLearning:
             schedule.step()
             optimizer.zero_grad()
             self.steps_done += 1
+            if self.accelerator.trackers and (self.steps_done % _TRACKED_STEPS == 0 or step == steps - 1):
+                track_concepts(self.accelerator, self._numbers(figures), self.steps_done)
+        return figures
+
+    def _numbers(self, figures: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Figures by name; those of nodes, which `kl` has one of for each, as `kl/<name>`."""
+        named = {name: figure for name, figure in figures.items() if name != "kl"}
+        if "kl" in figures:
+            named |= {f"kl/{name}": figure for name, figure in zip(self.module.node_names, figures["kl"])}
+        values = torch.stack([figure.detach() for figure in named.values()]).tolist()  # one wait for the device
+        return dict(zip(named, values))
 
     @torch.no_grad()
     def _codes(self) -> ImageCodes:

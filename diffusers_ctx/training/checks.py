@@ -32,6 +32,8 @@ _KEPT_BY_OPTIMIZER = {"adamw": 2, "adamw_8bit": 0.5, "prodigy": 4}
 _SMALLEST = {
     "rank": 1,
     "validation_images": 0,
+    "streaming_concept_images": 1,
+    "streaming_shuffle_buffer": 1,
     "resolution": 1,
     "noise_dim": 1,
     "tokens_per_concept": 1,
@@ -80,6 +82,8 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         )
     if config.model.injection not in INJECTIONS:
         raise ValueError(f"Unknown injection '{config.model.injection}'; choose one of {list(INJECTIONS)}.")
+    if config.data.streaming:
+        _check_streaming(config)
     check_optimizer(config.optimization)
     trackers = ["none", "all", *map(str, get_available_trackers())]
     if config.output.report_to not in trackers:  # Accelerate would leave it out and go on
@@ -91,6 +95,21 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
+
+
+def _check_streaming(config: TrainingConfig) -> None:
+    data = config.data
+    changes: list[str] = []
+    if config.optimization.max_train_steps is None:
+        changes.append("set `max_train_steps`: how many images an epoch has is not known")
+    if data.cache_latents:
+        changes.append("leave out `cache_latents`: images are encoded whenever they are seen")
+    if data.validation_images:
+        changes.append("leave out `validation_images`: what they hold out, the stream would show again")
+    if data.max_train_samples is not None:
+        changes.append("give `streaming_concept_images` in the place of `max_train_samples`")
+    if changes:
+        raise ValueError(f"With `streaming`, {'; '.join(changes)}.")
 
 
 def check_backbone(pipeline: DiffusionPipeline) -> None:
@@ -158,6 +177,8 @@ def _changes_for_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> 
         yield "set `unfreeze_after` to 0, or use FSDP2"
     if config.model.train_text_encoder:
         yield "leave out `train_text_encoder`"
+    if config.data.streaming:  # it takes the size of a batch from a data loader
+        yield "leave out `streaming`"
     if config.optimization.optimizer != "adamw":  # each process would see but its part of the weights
         yield "set `optimizer` to adamw"
 

@@ -55,6 +55,13 @@ class DataConfig:
     cache_latents: bool = _option(
         False, "Keep encoded images, and captions unless text encoders learn, on disk; encode each once."
     )
+    streaming: bool = _option(False, "Read images as they are needed, for collections that do not fit on the disk.")
+    streaming_concept_images: int = _option(
+        1000, "With streaming, the images of each context that are taken first, to learn the concepts on."
+    )
+    streaming_shuffle_buffer: int = _option(
+        256, "With streaming, the images of each context that are shuffled among one another."
+    )
     cache_dir: str | None = _option(None, "Where downloads and what was encoded are kept; by default that of the Hub.")
 
 

@@ -89,6 +89,13 @@ class ImageTransform:
         return left, top
 
 
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W); on the CPU."""
+    posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
+    return posterior.mean.float().cpu() * scale, posterior.std.float().cpu() * scale
+
+
 def encode_images(
     vae: AutoencoderKL,
     dataset: datasets.Dataset,
@@ -147,12 +154,11 @@ def _encode(
         views = torch.stack([pixels.flip(-1) if flip else pixels for flip in flips])
         crops = [transform.geometry(image, row, flip) for flip in flips for image, row in zip(images, rows)]
         geometries.append(torch.stack(crops).unflatten(0, views.shape[:2]))
-        posterior = vae.encode(views.flatten(0, 1).to(vae.device, vae.dtype)).latent_dist
-        means.append(posterior.mean.float().cpu().unflatten(0, views.shape[:2]))
-        stds.append(posterior.std.float().cpu().unflatten(0, views.shape[:2]))
-    scale = vae.config.scaling_factor
+        mean, std = encode_pixels(vae, views.flatten(0, 1))
+        means.append(mean.unflatten(0, views.shape[:2]))
+        stds.append(std.unflatten(0, views.shape[:2]))
     return {
-        "mean": torch.cat(means, dim=1) * scale,
-        "std": torch.cat(stds, dim=1) * scale,
+        "mean": torch.cat(means, dim=1),
+        "std": torch.cat(stds, dim=1),
         "geometry": torch.cat(geometries, dim=1),
     }

@@ -46,7 +46,7 @@ def deciding_options(
     """The options that decide what a run learns, and how many images of each context it sees.
 
     A run that resumes must have them as they were, but for its length. It may find the same model and images in other
-    places, and divide a batch among other processes.
+    places, and divide a batch among other processes, unless each has its own part of a stream.
 
     Args:
         config: the run.
@@ -59,6 +59,8 @@ def deciding_options(
     """
     free = {*_MAY_CHANGE, *vars(config.output)}
     options = {name: value for name, value in options_of(config).items() if name not in free}
+    if config.data.streaming:
+        options["processes"] = accelerator.num_processes
     return options | {
         "concepts": list(concepts),
         "resolution": resolution,
@@ -112,7 +114,7 @@ def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int
             "learning rate": options.learning_rate,
             "mixed precision": accelerator.mixed_precision,
             "causal form": config.context.causal_form,
-            "images": images,
+            "images": f"streamed, concepts learned on {images}" if config.data.streaming else images,
         },
     }
 

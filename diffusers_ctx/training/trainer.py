@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask, load_context_dataset
 from ..data.held_out import hold_out
+from ..data.streaming import ImageStream
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
@@ -54,6 +55,8 @@ from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
+from .streamed_batches import StreamedBatches, open_images, take_concept_images
+from .tracking import start_trackers, track_step
 from .validation import Validator
 
 
@@ -85,6 +88,7 @@ class ContextTrainer:
         self.accelerator = create_accelerator(config)
         check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
+        self._images = open_images(config) if config.data.streaming else None
         dataset, held_out = self._split(self._load_dataset())
         self.context_module = self._create_context_module(
             config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
@@ -106,6 +110,7 @@ class ContextTrainer:
         )
         if self.checkpoint is not None:
             keep_to_plan(self.checkpoint, self.options)
+        self.stream = None if self._images is None else self._stream_batches(self._images, dataset.unique("context"))
         check_writable(self.output_dir)
         prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
         if schedule:
@@ -136,6 +141,7 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
+        start_trackers(self.accelerator, self._tracked_options())
         figures: dict[str, float] = {}
         if self.checkpoint is None:
             figures = self._learn_concepts()
@@ -144,8 +150,8 @@ class ContextTrainer:
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             step = checkpoint_step(self.checkpoint)
-        self.accelerator.init_trackers("context-adapter", config=self._tracked_options())
-        self.accelerator.log(figures, step=step)
+        if figures:
+            track_step(self.accelerator, figures, step)
         self._run(step)
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
@@ -160,6 +166,8 @@ class ContextTrainer:
 
     def _load_dataset(self) -> datasets.Dataset:
         data = self.config.data
+        if self._images is not None:
+            return take_concept_images(self._images, self.config, self.accelerator.is_main_process)
         return load_context_dataset(
             Path(data.train_data_dir) if data.train_data_dir else data.dataset_name,
             obs_context=data.obs_context,
@@ -198,9 +206,19 @@ class ContextTrainer:
             posterior_sample_size=self._resolution // self.pipeline.vae_scale_factor,
         )
 
+    def _stream_batches(self, images: ImageStream, contexts: list[str]) -> StreamedBatches:
+        stream = StreamedBatches(
+            images, contexts, self.concepts, self.pipeline.vae, self._resolution, self.config, self.accelerator
+        )
+        if self.checkpoint is None:  # which has the place in the stream
+            stream.check()
+        return stream
+
     def _count_steps(self) -> int:
         """Optimizer steps of the run."""
         options = self.config.optimization
+        if self.config.data.streaming and options.max_train_steps:
+            return options.max_train_steps
         batches = len(self.sampler) // self._global_batch_size
         if not batches:
             raise ValueError(
@@ -247,7 +265,11 @@ class ContextTrainer:
             learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
         learning = [p for part in split_parameters(unet, self._text_encoders) for p in part]
         optimizer = create_optimizer(learning, options, learning_rate)
-        loader = DataLoader(self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True)
+        loader = None
+        if self.stream is None:
+            loader = DataLoader(
+                self.latents, sampler=self.sampler, batch_size=options.train_batch_size, drop_last=True
+            )
         self.objective, self.optimizer, self.loader = self.accelerator.prepare(objective, optimizer, loader)
         # only now: where they are sharded, other parameters have taken their places
         adapter_parameters, self._backbone_parameters = split_parameters(unet, self._text_encoders)
@@ -264,6 +286,8 @@ class ContextTrainer:
         self.ema = create_average(self._learning, options)
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
+        if self.stream is not None:
+            self.accelerator.register_for_checkpointing(self.stream)
         register_trained_weights(self.accelerator)
 
     @property
@@ -303,7 +327,7 @@ class ContextTrainer:
                 progress.update()
                 progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
                 figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
-                self.accelerator.log(figures, step=step)
+                track_step(self.accelerator, figures, step)
                 stopping = stop.requested()
                 if step % output.checkpointing_steps == 0 or stopping:
                     self._save_checkpoint(step)
@@ -326,6 +350,9 @@ class ContextTrainer:
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered batches of this process, endlessly, from number `start` of the whole run."""
+        if self.stream is not None:
+            yield from self.stream.batches(start)
+            return
         epoch, skipped = divmod(start, len(self.loader))
         number = start
         while True:
@@ -378,9 +405,10 @@ class ContextTrainer:
         options, device = self.config.optimization, self.accelerator.device
         indices = batch["index"].cpu()
         size, shape = len(indices), self.latents.mean.shape[2:]
+        images = batch.get("images", self.latents)
         random = KeyedNoise(options.seed, number, self.accelerator.process_index, self.accelerator.num_processes)
         first, flip = random.normal(size, *shape), random.uniform(size)
-        latents, geometry = self.latents.draw(indices, first, flip), self.latents.geometry_of(indices, flip)
+        latents, geometry = images.draw(indices, first, flip), images.geometry_of(indices, flip)
         noise = random.normal(size, *shape) + options.noise_offset * random.normal(size, shape[0], 1, 1)
         timesteps = sample_timesteps(
             random.uniform(size), options.timestep_sampling, self.pipeline.scheduler.config.num_train_timesteps

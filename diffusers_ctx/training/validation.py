@@ -17,6 +17,7 @@ from ..data import interventions_of
 from .config import TrainingConfig
 from .latents import ContextLatents
 from .objective import DiffusionObjective
+from .tracking import track, track_step
 
 
 _LABEL_HEIGHT = 14
@@ -51,7 +52,7 @@ class Validator:
             options = self.config.optimization
             losses = validation_losses(objective, self.pipeline, self.held_out, options.train_batch_size, options.seed)
             losses["mean"] = sum(losses.values()) / len(losses)
-            self.accelerator.log({f"validation_loss/{name}": loss for name, loss in losses.items()}, step=step)
+            track_step(self.accelerator, {f"validation_loss/{name}": loss for name, loss in losses.items()}, step)
         if self.config.output.validation_prompt is not None:
             self._draw(step)
 
@@ -134,7 +135,7 @@ def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
         elif tracker.name in ("wandb", "trackio"):
             library = importlib.import_module(tracker.name)
-            tracker.log({"validation": library.Image(str(file))}, step=step)
+            track(tracker, {"validation": library.Image(str(file))}, step)
 
 
 @torch.no_grad()

@@ -195,6 +195,7 @@ def test_fsdp_as_it_cannot_train(config, changes, options_changed, processes, me
         ({}, {"unfreeze_after": 0.2}, "no", "set `unfreeze_after` to 0, or use FSDP2"),
         ({}, {"optimizer": "prodigy"}, "no", "set `optimizer` to adamw"),
         ({}, {"train_text_encoder": True}, "no", "leave out `train_text_encoder`"),
+        ({}, {"streaming": True}, "no", "leave out `streaming`"),
     ],
 )
 def test_deepspeed_as_it_cannot_train(config, changes, options_changed, precision, message):

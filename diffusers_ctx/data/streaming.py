@@ -1,0 +1,371 @@
+"""Images in contexts that are read as they are needed: collections that do not fit on a disk or into memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets.distributed import split_dataset_by_node
+from tqdm.auto import tqdm
+
+from .context_dataset import (
+    context_folders,
+    decode_image,
+    interventions_of,
+    is_context_root,
+    kept_contexts,
+    listed,
+    load_source,
+    read_folders,
+    wanted_columns,
+)
+
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+_FOLDER_SHARDS = 64  # among which the files of a folder are divided
+_WARN_AFTER = 10_000  # rows in a row that are of no use
+_GIVE_UP_AFTER = 1_000_000
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """A dataset that is streamed.
+
+    Attributes:
+        rows: the dataset, with images as the content or the names of their files.
+        image_column: its column of images.
+        context_column: its column of contexts.
+        text_column: its column of captions, if there is one.
+        contexts: the contexts that it may have, if they are known before it is read.
+        has_names: whether its rows hold names of files alone, so that passing over images costs nothing.
+    """
+
+    rows: IterableDataset
+    image_column: str
+    context_column: str
+    text_column: str | None
+    contexts: list[str] | None
+    has_names: bool = False
+
+    def context_of(self, row: Row) -> str:
+        """The name of a row's context.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        value, feature = row[self.context_column], self.rows.features[self.context_column]
+        if isinstance(feature, ClassLabel) and value in range(feature.num_classes):  # -1 stands for none
+            value = feature.names[value]
+        if not isinstance(value, str):
+            raise ValueError(
+                f"A row has {value!r} in the column {self.context_column!r}; give each row its context's name."
+            )
+        return value
+
+    def text_of(self, row: Row) -> str:
+        """A row's caption, empty where there is none."""
+        return (row[self.text_column] if self.text_column else None) or ""
+
+
+def open_stream(
+    source: str | Path,
+    *,
+    image_column: str = "image",
+    context_column: str = "context",
+    text_column: str = "text",
+    name: str | None = None,
+    split: str = "train",
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+) -> ImageStream:
+    """Opens a folder of contexts or a dataset, and checks its columns; no image is read.
+
+    Of a folder of contexts the names of all files are read and shuffled, and its metadata; of a dataset, what
+    `datasets.load_dataset` reads before it streams.
+
+    Args:
+        source: the folder of contexts, or a name or folder that `datasets.load_dataset` takes.
+        image_column: the dataset's column of images; unused for a folder of contexts.
+        context_column: the dataset's column of contexts, strings or class labels; unused for a folder of contexts.
+        text_column: the column of captions, also in metadata files. A dataset may lack it if it has the default name.
+        name: the configuration of a dataset, where it has several.
+        split: the split of a dataset.
+        cache_dir: where `datasets.load_dataset` caches.
+        seed: seed of a folder's order.
+
+    Raises:
+        FileNotFoundError: if `source` is neither a folder nor a dataset that can be found.
+        ValueError: if a column is missing or holds something else, or images lie outside their contexts.
+    """
+    if is_context_root(source):
+        folders = sorted(context_folders(Path(source)))
+        files = read_folders(Path(source), folders, text_column).shuffle(seed=seed)
+        rows = files.to_iterable_dataset(num_shards=min(_FOLDER_SHARDS, len(files)))
+        rows = rows.cast_column("image", Image(decode=False))
+        return ImageStream(rows, "image", "context", "text", folders, has_names=True)
+    rows = load_source(source, name, split, cache_dir, streaming=True)
+    columns = wanted_columns(rows, image_column, context_column, text_column)
+    named = rows.features[context_column]
+    contexts = list(named.names) if isinstance(named, ClassLabel) else None
+    for column in columns[1 if contexts is None else 2 :]:
+        if rows.features[column] not in (Value("string"), Value("large_string")):
+            raise ValueError(f"The column {column!r} holds {rows.features[column]}; it should hold text.")
+    rows = rows.select_columns(columns).cast_column(columns[0], Image(decode=False))
+    return ImageStream(rows, columns[0], columns[1], columns[2] if len(columns) > 2 else None, contexts)
+
+
+def take_images(
+    stream: ImageStream,
+    images_per_context: int,
+    *,
+    concepts: Sequence[str] | None = None,
+    obs_context: str = "obs",
+    skip_unreadable: bool = False,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> Dataset:
+    """The first so many images of each context, as `load_context_dataset` returns them.
+
+    They are the first in an order of the stream's files that the seed decides. Contexts with several interventions are
+    taken as they come, and not waited for, unless the stream names its contexts.
+
+    Args:
+        stream: the images.
+        images_per_context: how many to take; fewer where the stream has fewer.
+        concepts: the concepts to keep. They may be left out if the stream names its contexts.
+        obs_context: the observational context's name.
+        skip_unreadable: whether images that cannot be decoded are left out, with one warning, and not an error.
+        seed: seed of the order of files.
+        show_progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if the contexts cannot be known, one of them has no images or none for a million rows, or an image
+            cannot be read.
+    """
+    if stream.contexts is not None:
+        wanted = allowed = kept_contexts(stream.contexts, concepts, obs_context)
+    elif concepts:
+        wanted, allowed = [obs_context, *dict.fromkeys(concepts)], None
+    else:
+        raise ValueError(
+            f"The column {stream.context_column!r} holds text, so which contexts there are is not known before all of"
+            " the stream has been read; name the `concepts`."
+        )
+    taken: list[Row] = []
+    counts: Counter[str] = Counter()
+    broken: list[str] = []
+
+    def lacking() -> list[str]:
+        return [context for context in wanted if counts[context] < images_per_context]
+
+    def is_wanted(row: Row) -> bool:
+        context = stream.context_of(row)
+        known = context in allowed if allowed else set(interventions_of(context, obs_context)) <= set(concepts or ())
+        return known and counts[context] < images_per_context
+
+    rows = _reader(stream.rows, seed, epoch=0)
+    total = len(wanted) * images_per_context
+    with tqdm(total=total, desc="Taking images from the stream", disable=not show_progress) as progress:
+        for row in _sought(rows, is_wanted, lambda: f"any of {lacking()}"):
+            context, image = stream.context_of(row), row[stream.image_column]
+            try:
+                decode_image(image)
+            except ValueError as error:
+                broken.append(_describe(image, context, error))
+                if not skip_unreadable:
+                    raise ValueError(_unreadable(broken[-1])) from error
+                continue
+            taken.append({"image": image, "context": context, "text": stream.text_of(row)})
+            counts[context] += 1
+            progress.update(context in wanted)
+            if not lacking():
+                break
+    if broken:
+        warnings.warn(f"Images that cannot be read are left out: {listed(broken)}.", stacklevel=2)
+    empty = [context for context in allowed or () if not counts[context]]
+    if empty:
+        raise ValueError(f"The stream has no images of the contexts {empty}; add some, or leave out their concepts.")
+    kept_contexts(counts, concepts, obs_context)
+    features = Features({"image": Image(mode="RGB"), "context": Value("string"), "text": Value("string")})
+    return Dataset.from_list(taken, features=features)
+
+
+class ContextStream:
+    """The images of one context, endlessly, or a process's share of them: an epoch has each once, in an order of its
+    own.
+
+    The order is that of the stream's files, shuffled for each epoch, and within it that of shuffled runs of images.
+    Where the number of a dataset's files is a multiple of that of processes, each reads its own; otherwise each one
+    reads all and takes its turn in keeping images of the context. In the same epoch no two have the same image.
+
+    `state_dict` is the place in the stream: with it, another stream goes on as this one would have, image by image.
+
+    Args:
+        stream: the images of all contexts; those of other ones are read and passed over.
+        context: the context.
+        shuffle_buffer: images that are shuffled among one another, and held in memory as their files are.
+        seed: seed of the order.
+        process_index: this process.
+        num_processes: all processes.
+        skip_unreadable: whether images that cannot be decoded are passed over, with a warning, and not an error.
+    """
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        context: str,
+        shuffle_buffer: int,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        skip_unreadable: bool = False,
+    ):
+        self.stream = stream
+        self.context = context
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.skip_unreadable = skip_unreadable
+        share, all_of_it = (process_index, num_processes), (0, 1)
+        has_files = not stream.has_names and stream.rows.num_shards % num_processes == 0
+        # a copy: datasets keep the place of their iteration in themselves
+        self._rows = split_dataset_by_node(deepcopy(stream.rows), *(share if has_files else all_of_it))
+        self._share = all_of_it if has_files else share
+        self._reader: Iterator[Row]
+        self._order: np.ndarray
+        self._taken: int
+        self._begin_epoch(0)
+
+    def __iter__(self) -> Iterator[tuple[PIL.Image.Image, str]]:
+        return self
+
+    def __next__(self) -> tuple[PIL.Image.Image, str]:
+        """An image and its caption.
+
+        Raises:
+            ValueError: if it cannot be read, the stream has no image of the context, or none for a million rows.
+        """
+        while True:
+            self.fill()
+            row = self._buffer[self._order[self._taken]]
+            self._taken += 1
+            self._ahead += islice(self._reader, 1)  # so that no step has to wait for a whole buffer
+            image = row[self.stream.image_column]
+            try:
+                decoded = decode_image(image)
+            except ValueError as error:
+                description = _describe(image, self.context, error)
+                if not self.skip_unreadable:
+                    raise ValueError(_unreadable(description)) from error
+                logger.warning(f"An image cannot be read and is passed over: {description}.")
+                continue
+            self._fruitless = False
+            return decoded, self.stream.text_of(row)
+
+    def fill(self) -> None:
+        """Reads images to shuffle, if none are left; see `__next__` for what it raises."""
+        while self._taken == len(self._buffer):
+            self._ahead += islice(self._reader, self.shuffle_buffer - len(self._ahead))
+            if self._ahead:
+                self._take_over()
+            elif self._fruitless:
+                raise ValueError(
+                    f"There is no readable image of the context {self.context!r} in this process's share of the stream"
+                    f" ({self.stream.rows.num_shards} files or shards). Start fewer processes, or shuffle the dataset,"
+                    " so that each of its files has images of all contexts."
+                )
+            else:
+                self._begin_epoch(self._epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream."""
+        return {"epoch": self._epoch, "buffer": self._number, "start": self._start, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a place; the images that were being shuffled are read again."""
+        self._begin_epoch(state["epoch"])
+        self._rows.load_state_dict(state["start"]["rows"])
+        if state["buffer"]:
+            self._seen, self._ahead_start, self._number = state["start"]["seen"], state["start"], state["buffer"] - 1
+            self._ahead += islice(self._reader, self.shuffle_buffer)
+            self._take_over()
+            self._taken = state["taken"]
+            self._ahead += islice(self._reader, self._taken)
+        self._fruitless = False
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._seen = 0  # images of the context, in this epoch
+        self._fruitless = True  # no image could be read in it yet
+        self._reader = self._read()
+        self._number = 0  # of the buffer
+        self._buffer: list[Row] = []
+        self._order = np.empty(0, dtype=int)
+        self._taken = 0
+        self._ahead: list[Row] = []  # the beginning of the next buffer
+        self._start = self._ahead_start = {"rows": None, "seen": 0}
+
+    def _take_over(self) -> None:
+        """Makes what was read ahead the buffer."""
+        self._number += 1
+        self._buffer, self._ahead, self._taken = self._ahead, [], 0
+        self._order = np.random.default_rng((self.seed, self._epoch, self._number)).permutation(len(self._buffer))
+        self._start, self._ahead_start = self._ahead_start, {"rows": self._rows.state_dict(), "seen": self._seen}
+
+    def _read(self) -> Iterator[Row]:
+        """The rows of the epoch that are this process's."""
+        index, number = self._share
+        rows = _reader(self._rows, self.seed, self._epoch)
+        mine = _sought(rows, lambda row: self.stream.context_of(row) == self.context, lambda: repr(self.context))
+        for row in mine:
+            self._seen += 1
+            if (self._seen - 1) % number == index:
+                yield row
+
+
+def _reader(rows: IterableDataset, seed: int, epoch: int) -> Iterator[Row]:
+    """The rows, with files in the order of an epoch."""
+    (order,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
+    rows.set_epoch(int(order))
+    yield from rows
+
+
+def _sought(rows: Iterable[Row], is_wanted: Callable[[Row], bool], sought: Callable[[], str]) -> Iterator[Row]:
+    """The rows that are wanted; warns where they are long in coming, and gives up in the end."""
+    useless = 0
+    for row in rows:
+        if is_wanted(row):
+            useless = 0
+            yield row
+            continue
+        useless += 1
+        if useless % _WARN_AFTER == 0:
+            logger.warning(f"The last {useless} rows of the stream had no image of {sought()}; reading on.")
+        if useless >= _GIVE_UP_AFTER:
+            raise ValueError(
+                f"The last {useless} rows of the stream had no image of {sought()}. Add images of it, or shuffle the"
+                " dataset, so that those of all contexts lie beside one another."
+            )
+
+
+def _describe(image: Row | None, context: str, defect: ValueError) -> str:
+    return f"{(image or {}).get('path') or 'one without a name'}, context {context!r} ({defect})"
+
+
+def _unreadable(description: str) -> str:
+    return (
+        f"An image of the stream cannot be read: {description}. Repair or remove it, or set `skip_unreadable` to leave"
+        " such images out."
+    )

@@ -1,0 +1,52 @@
+"""What trackers are told, on two axes: steps in which concepts are learned, and optimizer steps of the adapter.
+
+Trackers take both as they come, but for W&B, whose steps cannot begin again at zero: there, the axes are metrics of
+their own, which the others are drawn over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+
+_CONCEPTS = "concepts/"
+_CONCEPT_STEP = f"{_CONCEPTS}step"
+_STEP = "step"
+_OVER_STEPS = ("loss", "lr", "gradient_norm", "validation", "validation_loss/*")
+
+
+def start_trackers(accelerator: Accelerator, options: dict[str, Any]) -> None:
+    """Starts the trackers of a run with these options."""
+    accelerator.init_trackers("context-adapter", config=options)
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb" and accelerator.is_main_process:
+            tracker.tracker.define_metric(f"{_CONCEPTS}*", step_metric=_CONCEPT_STEP)
+            for name in _OVER_STEPS:
+                tracker.tracker.define_metric(name, step_metric=_STEP)
+
+
+def track(tracker: GeneralTracker, figures: dict[str, Any], step: int) -> None:
+    """Tells one tracker figures, or pictures in its own format, of an optimizer step."""
+    _track(tracker, figures, _STEP, step)
+
+
+def track_step(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
+    """Tells all trackers figures of an optimizer step."""
+    for tracker in accelerator.trackers:
+        track(tracker, figures, step)
+
+
+def track_concepts(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
+    """Tells all trackers figures of a step in which concepts are learned, under names that begin with `concepts/`."""
+    for tracker in accelerator.trackers:
+        _track(tracker, {f"{_CONCEPTS}{name}": figure for name, figure in figures.items()}, _CONCEPT_STEP, step)
+
+
+def _track(tracker: GeneralTracker, figures: dict[str, Any], axis: str, step: int) -> None:
+    if tracker.name == "wandb":
+        tracker.log(figures | {axis: step})
+    else:
+        tracker.log(figures, step=step)
