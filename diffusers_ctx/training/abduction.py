@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -59,6 +60,8 @@ def learn_abduction(
         FloatingPointError: if the loss is not finite.
     """
     context_module.requires_grad_(True).read_out.requires_grad_(False)
+    if latents.features is not None:
+        context_module.encoder.fit(latents.features.flatten(0, 1))
     learning = AbductionLearning(accelerator, context_module, latents, config)
     steps = config.context.abduction_steps
     if config.context.posterior_type == "inverse":
@@ -71,14 +74,34 @@ def learn_abduction(
         learning.learn_reading(values, reading_steps)
         steps -= code_steps + reading_steps
     figures = learning.learn_all(steps)
-    for parameter in context_module.parameters():
-        parameter.data = broadcast(parameter.data)
+    for tensor in context_module.state_dict().values():
+        tensor.copy_(broadcast(tensor))
     divergences = dict(zip(context_module.node_names, figures.pop("kl").tolist()))
     if accelerator.is_main_process:
         _warn_of_collapse({name: divergences[name] for name in context_module.config.concepts})
     return {name: value.item() for name, value in figures.items()} | {
         f"kl/{name}": divergence for name, divergence in divergences.items()
     }
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The images of a step.
+
+    Attributes:
+        rows: (B,), which ones.
+        latents: (B, C, h, w).
+        features: (B, F, h', w'), what the posterior sees in the place of latents, if anything.
+    """
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    features: torch.Tensor | None
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """What the posterior sees."""
+        return self.latents if self.features is None else self.features
 
 
 class AbductionLearning:
@@ -111,11 +134,11 @@ class AbductionLearning:
         objective = self.objective
         decoder = objective.create_decoder().to(self.device)
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
-            posterior = GaussianPosterior.diagonal(*self.module.read_code(latents))
-            code = posterior.at(self._normal(random, len(rows), *self.module.noise_shape))
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> torch.Tensor:
+            posterior = GaussianPosterior.diagonal(*self.module.read_code(images.seen))
+            code = posterior.at(self._normal(random, len(images.rows), *self.module.noise_shape))
             kl = posterior.kl().sum(dim=1).mean()
-            mse = F.mse_loss(decoder(code), objective.targets(latents))
+            mse = F.mse_loss(decoder(code), objective.targets(images.latents))
             return objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
 
         self._minimise(loss, [{"params": [*self._reading_parameters(), *decoder.parameters()]}], steps, "Encoding")
@@ -125,10 +148,10 @@ class AbductionLearning:
         """Trains encoder and head to read these node values (n, N, d), and the decoder to decode them."""
         objective = self.objective
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
-            aims = values[rows].to(self.device)
-            mse = F.mse_loss(objective.decoder(aims), objective.targets(latents))
-            error = F.mse_loss(self.module.read_values(latents), aims)
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> torch.Tensor:
+            aims = values[images.rows].to(self.device)
+            mse = F.mse_loss(objective.decoder(aims), objective.targets(images.latents))
+            error = F.mse_loss(self.module.read_values(images.seen), aims)
             return objective.likelihood_loss(mse) + _READING_WEIGHT * error
 
         parameters = [*self._reading_parameters(), *objective.decoder.parameters()]
@@ -147,12 +170,14 @@ class AbductionLearning:
         figures: dict[str, torch.Tensor] = {}
         shape = self.module.noise_shape
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> torch.Tensor:
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> torch.Tensor:
+            rows = images.rows
             exogenous, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
             directions = unit_directions(random, reference[0].numel()).to(self.device)
             latent_directions = unit_directions(random, self.objective.dimensions, _LATENT_DIRECTIONS).to(self.device)
-            inputs = (latents, self.labels[rows].to(self.device), exogenous, reference, directions, latent_directions)
-            value, latest = self.objective(*inputs, warm_up=self._warm_up(step))
+            labels = self.labels[rows].to(self.device)
+            inputs = (images.latents, labels, exogenous, reference, directions, latent_directions)
+            value, latest = self.objective(*inputs, warm_up=self._warm_up(step), features=images.features)
             figures.update(latest)
             return value
 
@@ -161,12 +186,12 @@ class AbductionLearning:
 
     def _minimise(
         self,
-        loss_of: Callable[[torch.Tensor, KeyedNoise, torch.Tensor, int], torch.Tensor],
+        loss_of: Callable[[DrawnImages, KeyedNoise, int], torch.Tensor],
         groups: list[dict[str, Any]],
         steps: int,
         description: str,
     ) -> None:
-        """Steps of AdamW on `loss_of(latents, random, rows, step)`."""
+        """Steps of AdamW on `loss_of(images, random, step)`."""
         optimizer = torch.optim.AdamW(groups, lr=self.options.abduction_learning_rate, weight_decay=1e-4)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -175,8 +200,9 @@ class AbductionLearning:
             # negative numbers: those of the second part of training start at zero
             random = KeyedNoise(self.seed, -1 - self.steps_done)
             shape = self.latents.mean.shape[2:]
-            latents = self.latents.draw(rows, random.normal(len(rows), *shape), random.uniform(len(rows)))
-            loss = loss_of(latents.to(self.device), random, rows, step)
+            noise, flip = random.normal(len(rows), *shape), random.uniform(len(rows))
+            drawn = self.latents.draw(rows, noise, flip), self.latents.features_of(rows, flip)
+            loss = loss_of(DrawnImages(rows, *send_to_device(drawn, self.device)), random, step)
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
@@ -191,9 +217,8 @@ class AbductionLearning:
 
     @torch.no_grad()
     def _codes(self) -> ImageCodes:
-        read = [
-            self.module.read_code(latents.to(self.device)) for latents in self.latents.mean[0].split(_CODES_AT_ONCE)
-        ]
+        seen = self.latents.mean if self.latents.features is None else self.latents.features
+        read = [self.module.read_code(images.to(self.device)) for images in seen[0].split(_CODES_AT_ONCE)]
         mean, log_variance = (torch.cat(parts).flatten(1).cpu() for parts in zip(*read))
         return ImageCodes(mean, (log_variance / 2).exp(), self.labels)
 
