@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from diffusers_ctx.adapter import ContextAdapterLoaderMixin, weights_at_hand, with_context
+from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
 from diffusers_ctx.context import Interventions, intervention_mask
 
 from .guidance import context_guidance
@@ -43,6 +45,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     maybe_free_model_hooks: Callable[[], None]
     to: Callable[..., Any]
     _execution_device: torch.device
+    _clip_features: ClipFeatures | None = None  # what `load_posterior_encoder` has loaded
 
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the text encoders make of captions: tensors with a row for each, on the pipeline's device."""
@@ -88,6 +91,53 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
             output = plain_call(**arguments)
         return _with_noise(output, noise) if arguments["return_dict"] else (*output, noise)
+
+    def image_features(self, encoder: str) -> ImageFeatures | None:
+        """What a posterior sees of images; `None` if it sees their latents.
+
+        Args:
+            encoder: `"vae"`, `"unet"` or `"clip"`, see `posterior_encoder` of [`ContextModule`].
+
+        Raises:
+            ValueError: if the model is not there and cannot be loaded.
+        """
+        if encoder == "vae":
+            return None
+        if encoder == "unet":
+            return UNetFeatures(self.unet, list(self.text_encoders.values()), self._told_without_prompt)
+        if self._clip_features is None and getattr(self, "image_encoder", None) is not None:
+            return ClipFeatures(self.image_encoder)
+        if self._clip_features is None:
+            self.load_posterior_encoder()
+        return self._clip_features
+
+    def load_posterior_encoder(
+        self, pretrained_model_name_or_path: str | None = None, cache_dir: str | os.PathLike | None = None
+    ) -> None:
+        """Loads the CLIP image encoder that the posterior of an adapter sees images through.
+
+        Abduction and counterfactuals call it by themselves, if the adapter needs it and the pipeline has no component
+        `image_encoder`; nothing else needs it.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id; by default what the adapter was trained with, which names
+                a local folder without its path.
+            cache_dir: where downloads are kept.
+
+        Raises:
+            ValueError: if it cannot be loaded, or no adapter is loaded that could name it.
+        """
+        name = pretrained_model_name_or_path or self._require_context_module().config.posterior_encoder_model
+        if name is None:
+            raise ValueError(
+                "The adapter's posterior sees images through the image encoder of the pipeline that it was trained on:"
+                " load one that has it as component `image_encoder`, or name the CLIP model."
+            )
+        self._clip_features = ClipFeatures.from_pretrained(name, cache_dir)
+
+    def unload_context_adapter(self) -> None:
+        super().unload_context_adapter()
+        self._clip_features = None
 
     def to_json_string(self) -> str:
         """The config as it is saved, under the name of the class that stock diffusers loads it with."""
@@ -141,7 +191,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             image: one image or several, as PIL images, arrays or tensors.
             factual: the interventions under which they came about; none if they are observational.
         """
-        noise = self._abduct(self._encode_images(image), factual)
+        noise = self._abduct(image, self._encode_images(image), factual)
         self.maybe_free_model_hooks()
         return noise
 
@@ -174,7 +224,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             ValueError: if no adapter is loaded, a concept is unknown, or shapes do not fit.
         """
         latents = self._encode_images(image)
-        noise = self._abduct(latents, factual)
+        noise = self._abduct(image, latents, factual)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else prompt
         if len(prompts) != len(latents):
             raise ValueError(
@@ -213,11 +263,31 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             tokens = module(noise.to(device), mask.to(device))
         return tokens.to(self._execution_device)
 
-    def _abduct(self, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]) -> torch.Tensor:
+    def _abduct(
+        self, image: PipelineImageInput, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
+    ) -> torch.Tensor:
         module = self._require_context_module()
         mask = intervention_mask(factual, self.concepts, len(latents))
+        seen = self._seen_by_posterior(image, latents)
         with weights_at_hand(module) as device:
-            return module.abduct(latents.to(device), mask.to(device)).mean.to(self._execution_device)
+            return module.abduct(seen.to(device), mask.to(device)).mean.to(self._execution_device)
+
+    def _seen_by_posterior(self, image: PipelineImageInput, latents: torch.Tensor) -> torch.Tensor:
+        config = self._require_context_module().config
+        image_features = self.image_features(config.posterior_encoder)
+        if image_features is None:
+            return latents
+        if image_features.channels != config.posterior_in_channels:
+            raise ValueError(
+                f"The image encoder has features of {image_features.channels} channels, and the adapter's posterior"
+                f" sees {config.posterior_in_channels}: call `load_posterior_encoder(...)` with the CLIP model that it"
+                f" was trained with, {config.posterior_encoder_model or 'the image encoder of its base model'}."
+            )
+        pixels = self.image_processor.preprocess(image).to(self._execution_device)
+        return image_features(pixels, latents)
+
+    def _told_without_prompt(self, latents: torch.Tensor) -> dict[str, Any]:
+        return self.unet_conditions(self.encode_captions([""] * len(latents)), self._uncropped(latents))
 
     def _encode_images(self, image: PipelineImageInput) -> torch.Tensor:
         pixels, dtype = self.image_processor.preprocess(image), self.vae.dtype

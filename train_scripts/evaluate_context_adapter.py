@@ -64,6 +64,10 @@ class EvaluationConfig:
     )
     revision: str | None = _option(None, "Branch, tag or commit of the base model on the Hub.")
     variant: str | None = _option(None, "Variant of the base model's files, such as fp16.")
+    posterior_encoder_model: str | None = _option(
+        None,
+        "Folder or Hub id of the CLIP model that the adapter's posterior sees, if any; by default as it names it.",
+    )
     caption_column: str = _option("text", "The column of captions in metadata files; captions are the prompts.")
     max_samples: int | None = _option(None, "At most this many samples per context; by default half its images.")
     num_counterfactuals: int = _option(32, "Observational images that counterfactuals are made of; 0 leaves them out.")
@@ -143,13 +147,16 @@ class Evaluation:
         # a name does not tell whether what is behind it was trained on or replaced
         self.base_digest = digest(weight.numpy().tobytes() for weight in weights_of(pipeline))
         pipeline.load_context_adapter(self.adapter, cache_dir=self.config.cache_dir)
+        clip = self.config.posterior_encoder_model
+        if clip is not None:
+            pipeline.load_posterior_encoder(clip, cache_dir=self.config.cache_dir)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.accelerator.device, dtype)
 
     def _settings(self, adapter_files: list[Path]) -> dict[str, Any]:
         """All that the images depend on."""
         options = ["revision", "variant", "max_samples", "num_counterfactuals"]
-        options += ["num_inference_steps", "guidance_scale", "seed"]
+        options += ["num_inference_steps", "guidance_scale", "seed", "posterior_encoder_model"]
         return {
             "adapter": digest(file.read_bytes() for file in adapter_files),
             "pretrained_model_name_or_path": public_name(self.base),

@@ -93,8 +93,8 @@ class GivenNoiseTrainer(BenchmarkTrainer):
         return {}
 
     def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[Any, ...]:
-        *inputs, exogenous = super()._step_inputs(number, batch)
-        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous))
+        *inputs, exogenous, features = super()._step_inputs(number, batch)
+        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous), features)
 
 
 class LabelsTrainer(GivenNoiseTrainer):

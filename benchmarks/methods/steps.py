@@ -43,7 +43,7 @@ class Contestant:
     cached: bool = True
 
 
-@dataclass
+@dataclass(kw_only=True)  # after fields that have defaults
 class EncodedLatents(ContextLatents):
     """Latents that are encoded whenever they are drawn.
 

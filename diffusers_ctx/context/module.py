@@ -41,9 +41,13 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_type (`str`): `"inverse"` reads the concepts' values off the image, the same in every context, and
             inverts the mechanisms of the context to get the noise; `"amortized"` predicts the noise from image and
             mask, and works with expressive layers.
-        posterior_in_channels (`int`): channels of the latents that the posterior sees.
+        posterior_in_channels (`int`): channels of the latents or features that the posterior sees.
         posterior_width (`int`): channels of the posterior's convolutions.
         posterior_sample_size (`int`): height and width of the latents.
+        posterior_encoder (`str`): what makes the maps that the posterior sees: `"vae"` for latents, or `"unet"` or
+            `"clip"` for features, see [`~adapter.image_features`]. Every method says latents for either.
+        posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
+        posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -70,6 +74,9 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_in_channels: int = 4,
         posterior_width: int = 64,
         posterior_sample_size: int = 8,
+        posterior_encoder: str = "vae",
+        posterior_encoder_model: str | None = None,
+        posterior_feature_size: int | None = None,
     ):
         super().__init__()
         _check_concepts(concepts, obs_context)
@@ -83,7 +90,12 @@ class ContextModule(ModelMixin, ConfigMixin):
         self.expressive = ExpressiveLayers(num_nodes, noise_dim, concept_dim, expressive_depth)
         self.causal = _causal_layer(causal_form, concepts, num_hidden_factors, concept_dim, graph)
         self.read_out = ReadOut(num_nodes, concept_dim, readout_width, tokens_per_concept, token_dim)
-        self.encoder = LatentEncoder(posterior_in_channels, posterior_width, posterior_sample_size)
+        self.encoder = LatentEncoder(
+            posterior_in_channels,
+            posterior_width,
+            posterior_feature_size or posterior_sample_size,
+            standardize=posterior_encoder != "vae",
+        )
         if posterior_type == "inverse":
             self.head = GaussianHead(self.encoder.out_dim, 4 * posterior_width, num_nodes, concept_dim)
         elif posterior_type == "amortized":

@@ -43,24 +43,54 @@ class GaussianPosterior:
         return 0.5 * (self.mean.square() + variances - 1).sum(dim=-1) - self.log_volume
 
 
+class Standardization(nn.Module):
+    """Brings each channel of feature maps (B, C, h, w) to mean 0 and deviation 1 over the images that it was fitted
+    to: networks that were trained for something else have channels of any scale."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def fit(self, features: torch.Tensor) -> None:
+        """Takes over mean and deviation of these maps (n, C, h, w)."""
+        std, mean = torch.std_mean(features, dim=(0, 2, 3), keepdim=True)
+        self.mean.copy_(mean[0])
+        self.std.copy_(std[0].clamp(min=1e-3 * std.mean()))  # what hardly varies is not blown up
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / self.std
+
+
 class LatentEncoder(nn.Module):
-    """Features (B, width * 16) of VAE latents: halves them down to 4x4 and keeps the positions apart.
+    """Features (B, width * 16) of VAE latents or other maps: halves them down to 4x4 and keeps the positions apart.
 
     Args:
         in_channels: channels of the latents.
         width: channels of the convolutions.
         sample_size: height and width of the latents that the encoder is made for; others are pooled to fit.
+        standardize: whether channels are standardised first, see `Standardization`.
     """
 
-    def __init__(self, in_channels: int, width: int, sample_size: int):
+    def __init__(self, in_channels: int, width: int, sample_size: int, standardize: bool = False):
         super().__init__()
         halvings = max(0, round(math.log2(sample_size / 4)))
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), nn.SiLU()]
+        layers: list[nn.Module] = [Standardization(in_channels)] if standardize else []
+        layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.SiLU()]
         for _ in range(halvings):
             layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.SiLU()]
         layers += [nn.AdaptiveAvgPool2d(4), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Flatten()]
         self.layers = nn.Sequential(*layers)
         self.out_dim = width * 16
+
+    def fit(self, maps: torch.Tensor) -> None:
+        """Standardises to mean and deviation of these maps (n, C, h, w); before it learns."""
+        standardization = self.layers[0]
+        assert isinstance(standardization, Standardization)
+        standardization.fit(maps)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         return self.layers(latents)

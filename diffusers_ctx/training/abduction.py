@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -63,6 +64,8 @@ def learn_abduction(
         FloatingPointError: if the loss is not finite.
     """
     context_module.requires_grad_(True).read_out.requires_grad_(False)
+    if latents.features is not None:
+        context_module.encoder.fit(latents.features.flatten(0, 1))
     learning = AbductionLearning(accelerator, context_module, latents, config)
     steps = config.context.abduction_steps
     if config.context.posterior_type == "inverse":
@@ -75,11 +78,31 @@ def learn_abduction(
         learning.learn_reading(values, reading_steps)
         steps -= code_steps + reading_steps
     figures = learning.learn_all(steps)
-    for parameter in context_module.parameters():
-        parameter.data = broadcast(parameter.data)
+    for tensor in context_module.state_dict().values():
+        tensor.copy_(broadcast(tensor))
     if accelerator.is_main_process:
         _warn_of_collapse({name: figures[f"kl/{name}"] for name in context_module.config.concepts})
     return figures
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """The images of a step.
+
+    Attributes:
+        rows: (B,), which ones.
+        latents: (B, C, h, w).
+        features: (B, F, h', w'), what the posterior sees in the place of latents, if anything.
+    """
+
+    rows: torch.Tensor
+    latents: torch.Tensor
+    features: torch.Tensor | None
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """What the posterior sees."""
+        return self.latents if self.features is None else self.features
 
 
 class AbductionLearning:
@@ -113,11 +136,11 @@ class AbductionLearning:
         objective = self.objective
         decoder = objective.create_decoder().to(self.device)
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
-            posterior = GaussianPosterior.diagonal(*self.module.read_code(latents))
-            code = posterior.at(self._normal(random, len(rows), *self.module.noise_shape))
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> Loss:
+            posterior = GaussianPosterior.diagonal(*self.module.read_code(images.seen))
+            code = posterior.at(self._normal(random, len(images.rows), *self.module.noise_shape))
             kl = posterior.kl().sum(dim=1).mean()
-            mse = F.mse_loss(decoder(code), objective.targets(latents))
+            mse = F.mse_loss(decoder(code), objective.targets(images.latents))
             value = objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
             return value, {"code/reconstruction": mse, "code/kl": kl}
 
@@ -128,10 +151,10 @@ class AbductionLearning:
         """Trains encoder and head to read these node values (n, N, d), and the decoder to decode them."""
         objective = self.objective
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
-            aims = values[rows].to(self.device)
-            mse = F.mse_loss(objective.decoder(aims), objective.targets(latents))
-            error = F.mse_loss(self.module.read_values(latents), aims)
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> Loss:
+            aims = values[images.rows].to(self.device)
+            mse = F.mse_loss(objective.decoder(aims), objective.targets(images.latents))
+            error = F.mse_loss(self.module.read_values(images.seen), aims)
             value = objective.likelihood_loss(mse) + _READING_WEIGHT * error
             return value, {"reading/reconstruction": mse, "reading/error": error}
 
@@ -150,23 +173,25 @@ class AbductionLearning:
         ]
         shape = self.module.noise_shape
 
-        def loss(latents: torch.Tensor, random: KeyedNoise, rows: torch.Tensor, step: int) -> Loss:
+        def loss(images: DrawnImages, random: KeyedNoise, step: int) -> Loss:
+            rows = images.rows
             exogenous, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
             directions = unit_directions(random, reference[0].numel()).to(self.device)
             latent_directions = unit_directions(random, self.objective.dimensions, _LATENT_DIRECTIONS).to(self.device)
-            inputs = (latents, self.labels[rows].to(self.device), exogenous, reference, directions, latent_directions)
-            return self.objective(*inputs, warm_up=self._warm_up(step))
+            labels = self.labels[rows].to(self.device)
+            inputs = (images.latents, labels, exogenous, reference, directions, latent_directions)
+            return self.objective(*inputs, warm_up=self._warm_up(step), features=images.features)
 
         return self._numbers(self._minimise(loss, groups, steps, "Learning concepts"))
 
     def _minimise(
         self,
-        loss_of: Callable[[torch.Tensor, KeyedNoise, torch.Tensor, int], Loss],
+        loss_of: Callable[[DrawnImages, KeyedNoise, int], Loss],
         groups: list[dict[str, Any]],
         steps: int,
         description: str,
     ) -> dict[str, torch.Tensor]:
-        """Steps of AdamW on `loss_of(latents, random, rows, step)`; the last step's figures."""
+        """Steps of AdamW on `loss_of(images, random, step)`; the last step's figures."""
         figures: dict[str, torch.Tensor] = {}
         optimizer = torch.optim.AdamW(groups, lr=self.options.abduction_learning_rate, weight_decay=1e-4)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
@@ -176,8 +201,9 @@ class AbductionLearning:
             # negative numbers: those of the second part of training start at zero
             random = KeyedNoise(self.seed, -1 - self.steps_done)
             shape = self.latents.mean.shape[2:]
-            latents = self.latents.draw(rows, random.normal(len(rows), *shape), random.uniform(len(rows)))
-            loss, figures = loss_of(latents.to(self.device), random, rows, step)
+            noise, flip = random.normal(len(rows), *shape), random.uniform(len(rows))
+            drawn = self.latents.draw(rows, noise, flip), self.latents.features_of(rows, flip)
+            loss, figures = loss_of(DrawnImages(rows, *send_to_device(drawn, self.device)), random, step)
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"The loss is not finite at step {step} of learning the concepts; lower `abduction_learning_rate`."
@@ -203,9 +229,8 @@ class AbductionLearning:
 
     @torch.no_grad()
     def _codes(self) -> ImageCodes:
-        read = [
-            self.module.read_code(latents.to(self.device)) for latents in self.latents.mean[0].split(_CODES_AT_ONCE)
-        ]
+        seen = self.latents.mean if self.latents.features is None else self.latents.features
+        read = [self.module.read_code(images.to(self.device)) for images in seen[0].split(_CODES_AT_ONCE)]
         mean, log_variance = (torch.cat(parts).flatten(1).cpu() for parts in zip(*read))
         return ImageCodes(mean, (log_variance / 2).exp(), self.labels)
 

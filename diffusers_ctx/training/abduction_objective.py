@@ -82,6 +82,7 @@ class AbductionObjective(nn.Module):
         directions: torch.Tensor,
         latent_directions: torch.Tensor,
         warm_up: float,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and figures to log.
 
@@ -93,13 +94,15 @@ class AbductionObjective(nn.Module):
             directions: (N d_z, P) unit vectors to compare draws along.
             latent_directions: (C s s, P) unit vectors to compare decoded latents along; `s` is `size`.
             warm_up: factor of β, from 0 to 1.
+            features: (B, F, h', w'), what the posterior sees; by default the latents.
         """
         mask = self.contexts[labels]
         target = self.targets(latents)
-        posterior = self.context_module.abduct(latents, mask)
+        seen = latents if features is None else features
+        posterior = self.context_module.abduct(seen, mask)
         z = posterior.at(exogenous)
         mse, kl = F.mse_loss(self.decode(z, mask), target), posterior.kl()
-        contrast = self.contrast(latents, labels)
+        contrast = self.contrast(seen, labels)
         mismatch = context_mismatch(z, reference, directions, len(self.contexts))
         generated = self.decode(reference, mask)
         misfit = sorted_distance(generated, target, latent_directions, len(self.contexts))
@@ -131,7 +134,7 @@ class AbductionObjective(nn.Module):
         2006.13202, equation 5), so that a KL term weighs what it should, whatever the scale of the latents."""
         return self.dimensions / 2 * mse.log()
 
-    def contrast(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def contrast(self, seen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats of guessing an image's context from its values, by Bayes' rule with equal priors.
 
         The values' volume cancels, and so do all mechanisms but those that an intervention replaced (in the manner of
@@ -139,8 +142,8 @@ class AbductionObjective(nn.Module):
         on the context that would have to be guessed.
         """
         if self.config.posterior_type != "inverse":
-            return latents.new_zeros(())
-        log_densities = self.context_module.log_prob(self.context_module.read_values(latents), self.contexts)
+            return seen.new_zeros(())
+        log_densities = self.context_module.log_prob(self.context_module.read_values(seen), self.contexts)
         return F.cross_entropy(log_densities, labels)
 
     def decode(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,13 @@ class ContextConfig:
     noise_dim: int = _option(1, "Width of each concept's exogenous noise.")
     tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.")
     posterior_type: str = _option("inverse", "`inverse` (inverts the mechanisms) or `amortized`.")
+    posterior_encoder: str = _option(
+        "vae",
+        "What the posterior sees of images: latents (`vae`), or features of the `unet` or of a `clip` image encoder.",
+    )
+    posterior_encoder_model: str | None = _option(
+        None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."
+    )
     expressive_depth: int = _option(0, "Layers between mechanism and causal layer; needs an amortized posterior.")
     kl_weight: float = _option(1.0, "Weight β of the KL divergence, in units of the likelihood.")
     kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.")

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..adapter.image_features import ImageFeatures
 from .latent_cache import cached, content_key
 
 
@@ -28,6 +29,7 @@ class ContextLatents(Dataset):
         captions: n captions.
         geometry: (V, n, 6), each image's original height and width, top and left of its crop in the resized image,
             and height and width of the crop, in pixels.
+        features: (V, n, F, h', w'), what the posterior sees in the place of latents, if anything.
     """
 
     mean: torch.Tensor
@@ -36,6 +38,7 @@ class ContextLatents(Dataset):
     contexts: list[str]
     captions: list[str]
     geometry: torch.Tensor
+    features: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.mean.shape[1]
@@ -51,6 +54,10 @@ class ContextLatents(Dataset):
     def geometry_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """The geometry (B, 6) of the views that `draw` takes."""
         return self.geometry[self._views(flip), indices]
+
+    def features_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor | None:
+        """The features (B, F, h', w') of the views that `draw` takes; `None` where the posterior sees latents."""
+        return None if self.features is None else self.features[self._views(flip), indices]
 
     def _views(self, flip: torch.Tensor) -> torch.Tensor:
         return (flip * len(self.mean)).long()
@@ -105,6 +112,7 @@ def encode_images(
     batch_size: int = 16,
     show_progress: bool = True,
     cache_dir: Path | None = None,
+    image_features: ImageFeatures | None = None,
 ) -> ContextLatents:
     """Encodes a dataset with the columns `image`, `context` and `text`.
 
@@ -116,18 +124,22 @@ def encode_images(
         random_flip: whether to encode each image's mirror image too.
         batch_size: images encoded at once.
         show_progress: whether to show a progress bar.
-        cache_dir: folder where latents are kept and found again, by the content of the images' files, the VAE and the
-            transform.
+        cache_dir: folder where latents are kept and found again, by the content of the images' files, the VAE, the
+            transform and what makes the features.
+        image_features: what makes the features that the posterior sees, if it does not see latents.
     """
 
     def encode() -> dict[str, torch.Tensor]:
-        return _encode(vae, dataset, transform, random_flip, batch_size, show_progress)
+        return _encode(vae, dataset, transform, random_flip, batch_size, show_progress, image_features)
 
     if cache_dir is None:
         latents = encode()
     else:
         # with the names of what is kept: other versions of this function kept other things
-        key = content_key(vae, dataset, _KEPT, vars(transform), random_flip, vae.config.scaling_factor)
+        settings = [_KEPT, vars(transform), random_flip, vae.config.scaling_factor]
+        if image_features is not None:
+            settings.append(image_features.digest())
+        key = content_key(vae, dataset, *settings)
         latents = cached(cache_dir, key, encode)
     return ContextLatents(masks=masks, contexts=list(dataset["context"]), captions=list(dataset["text"]), **latents)
 
@@ -143,9 +155,10 @@ def _encode(
     random_flip: bool,
     batch_size: int,
     show_progress: bool,
+    image_features: ImageFeatures | None,
 ) -> dict[str, torch.Tensor]:
-    """What of `ContextLatents` is `_KEPT`."""
-    means, stds, geometries = [], [], []
+    """What of `ContextLatents` is `_KEPT`, and the features."""
+    means, stds, geometries, features = [], [], [], []
     flips = [False, True] if random_flip else [False]
     for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images", disable=not show_progress):
         rows = range(start, min(start + batch_size, len(dataset)))
@@ -154,11 +167,16 @@ def _encode(
         views = torch.stack([pixels.flip(-1) if flip else pixels for flip in flips])
         crops = [transform.geometry(image, row, flip) for flip in flips for image, row in zip(images, rows)]
         geometries.append(torch.stack(crops).unflatten(0, views.shape[:2]))
-        mean, std = encode_pixels(vae, views.flatten(0, 1))
+        inputs = views.flatten(0, 1)
+        mean, std = encode_pixels(vae, inputs)
         means.append(mean.unflatten(0, views.shape[:2]))
         stds.append(std.unflatten(0, views.shape[:2]))
-    return {
+        if image_features is not None:
+            made = image_features(inputs.to(vae.device), mean.to(vae.device))
+            features.append(made.cpu().unflatten(0, views.shape[:2]))
+    kept = {
         "mean": torch.cat(means, dim=1),
         "std": torch.cat(stds, dim=1),
         "geometry": torch.cat(geometries, dim=1),
     }
+    return kept | ({"features": torch.cat(features, dim=1)} if features else {})

@@ -66,11 +66,12 @@ class DiffusionObjective(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
         if self.caption_encoder is not None:
             conditions = self.caption_encoder(**conditions)
-        return self.losses(latents, mask, conditions, noise, timesteps, exogenous).mean()
+        return self.losses(latents, mask, conditions, noise, timesteps, exogenous, features).mean()
 
     def losses(
         self,
@@ -80,6 +81,7 @@ class DiffusionObjective(nn.Module):
         noise: torch.Tensor,
         timesteps: torch.Tensor,
         exogenous: torch.Tensor,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Each image's loss (B,).
 
@@ -90,9 +92,10 @@ class DiffusionObjective(nn.Module):
             noise: (B, C, h, w), standard normal.
             timesteps: (B,).
             exogenous: (B, N, d_z), standard normal numbers to draw from the posterior with.
+            features: (B, F, h', w'), what the posterior sees; by default the latents.
         """
         (context_module,) = self._context_module
-        z = context_module.abduct(latents, mask).at(exogenous)
+        z = context_module.abduct(latents if features is None else features, mask).at(exogenous)
         tokens = context_module(z, mask)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, **with_context(conditions, tokens)).sample

@@ -53,6 +53,7 @@ from .modes import count_learned, gradients_off, prepare_mode, schedule_options,
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
+from .posterior_input import create_image_features, posterior_input
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .streamed_batches import StreamedBatches, open_images, take_concept_images
@@ -81,6 +82,7 @@ class ContextTrainer:
     def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
         check_backbone(pipeline)
         check_options(config, pipeline.vae_scale_factor)
+        self._image_features = create_image_features(config, pipeline)
         schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config
         self.pipeline = pipeline
@@ -122,6 +124,7 @@ class ContextTrainer:
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset)
         held_out_latents = self._encode(held_out) if len(held_out) else None
+        self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
         self._encode_captions = pipeline.encode_captions
         if config.data.cache_latents and not self._text_encoders:
             with self.accelerator.local_main_process_first():
@@ -189,7 +192,7 @@ class ContextTrainer:
         return tuple(map(dataset.select, hold_out(dataset["context"], held_out, self.config.optimization.seed)))
 
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
-        options, unet, vae = self.config.context, self.pipeline.unet, self.pipeline.vae
+        options, unet = self.config.context, self.pipeline.unet
         return ContextModule(
             concepts=concepts,
             token_dim=unet.config.cross_attention_dim,
@@ -202,8 +205,7 @@ class ContextTrainer:
             graph=self.config.graph_edges(),
             tokens_per_concept=options.tokens_per_concept,
             posterior_type=options.posterior_type,
-            posterior_in_channels=vae.config.latent_channels,
-            posterior_sample_size=self._resolution // self.pipeline.vae_scale_factor,
+            **posterior_input(options, self.pipeline, self._image_features, self._resolution),
         )
 
     def _stream_batches(self, images: ImageStream, contexts: list[str]) -> StreamedBatches:
@@ -250,6 +252,7 @@ class ContextTrainer:
             random_flip=data.random_flip,
             cache_dir=self._cache_dir if data.cache_latents else None,
             show_progress=self.accelerator.is_main_process,
+            image_features=self._image_features,
         )
 
     def _prepare_training(self) -> None:
@@ -420,7 +423,8 @@ class ContextTrainer:
         if not self._text_encoders:  # those that learn encode within the objective
             with torch.no_grad():
                 conditions = self.pipeline.unet_conditions(self._encode_captions(captions), geometry)
-        return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous), device)
+        features = self.latents.features_of(indices, flip)
+        return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous, features), device)
 
     def _validate(self, step: int) -> None:
         """On the main process, with averaged weights if there are any."""

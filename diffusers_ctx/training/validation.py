@@ -167,6 +167,7 @@ def validation_losses(
             noise[rows],
             timesteps[rows],
             torch.zeros(len(rows), *pipeline.context_module.noise_shape),  # the posterior's mean
+            latents.features_of(rows, torch.zeros(len(rows))),
         )
         losses += objective.losses(*send_to_device(inputs, pipeline.device)).tolist()
     names = np.array(latents.contexts)

@@ -374,3 +374,20 @@ def test_density_needs_an_inverse():
     module = make_module(posterior_type="amortized", expressive_depth=1)
     with pytest.raises(ValueError, match="expressive_depth=0"):
         module.log_prob(torch.zeros(1, 5, 4).double(), torch.zeros(1, 3).double())
+
+
+def test_features_are_standardised_before_the_posterior_sees_them(context_module):
+    assert not any("mean" in name or "std" in name for name in context_module.encoder.state_dict())  # latents are not
+    options = {"posterior_in_channels": 3, "posterior_feature_size": 8, "posterior_encoder": "unet"}
+    module = ContextModule(CONCEPTS, token_dim=32, posterior_sample_size=64, **options)
+    features = torch.randn(20, 3, 8, 8) * torch.tensor([1e3, 1e-2, 0.0])[:, None, None] + 100
+    module.encoder.fit(features)
+    standardized = module.encoder.layers[0](features)
+    assert standardized.mean(dim=(0, 2, 3)).abs().max() < 1e-2
+    deviations = standardized.std(dim=(0, 2, 3))
+    assert deviations[0] == pytest.approx(1, abs=1e-3) and deviations[1] < 1 and deviations[2] == 0
+    mask = torch.zeros(20, len(CONCEPTS))
+    expected = module.abduct(features, mask).mean
+    other = ContextModule(CONCEPTS, token_dim=32, posterior_sample_size=64, **options)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.abduct(features, mask).mean, expected) and expected.isfinite().all()

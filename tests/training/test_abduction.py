@@ -103,6 +103,20 @@ def test_the_loss_is_its_terms(objective, inputs):
     assert loss.item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_posterior_may_see_features_and_the_decoder_still_aims_at_latents(objective, inputs):
+    latents, labels, exogenous, reference, directions, _ = inputs
+    module, mask = objective.context_module, CONTEXTS[labels]
+    features = torch.randn(12, 4, 6, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        _, figures = objective(*inputs, warm_up=1.0, features=features)
+        z = module.abduct(features, mask).at(exogenous)
+        mse = (objective.decoder(module.concept_values(z, mask)) - latents).square().mean()
+    assert figures["reconstruction"].item() == pytest.approx(mse.item(), rel=1e-4)
+    assert figures["contrast"].item() == pytest.approx(cross_entropy_by_hand(module, features, labels), rel=1e-3)
+    mismatch = mismatch_by_hand(z.flatten(1).numpy(), reference.flatten(1).numpy(), directions.numpy())
+    assert figures["mismatch"].item() == pytest.approx(mismatch, rel=1e-4)
+
+
 @pytest.mark.parametrize(("latent_size", "decoded"), [(3, 4), (8, 8), (12, 8), (64, 16)])
 def test_latents_of_any_size_are_averaged_to_one_that_the_decoder_makes(latent_size, decoded):
     objective = AbductionObjective(make_context_module(), CONTEXTS, 4, latent_size, CONFIG)

@@ -1,0 +1,188 @@
+"""What a posterior can read of images in the place of their latents: feature maps of a pretrained network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import CLIPVisionModel, PreTrainedModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .attention import context_module_detached, lora_detached
+
+
+POSTERIOR_ENCODERS = ("vae", "unet", "clip")
+
+_TIMESTEP = 0  # that of a clean image
+# maps are averaged down to it: training keeps those of every image, and the posterior ends at 4x4
+_LARGEST_SIZE = 8
+
+
+class ImageFeatures(Protocol):
+    """Maps images to feature maps (B, C, h, w).
+
+    Attributes:
+        channels: C.
+    """
+
+    channels: int
+
+    def size(self, latent_size: int) -> int:
+        """Height and width of the maps of images whose latents have that height and width."""
+
+    def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The feature maps of images.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+            latents: (B, C, h, w), means of the VAE's posterior, scaled.
+        """
+
+    def digest(self) -> str:
+        """Tells apart what makes other features of the same pixels and latents."""
+
+
+class UNetFeatures:
+    """What comes out of the UNet's middle block: clean latents at the first timestep, without a prompt.
+
+    They are those of the base model, whatever the pipeline has learned or loaded since: context module and LoRAs are
+    taken off while they are made.
+
+    Args:
+        unet: the UNet.
+        text_encoders: the text encoders.
+        conditions: what the UNet is told of latents without a prompt, as keyword arguments of its call.
+
+    Raises:
+        ValueError: if the UNet has no middle block.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoders: Sequence[PreTrainedModel],
+        conditions: Callable[[torch.Tensor], dict[str, Any]],
+    ):
+        if unet.mid_block is None:
+            raise ValueError("This UNet has no middle block; take `--posterior_encoder vae` or `clip`.")
+        self.unet = unet
+        self.text_encoders = text_encoders
+        self.conditions = conditions
+        self.channels = unet.config.block_out_channels[-1]
+
+    def size(self, latent_size: int) -> int:
+        for _ in self.unet.config.block_out_channels[1:]:
+            latent_size = -(-latent_size // 2)
+        return min(latent_size, _LARGEST_SIZE)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        made: list[torch.Tensor] = []
+        latents = latents.to(self.unet.dtype)
+        # a compiled UNet would keep to the graph of the model that has learned
+        with self._as_pretrained(), torch.compiler.set_stance("force_eager"):
+            handle = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: made.append(output))
+            try:
+                self.unet(latents, _TIMESTEP, **self.conditions(latents))
+            finally:
+                handle.remove()
+        return _averaged(made[0])
+
+    @torch.no_grad()
+    def digest(self) -> str:
+        with self._as_pretrained():
+            weights = self.unet.state_dict()
+            told = self.conditions(torch.zeros(1, self.unet.config.in_channels, 8, 8, device=self.unet.device))
+        added = told.pop("added_cond_kwargs", {})
+        return _digest([weights, told, added], _TIMESTEP)
+
+    @contextmanager
+    def _as_pretrained(self) -> Iterator[None]:
+        models = (self.unet, *self.text_encoders)
+        for model in models:
+            if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+                raise ValueError(
+                    "LoRAs are fused into the weights, and the adapter's posterior reads features of the base model:"
+                    " call `unfuse_lora()` first."
+                )
+        with ExitStack() as stack:
+            stack.enter_context(context_module_detached(self.unet))
+            for model in models:
+                stack.enter_context(lora_detached(model))
+            yield
+
+
+class ClipFeatures:
+    """The patch tokens of a CLIP image encoder, as a map. Images are resized to the square that it takes.
+
+    Args:
+        model: a `CLIPVisionModel`, with projection or without; it is moved to the device of the pixels it is given.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.channels = model.config.hidden_size
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, cache_dir: str | os.PathLike | None = None) -> ClipFeatures:
+        """Loads the image encoder of a CLIP model.
+
+        Args:
+            name_or_path: folder or Hub id.
+            cache_dir: where downloads are kept.
+
+        Raises:
+            ValueError: if it cannot be loaded, or is no CLIP model.
+        """
+        mend = (
+            "give the folder or Hub id of a CLIP image encoder, as `--posterior_encoder_model` in training and"
+            " evaluation, or to `pipe.load_posterior_encoder(...)`"
+        )
+        try:
+            model, info = CLIPVisionModel.from_pretrained(
+                name_or_path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, RuntimeError) as error:  # not found; weights of other shapes
+            raise ValueError(f"The CLIP model '{name_or_path}' cannot be loaded; {mend}. ({error})") from error
+        if info["missing_keys"]:
+            raise ValueError(f"'{name_or_path}' has not the weights of a CLIP image encoder; {mend}.")
+        return cls(model.eval().requires_grad_(False))
+
+    def size(self, latent_size: int) -> int:
+        return min(self._patches, _LARGEST_SIZE)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        model, side = self.model.to(pixels.device), self.model.config.image_size
+        resized = F.interpolate(pixels.float(), size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = (resized.new_tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        tokens = model(pixel_values=((resized / 2 + 0.5 - mean) / std).to(model.dtype)).last_hidden_state
+        return _averaged(tokens[:, 1:].transpose(1, 2).unflatten(2, (self._patches, self._patches)))
+
+    def digest(self) -> str:
+        return _digest([self.model.state_dict()], self.model.config.to_json_string())
+
+    @property
+    def _patches(self) -> int:
+        return self.model.config.image_size // self.model.config.patch_size
+
+
+def _averaged(features: torch.Tensor) -> torch.Tensor:
+    """Feature maps (B, C, h, w) in single precision, of at most the largest size that is kept."""
+    height, width = (min(side, _LARGEST_SIZE) for side in features.shape[2:])
+    return F.adaptive_avg_pool2d(features.float(), (height, width))
+
+
+def _digest(states: Iterable[dict[str, torch.Tensor]], *settings: object) -> str:
+    digest = hashlib.sha256(repr((settings, _LARGEST_SIZE)).encode())
+    for state in states:
+        for name, weight in sorted(state.items()):
+            digest.update(f"{name} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
