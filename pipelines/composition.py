@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 
 from diffusers_ctx.adapter import ContextAdapterLoaderMixin, weights_at_hand, with_context
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
@@ -188,10 +190,12 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         """The exogenous noise (B, N, d_z) that explains images: the mean of the posterior.
 
         Args:
-            image: one image or several, as PIL images, arrays or tensors.
+            image: one image or several, as PIL images, arrays or tensors. PIL images are fitted to the size that the
+                adapter was trained on, as in training; arrays and tensors stay as they are.
             factual: the interventions under which they came about; none if they are observational.
         """
-        noise = self._abduct(image, self._encode_images(image), factual)
+        pixels = self._preprocess(image)
+        noise = self._abduct(pixels, self._encode_images(pixels), factual)
         self.maybe_free_model_hooks()
         return noise
 
@@ -212,7 +216,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         mechanisms of `interventions` take the place of the factual ones. Prediction: both noises are run forward.
 
         Args:
-            image: one image or several, as PIL images, arrays or tensors.
+            image: one image or several, see `abduct`.
             interventions: the counterfactual context, as in `__call__`; equal to `factual`, it gives the images back.
             factual: the interventions under which the images came about.
             prompt: describes the images; one for all or one each.
@@ -223,8 +227,9 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         Raises:
             ValueError: if no adapter is loaded, a concept is unknown, or shapes do not fit.
         """
-        latents = self._encode_images(image)
-        noise = self._abduct(image, latents, factual)
+        pixels = self._preprocess(image)
+        latents = self._encode_images(pixels)
+        noise = self._abduct(pixels, latents, factual)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else prompt
         if len(prompts) != len(latents):
             raise ValueError(
@@ -249,13 +254,18 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         predicted = denoise(model_under(interventions), diffusion_noise, alphas, timesteps, prediction_type)
         images = predicted.to(latents.dtype)
         if output_type != "latent":
-            with self._vae_in_range():
-                decoded = self.vae.decode(images.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+            images = self.decode_images(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, None, noise
         return ComposablePipelineOutput(images=images, nsfw_content_detected=None, exogenous_noise=noise)
+
+    @torch.no_grad()
+    def decode_images(self, latents: torch.Tensor, output_type: str = "np") -> Any:
+        """Images of scaled latents (B, C, h, w), as `"pil"`, `"np"` or `"pt"`, in a precision that the VAE bears."""
+        with self._vae_in_range(), torch.autocast(latents.device.type, enabled=False):
+            decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return self.image_processor.postprocess(decoded, output_type=output_type)
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         module = self._require_context_module()
@@ -264,15 +274,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         return tokens.to(self._execution_device)
 
     def _abduct(
-        self, image: PipelineImageInput, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
+        self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
     ) -> torch.Tensor:
         module = self._require_context_module()
         mask = intervention_mask(factual, self.concepts, len(latents))
-        seen = self._seen_by_posterior(image, latents)
+        seen = self._seen_by_posterior(pixels, latents)
         with weights_at_hand(module) as device:
             return module.abduct(seen.to(device), mask.to(device)).mean.to(self._execution_device)
 
-    def _seen_by_posterior(self, image: PipelineImageInput, latents: torch.Tensor) -> torch.Tensor:
+    def _seen_by_posterior(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         config = self._require_context_module().config
         image_features = self.image_features(config.posterior_encoder)
         if image_features is None:
@@ -283,14 +293,24 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 f" sees {config.posterior_in_channels}: call `load_posterior_encoder(...)` with the CLIP model that it"
                 f" was trained with, {config.posterior_encoder_model or 'the image encoder of its base model'}."
             )
-        pixels = self.image_processor.preprocess(image).to(self._execution_device)
-        return image_features(pixels, latents)
+        return image_features(pixels.to(self._execution_device), latents)
 
     def _told_without_prompt(self, latents: torch.Tensor) -> dict[str, Any]:
         return self.unet_conditions(self.encode_captions([""] * len(latents)), self._uncropped(latents))
 
-    def _encode_images(self, image: PipelineImageInput) -> torch.Tensor:
-        pixels, dtype = self.image_processor.preprocess(image), self.vae.dtype
+    def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1]; PIL images are brought to the adapter's size as `ImageTransform` does it."""
+        side = self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
+
+        def fit(entry: Any) -> Any:
+            if not isinstance(entry, Image):
+                return entry
+            return ImageOps.fit(entry.convert("RGB"), (side, side), Resampling.LANCZOS)
+
+        return self.image_processor.preprocess([fit(x) for x in image] if isinstance(image, list) else fit(image))
+
+    def _encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        dtype = self.vae.dtype
         with self._vae_in_range():
             encoded = self.vae.encode(pixels.to(device=self._execution_device, dtype=self.vae.dtype))
         return (retrieve_latents(encoded, sample_mode="argmax") * self.vae.config.scaling_factor).to(dtype)

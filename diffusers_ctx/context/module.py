@@ -129,15 +129,16 @@ class ContextModule(ModelMixin, ConfigMixin):
     def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
         """The posterior of the noise, given latents (B, C, h, w) and the mask (B, K) of the context they came from.
 
-        It is in single precision at least.
+        It is in single precision at least, also under autocast where the module itself is.
         """
-        features = self.encoder(latents.to(self.dtype))
-        mask = mask.to(features)
-        if self.config.posterior_type == "inverse":
-            mean, log_variance = map(at_least_single, self.head(features))
-            return self._invert_mechanisms(mean, log_variance, mask)
-        mean, log_variance = map(at_least_single, self.head(torch.cat([features, mask], dim=1)))
-        return GaussianPosterior.diagonal(mean, log_variance)
+        with torch.autocast(latents.device.type, enabled=False):
+            features = self.encoder(latents.to(self.dtype))
+            mask = mask.to(features)
+            if self.config.posterior_type == "inverse":
+                mean, log_variance = map(at_least_single, self.head(features))
+                return self._invert_mechanisms(mean, log_variance, mask)
+            mean, log_variance = map(at_least_single, self.head(torch.cat([features, mask], dim=1)))
+            return GaussianPosterior.diagonal(mean, log_variance)
 
     def log_prob(self, values: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Log-density (B, C) of node values (B, N, d) in each of C contexts (C, K), under the mechanisms.

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..context import ContextModule
-from ..data import ContextBalancedSampler, concepts_of, context_mask, load_context_dataset
+from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
 from ..hub import create_repository, push_adapter_folder
@@ -53,7 +54,8 @@ from .modes import count_learned, gradients_off, prepare_mode, schedule_options,
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
-from .posterior_input import create_image_features, posterior_input
+from .posterior_input import create_image_features
+from .preparation import count_steps, create_context_module, load_images
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .streamed_batches import StreamedBatches, open_images, take_concept_images
@@ -97,7 +99,7 @@ class ContextTrainer:
         )
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
-        self.max_train_steps = self._count_steps()
+        self.max_train_steps = count_steps(config, len(self.sampler), self._global_batch_size)
         self.options = deciding_options(
             config,
             self.accelerator,
@@ -168,23 +170,9 @@ class ContextTrainer:
     # what is set up before training
 
     def _load_dataset(self) -> datasets.Dataset:
-        data = self.config.data
         if self._images is not None:
             return take_concept_images(self._images, self.config, self.accelerator.is_main_process)
-        return load_context_dataset(
-            Path(data.train_data_dir) if data.train_data_dir else data.dataset_name,
-            obs_context=data.obs_context,
-            concepts=data.concepts,
-            image_column=data.image_column,
-            context_column=data.context_column,
-            text_column=data.caption_column,
-            name=data.dataset_config_name,
-            split=data.dataset_split,
-            skip_unreadable=data.skip_unreadable,
-            cache_dir=data.cache_dir,
-            max_samples_per_context=data.max_train_samples,
-            seed=self.config.optimization.seed,
-        )
+        return load_images(self.config)
 
     def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
         """Images to train on, and images to validate on."""
@@ -192,21 +180,7 @@ class ContextTrainer:
         return tuple(map(dataset.select, hold_out(dataset["context"], held_out, self.config.optimization.seed)))
 
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
-        options, unet = self.config.context, self.pipeline.unet
-        return ContextModule(
-            concepts=concepts,
-            token_dim=unet.config.cross_attention_dim,
-            obs_context=self.config.data.obs_context,
-            num_hidden_factors=options.num_hidden_factors,
-            noise_dim=options.noise_dim,
-            concept_dim=options.noise_dim,
-            expressive_depth=options.expressive_depth,
-            causal_form=options.causal_form,
-            graph=self.config.graph_edges(),
-            tokens_per_concept=options.tokens_per_concept,
-            posterior_type=options.posterior_type,
-            **posterior_input(options, self.pipeline, self._image_features, self._resolution),
-        )
+        return create_context_module(self.config, self.pipeline, concepts, self._image_features, self._resolution)
 
     def _stream_batches(self, images: ImageStream, contexts: list[str]) -> StreamedBatches:
         stream = StreamedBatches(
@@ -215,25 +189,6 @@ class ContextTrainer:
         if self.checkpoint is None:  # which has the place in the stream
             stream.check()
         return stream
-
-    def _count_steps(self) -> int:
-        """Optimizer steps of the run."""
-        options = self.config.optimization
-        if self.config.data.streaming and options.max_train_steps:
-            return options.max_train_steps
-        batches = len(self.sampler) // self._global_batch_size
-        if not batches:
-            raise ValueError(
-                f"An epoch has {len(self.sampler)} images, fewer than the {self._global_batch_size} of a step; lower"
-                " `train_batch_size`."
-            )
-        steps = options.max_train_steps or options.num_train_epochs * batches // options.gradient_accumulation_steps
-        if not steps:
-            raise ValueError(
-                f"{options.num_train_epochs} epochs of {batches} batches make no step of"
-                f" {options.gradient_accumulation_steps} batches; raise `num_train_epochs` or set `max_train_steps`."
-            )
-        return steps
 
     def _create_repository(self) -> str | None:
         """Full name of the repository to push to, which exists from here on: the token has proved good."""
@@ -244,16 +199,18 @@ class ContextTrainer:
 
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
         data, seed = self.config.data, self.config.optimization.seed
-        return encode_images(
-            self.pipeline.vae,
-            dataset,
-            context_mask(list(dataset["context"]), self.concepts, data.obs_context),
-            ImageTransform(self._resolution, data.center_crop, seed),
-            random_flip=data.random_flip,
-            cache_dir=self._cache_dir if data.cache_latents else None,
-            show_progress=self.accelerator.is_main_process,
-            image_features=self._image_features,
-        )
+        # what one process has kept, the others find
+        with self.accelerator.local_main_process_first() if data.cache_latents else nullcontext():
+            return encode_images(
+                self.pipeline.vae,
+                dataset,
+                context_mask(list(dataset["context"]), self.concepts, data.obs_context),
+                ImageTransform(self._resolution, data.center_crop, seed),
+                random_flip=data.random_flip,
+                cache_dir=self._cache_dir if data.cache_latents else None,
+                show_progress=self.accelerator.is_main_process,
+                image_features=self._image_features,
+            )
 
     def _prepare_training(self) -> None:
         """What learns, optimizer, schedule and data, handed to Accelerate."""

@@ -95,7 +95,7 @@ def sample_rows(
     rows = []
     for interventions in contexts:
         generators = [torch.Generator().manual_seed(seed + column) for column in range(len(prompts))]
-        images = pipeline(
+        latents = pipeline(
             list(prompts),
             interventions=list(interventions),
             generator=generators,
@@ -103,9 +103,9 @@ def sample_rows(
             guidance_scale=guidance_scale,
             height=resolution,
             width=resolution,
-            output_type="np",
+            output_type="latent",
         ).images
-        rows.append(np.rint(images * 255).astype(np.uint8))
+        rows.append(np.rint(pipeline.decode_images(latents) * 255).astype(np.uint8))
     return rows
 
 

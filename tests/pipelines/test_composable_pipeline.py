@@ -11,9 +11,11 @@ import torch
 from conftest import attach_random_module, make_components
 from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
 from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.pipelines.guidance import context_guidance
+from diffusers_ctx.training.latents import ImageTransform
 
 
 PROMPT = "a picture of a circle"
@@ -276,6 +278,18 @@ def test_pictures_arrays_and_tensors_are_taken(pipeline):
     noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0])]
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
+
+
+def test_photos_of_any_size_and_mode_are_seen_as_training_sees_them(pipeline):
+    side = pipeline.context_module.config.posterior_sample_size * pipeline.vae_scale_factor
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    photo = Image.fromarray(pixels)
+    trained_on = ImageTransform(side, center_crop=True, seed=0)(photo, 0)
+    torch.testing.assert_close(pipeline.abduct(photo), pipeline.abduct(trained_on[None] / 2 + 0.5))
+    assert pipeline.counterfactual(photo, ["snow"], num_inference_steps=1).images[0].size == (side, side)
+    for mode in ("L", "P", "CMYK"):
+        assert pipeline.abduct([photo.convert("RGB").convert(mode)]).isfinite().all()
 
 
 def test_custom_pipeline_from_the_folder(plain_pipeline, tmp_path):

@@ -96,7 +96,7 @@ def test_an_adapter_of_the_other_kind_is_refused(pipeline, tmp_path):
 
 def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
     pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
-    latents = pipeline._encode_images(image)
+    latents = pipeline._encode_images(pipeline._preprocess(image))
 
     def change(interventions):
         output = pipeline.counterfactual(
@@ -119,9 +119,9 @@ def test_no_prompt_is_told_as_guidance_tells_it(pipeline):
 
 
 def test_an_autoencoder_that_overflows_encodes_in_single_precision(pipeline, image):
-    expected = pipeline._encode_images(image)
+    expected = pipeline._encode_images(pipeline._preprocess(image))
     pipeline.vae.half()
     assert pipeline.vae.config.force_upcast
-    encoded = pipeline._encode_images(image)
+    encoded = pipeline._encode_images(pipeline._preprocess(image))
     assert encoded.dtype == pipeline.vae.dtype == torch.float16
     torch.testing.assert_close(encoded.float(), expected, atol=1e-2, rtol=1e-2)

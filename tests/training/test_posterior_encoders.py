@@ -49,7 +49,7 @@ def assert_sees_what_training_saw(pipeline: DiffusionPipeline, trainer: ContextT
     pixels = torch.stack([transform(dataset[row]["image"], row) for row in rows])
     views = [pixels, pixels.flip(-1)][: len(trainer.latents.mean)]
     for features, view in zip(trainer.latents.features, views, strict=True):
-        latents = pipeline._encode_images(view / 2 + 0.5)
+        latents = pipeline._encode_images(view)
         seen = pipeline._seen_by_posterior(view / 2 + 0.5, latents)
         torch.testing.assert_close(seen, features[list(rows)], atol=1e-5, rtol=1e-4)
         noise = trainer.context_module.abduct(features[list(rows)], torch.zeros(len(rows), 2)).mean.detach()
