@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/python train_scripts/demo_quad.py --output_dir runs/demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

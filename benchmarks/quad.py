@@ -63,6 +63,7 @@ def rows(dependent: bool, seconds: float) -> dict[str, Method]:
     amortized = ContextConfig(posterior_type="amortized")
     return {
         **ours,
+        "ours-unet-features": ContextAdapter(context=ContextConfig(posterior_encoder="unet")),
         "oracle": ContextAdapter(context=given, trainer=GivenNoiseTrainer),
         "base": PromptLora(contexts=("obs",), named=False),
         "base-pooled": PromptLora(named=False),

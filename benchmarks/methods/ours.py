@@ -39,7 +39,7 @@ class BenchmarkTrainer(ContextTrainer):
         super().__init__(config, ComposablePipeline.from_pretrained(embedded_base()))
 
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        return self.setting.latents()
+        return self.setting.latents() if self._image_features is None else super()._encode(dataset)
 
 
 class PooledTrainer(BenchmarkTrainer):

@@ -50,7 +50,7 @@ def assert_sees_what_training_saw(pipeline: DiffusionPipeline, trainer: ContextT
     views = [pixels, pixels.flip(-1)][: len(trainer.latents.mean)]
     for features, view in zip(trainer.latents.features, views, strict=True):
         latents = pipeline._encode_images(view)
-        seen = pipeline._seen_by_posterior(view / 2 + 0.5, latents)
+        seen = pipeline._seen_by_posterior(view, latents)
         torch.testing.assert_close(seen, features[list(rows)], atol=1e-5, rtol=1e-4)
         noise = trainer.context_module.abduct(features[list(rows)], torch.zeros(len(rows), 2)).mean.detach()
         torch.testing.assert_close(pipeline.abduct(view / 2 + 0.5), noise, atol=1e-3, rtol=1e-3)
