@@ -44,7 +44,8 @@ def main() -> None:
             results["contexts"][name] = measure_combination(sample, interventions, args.n, not args.independent)
             keep()
         figures = results["contexts"][name]
-        line = " ".join(f"{key} {figures[key]:.4f}" for key in ("swd", "floor", "debiased", "drift", "drift_real"))
+        keys = ("swd", "floor", "debiased", "drift", "drift_real")
+        line = " ".join(f"{key} {figures[key]:.4f}" for key in keys if figures[key] is not None)
         if "conformity" in figures:
             line += f" conformity {figures['conformity']:.3f}, of real images {figures['conformity_real']:.3f}"
         print(f"{name}: {line}", flush=True)
