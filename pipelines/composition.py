@@ -305,7 +305,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         def fit(entry: Any) -> Any:
             if not isinstance(entry, Image):
                 return entry
-            return ImageOps.fit(entry.convert("RGB"), (side, side), Resampling.LANCZOS)
+            return ImageOps.fit(ImageOps.exif_transpose(entry).convert("RGB"), (side, side), Resampling.LANCZOS)
 
         return self.image_processor.preprocess([fit(x) for x in image] if isinstance(image, list) else fit(image))
 

@@ -147,8 +147,14 @@ class Evaluation:
         # a name does not tell whether what is behind it was trained on or replaced
         self.base_digest = digest(weight.numpy().tobytes() for weight in weights_of(pipeline))
         pipeline.load_context_adapter(self.adapter, cache_dir=self.config.cache_dir)
-        clip = self.config.posterior_encoder_model
-        if clip is not None:
+        clip, encoder = self.config.posterior_encoder_model, pipeline.context_module.config.posterior_encoder
+        if clip is not None and encoder != "clip":
+            raise ValueError(
+                f"The adapter's posterior sees images through {encoder} and not CLIP; leave out"
+                " `posterior_encoder_model`."
+            )
+        has_own = getattr(pipeline, "image_encoder", None) is not None
+        if encoder == "clip" and self.config.num_counterfactuals and (clip is not None or not has_own):
             pipeline.load_posterior_encoder(clip, cache_dir=self.config.cache_dir)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.accelerator.device, dtype)
@@ -156,13 +162,14 @@ class Evaluation:
     def _settings(self, adapter_files: list[Path]) -> dict[str, Any]:
         """All that the images depend on."""
         options = ["revision", "variant", "max_samples", "num_counterfactuals"]
-        options += ["num_inference_steps", "guidance_scale", "seed", "posterior_encoder_model"]
+        options += ["num_inference_steps", "guidance_scale", "seed"]
         return {
             "adapter": digest(file.read_bytes() for file in adapter_files),
             "pretrained_model_name_or_path": public_name(self.base),
             "base model": self.base_digest,
             **{name: getattr(self.config, name) for name in options},
             "mixed_precision": self.accelerator.mixed_precision,
+            "posterior_encoder_model": public_name(self.config.posterior_encoder_model),
             "resolution": self.resolution,
             "counterfactuals of images": digest(map(np.ndarray.tobytes, self._real(self.observational))),
             "counterfactuals of captions": digest(self.captions[row].encode() for row in self.observational),

@@ -49,11 +49,13 @@ class AttachedAdapter:
 
     Attributes:
         plain_scheduler: the scheduler without it, where it came with a noise schedule of its own.
+        prediction_type: what the UNet predicts with it, in that case.
         trained_full: whether the UNet learned as a whole together with it.
         has_lora: whether LoRAs came with it.
     """
 
     plain_scheduler: Any = None
+    prediction_type: str | None = None
     trained_full: bool = False
     has_lora: bool = False
 

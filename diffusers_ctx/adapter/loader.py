@@ -198,7 +198,8 @@ class ContextAdapterLoaderMixin:
     def unload_context_adapter(self) -> None:
         """Takes the adapter off, with its LoRAs, and leaves the plain pipeline; without an adapter, does nothing.
 
-        Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back.
+        Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back; other pipelines
+        that share the UNet keep theirs.
 
         Raises:
             ValueError: if its LoRA has been fused into the weights.
@@ -224,6 +225,15 @@ class ContextAdapterLoaderMixin:
                 "A context adapter is loaded in the place of an IP-Adapter; call `unload_context_adapter()` first."
             )
         super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def unload_lora_weights(self) -> None:
+        """Removes all LoRAs, as diffusers does; an adapter that came with one has to be loaded again.
+
+        Raises:
+            ValueError: if the adapter's has been fused into the weights, which would stay as they are.
+        """
+        self._check_unfused()
+        super().unload_lora_weights()  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
         """Weighs the context tokens in the cross-attention, and the adapter's LoRAs: 1 as trained, 0 the plain model.
@@ -263,6 +273,7 @@ class ContextAdapterLoaderMixin:
         adapter = attached_adapter(self.unet)
         adapter.plain_scheduler = adapter.plain_scheduler or self.scheduler
         self.scheduler = kind.from_config(adapter.plain_scheduler.config, **options)
+        adapter.prediction_type = self.scheduler.config.prediction_type
 
     def push_context_adapter(
         self,
@@ -307,7 +318,14 @@ class ContextAdapterLoaderMixin:
         module = self.context_module
         if module is None:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
-        if attached_adapter(self.unet).has_lora and not self._context_lora_models:
+        adapter = attached_adapter(self.unet)
+        if adapter.prediction_type not in (None, self.scheduler.config.prediction_type):
+            raise RuntimeError(
+                f"The context adapter was trained for {adapter.prediction_type}, and this pipeline's scheduler is for"
+                f" {self.scheduler.config.prediction_type}. A pipeline that shares its UNet has loaded the adapter:"
+                " make this one after that, with `from_pipe`, or give it that one's scheduler."
+            )
+        if adapter.has_lora and not self._context_lora_models:
             raise RuntimeError(
                 "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."

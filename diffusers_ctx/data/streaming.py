@@ -259,7 +259,8 @@ class ContextStream:
         """
         while True:
             self.fill()
-            row = self._buffer[self._order[self._taken]]
+            place = self._order[self._taken]
+            row, self._buffer[place] = self._buffer[place], {}  # what is read ahead takes its room
             self._taken += 1
             self._ahead += islice(self._reader, 1)  # so that no step has to wait for a whole buffer
             image = row[self.stream.image_column]
@@ -302,6 +303,11 @@ class ContextStream:
             self._ahead += islice(self._reader, self.shuffle_buffer)
             self._take_over()
             self._taken = state["taken"]
+            if self._taken > len(self._buffer):
+                raise ValueError(
+                    f"The stream has fewer images of the context {self.context!r} than when the checkpoint was"
+                    " written; resume with the same files."
+                )
             self._ahead += islice(self._reader, self._taken)
         self._fruitless = False
 

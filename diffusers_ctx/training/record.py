@@ -41,7 +41,7 @@ def deciding_options(
     resolution: int,
     steps: int,
     contexts: Iterable[str],
-    unet: nn.Module,
+    models: Iterable[nn.Module],
 ) -> dict[str, Any]:
     """The options that decide what a run learns, and how many images of each context it sees.
 
@@ -55,9 +55,11 @@ def deciding_options(
         resolution: height and width of its images.
         steps: its optimizer steps.
         contexts: the context of each image.
-        unet: the base model's, before anything has learned.
+        models: those of the base, before anything has learned.
     """
     free = {*_MAY_CHANGE, *vars(config.output)}
+    if config.data.streaming:  # a place in one dataset is none in another
+        free -= {"dataset_name", "dataset_config_name", "dataset_split"}
     options = {name: value for name, value in options_of(config).items() if name not in free}
     if config.data.streaming:
         options["processes"] = accelerator.num_processes
@@ -67,7 +69,7 @@ def deciding_options(
         "train_batch_size of all processes": config.optimization.train_batch_size * accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "images": dict(sorted(Counter(contexts).items())),
-        "weights of the base model": _digest(unet),
+        "weights of the base model": _digest(models),
         "max_train_steps": steps,
         "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
     }
@@ -93,9 +95,10 @@ _MAY_CHANGE = (
 )
 
 
-def _digest(model: nn.Module) -> str:
+def _digest(models: Iterable[nn.Module]) -> str:
     """A digest of where each of the weights begins: of two models that were trained apart, all differ."""
-    beginnings = (parameter.detach().flatten()[:64].float().cpu().numpy() for parameter in model.parameters())
+    weights = (parameter for model in models for parameter in model.parameters())
+    beginnings = (weight.detach().flatten()[:64].float().cpu().numpy() for weight in weights)
     return hashlib.sha256(b"".join(beginning.tobytes() for beginning in beginnings)).hexdigest()[:16]
 
 

@@ -107,7 +107,7 @@ class ContextTrainer:
             self._resolution,
             self.max_train_steps,
             dataset["context"],
-            pipeline.unet,
+            [pipeline.unet, pipeline.vae, *pipeline.text_encoders.values()],
         )
         self.checkpoint = choose_checkpoint(
             self.output_dir, config.output.resume_from_checkpoint, self.max_train_steps, self.accelerator, self.options
@@ -147,16 +147,13 @@ class ContextTrainer:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
         start_trackers(self.accelerator, self._tracked_options())
-        figures: dict[str, float] = {}
         if self.checkpoint is None:
-            figures = self._learn_concepts()
+            self._learn_concepts()
         self._prepare_training()
         step = 0
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             step = checkpoint_step(self.checkpoint)
-        if figures:
-            track_step(self.accelerator, figures, step)
         self._run(step)
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
@@ -164,7 +161,7 @@ class ContextTrainer:
         return self.output_dir
 
     def _learn_concepts(self) -> dict[str, float]:
-        """The first part of training; figures to log."""
+        """The first part of training; its last figures."""
         return learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
 
     # what is set up before training

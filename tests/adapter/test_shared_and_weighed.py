@@ -67,6 +67,17 @@ def test_a_pipeline_made_from_another_knows_the_adapter(scheduled_folder, tmp_pa
     assert second.scheduler is plain
 
 
+def test_a_pipeline_that_shares_the_unet_but_not_the_schedule_is_refused(scheduled_folder, tmp_path):
+    first = epsilon_pipeline()
+    second = ComposablePipeline.from_pipe(first)
+    first.load_context_adapter(scheduled_folder)
+    for use in (lambda: sample(second, interventions=["snow"]), lambda: second.save_context_adapter(tmp_path)):
+        with pytest.raises(
+            RuntimeError, match="trained for v_prediction, and .* is for epsilon"
+        ):
+            use()
+
+
 @pytest.mark.parametrize("name", ["folder", "scheduled_folder"])
 def test_loading_twice_says_that_it_is_loaded(name, request):
     pipeline = epsilon_pipeline()
@@ -93,7 +104,8 @@ def test_a_fused_lora_cannot_be_unloaded_or_weighed(folder):
     before = sample(pipeline)
     pipeline.load_context_adapter(folder)
     pipeline.fuse_lora()
-    for use in (pipeline.unload_context_adapter, lambda: pipeline.set_context_scale(0)):
+    uses = (pipeline.unload_context_adapter, lambda: pipeline.set_context_scale(0), pipeline.unload_lora_weights)
+    for use in uses:
         with pytest.raises(ValueError, match=r"call `unfuse_lora\(\)` first"):
             use()
     pipeline.unfuse_lora()

@@ -288,6 +288,9 @@ def test_photos_of_any_size_and_mode_are_seen_as_training_sees_them(pipeline):
     trained_on = ImageTransform(side, center_crop=True, seed=0)(photo, 0)
     torch.testing.assert_close(pipeline.abduct(photo), pipeline.abduct(trained_on[None] / 2 + 0.5))
     assert pipeline.counterfactual(photo, ["snow"], num_inference_steps=1).images[0].size == (side, side)
+    turned = photo.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # the camera was held upright: seen as it is, the picture lies on its side
+    torch.testing.assert_close(pipeline.abduct(turned), pipeline.abduct(photo))
     for mode in ("L", "P", "CMYK"):
         assert pipeline.abduct([photo.convert("RGB").convert(mode)]).isfinite().all()
 

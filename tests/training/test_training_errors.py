@@ -161,11 +161,15 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
 def test_going_on_with_another_base_model(refuses, options, tmp_path):
     create_trainer(options | {"checkpointing_steps": 2}).train()
     other = ComposablePipeline.from_pretrained(options["pretrained_model_name_or_path"], safety_checker=None)
-    with torch.no_grad():
-        other.unet.conv_in.weight.add_(0.01)
-    other.save_pretrained(tmp_path / "other")
-    changes = {"pretrained_model_name_or_path": str(tmp_path / "other"), "resume_from_checkpoint": "latest"}
-    refuses(ValueError, r"`weights of the base model` was \w+ and is \w+. Resume with the same ones", **changes)
+    for name in ("unet", "vae", "text_encoder"):
+        weight = next(getattr(other, name).parameters())
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.add_(0.01)
+        other.save_pretrained(tmp_path / name)
+        weight.data = before
+        changes = {"pretrained_model_name_or_path": str(tmp_path / name), "resume_from_checkpoint": "latest"}
+        refuses(ValueError, r"`weights of the base model` was \w+ and is \w+. Resume with the same ones", **changes)
 
 
 def test_a_run_that_becomes_longer_keeps_to_when_the_unet_was_to_learn(options, caplog):

@@ -130,7 +130,7 @@ def test_trackers_hold_every_step_and_the_grids(run):
     rates = [event.value for event in tracked.Scalars("lr")]
     # after each step: two of warm-up, then a half cosine over the other four
     np.testing.assert_allclose(rates, [0.5e-2, *(0.5e-2 * (1 + np.cos(np.pi * k / 4)) for k in range(5))], atol=1e-8)
-    assert {"kl/night", "kl/snow", "kl/hidden_0"} <= set(tracked.Tags()["scalars"])
+    assert {"concepts/kl/night", "concepts/kl/snow", "concepts/kl/hidden_0"} <= set(tracked.Tags()["scalars"])
     assert [event.step for event in tracked.Images("validation")] == [3, 6]
     assert tracked.Images("validation")[0].width == 64
 
