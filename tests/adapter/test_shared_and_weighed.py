@@ -72,9 +72,7 @@ def test_a_pipeline_that_shares_the_unet_but_not_the_schedule_is_refused(schedul
     second = ComposablePipeline.from_pipe(first)
     first.load_context_adapter(scheduled_folder)
     for use in (lambda: sample(second, interventions=["snow"]), lambda: second.save_context_adapter(tmp_path)):
-        with pytest.raises(
-            RuntimeError, match="trained for v_prediction, and .* is for epsilon"
-        ):
+        with pytest.raises(RuntimeError, match=r"trained for v_prediction, and .* is for epsilon"):
             use()
 
 
