@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
-from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED, measure_combination, real_sample
+from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
 from methods.ours import BenchmarkTrainer, ContextAdapter, adapter_sampler, load_pipeline
 from methods.setting import Method, Sampler, Setting, in_batches
 from PIL import Image
@@ -104,13 +104,13 @@ class TrailingSampling:
 _ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 ROWS: dict[str, Method] = {
     "epsilon": Remedy(),
-    "epsilon-trailing": TrailingSampling("epsilon"),
     "v-prediction-lora": Remedy(model=_ZERO_SNR),
     # a UNet that is still frozen could not predict what is asked of it
     "v-prediction-full": Remedy("full", model=_ZERO_SNR | {"unfreeze_after": 0.0}),
     "noise-offset": Remedy(optimization={"noise_offset": 0.1}),
     "high-noise": Remedy(optimization={"timestep_sampling": "high_noise"}),
     "v-base": Remedy(),  # on the small base itself: what is lost by having to learn another prediction
+    "epsilon-trailing": TrailingSampling("epsilon"),
 }
 
 
@@ -120,8 +120,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base_steps", type=int, default=1500, help="Steps of batch 64 that make the variant.")
     parser.add_argument("--images_per_context", type=int, default=1000)
-    parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
-    parser.add_argument("--train_steps", type=int, default=600, help="UNet steps of batch 64 of each row.")
+    parser.add_argument("--concept_steps", type=int, default=1000, help="Steps of learning the concepts.")
+    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 of each row.")
     parser.add_argument("--n", type=int, default=500, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/epsilon"))
@@ -232,11 +232,10 @@ def rows_folder(setting: Setting) -> Path:
 
 
 def measure_samples(sample: Sampler, interventions: tuple[str, ...], n: int) -> dict[str, Any]:
-    """What `measure_combination` and `lightness` measure."""
-    (real, _), (again, _) = (real_sample(interventions, n, seed, True) for seed in (REAL_SEED, AGAIN_SEED))
+    """What `measure_context` and `lightness` measure."""
+    real, again = (quad.generate(interventions, n, seed) for seed in (REAL_SEED, AGAIN_SEED))
     images = sample(again.captions, interventions, SAMPLE_SEED)
-    figures = measure_combination(lambda *_: images, interventions, n, dependent=True)
-    return figures | lightness(images, real.images)
+    return measure_context(images, real.images, again.images) | lightness(images, real.images)
 
 
 def draw_samples(sample: Sampler) -> np.ndarray:
@@ -255,7 +254,8 @@ def join_pictures(folder: Path) -> Image.Image:
 def render_tables(results: dict[str, Any]) -> str:
     """Distances, debiased and in brackets raw, and lightness, mean and deviation; in Markdown."""
     rows = {name: row["contexts"] for name, row in results["rows"].items() if set(row["contexts"]) == set(MEASURED)}
-    distances, lights = {}, {}
+    distances: dict[str, list[str]] = {"real to real": []}
+    lights: dict[str, list[str]] = {"real images": []}
     for name, row in rows.items():
         distances[name] = [f"{row[context]['debiased']:.3f} ({row[context]['swd']:.3f})" for context in MEASURED]
         distances["real to real"] = [f"({row[context]['floor']:.3f})" for context in MEASURED]
