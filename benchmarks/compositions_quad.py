@@ -16,6 +16,8 @@ from pathlib import Path
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
 from methods.ours import adapter_sampler, load_pipeline
 
+from diffusers_ctx import embedded_base
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +34,7 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else {"options": options, "contexts": {}}
     if results["options"] != options:
         raise ValueError(f"{file} was measured with {results['options']}; give the same options, or another --output.")
-    pipeline = load_pipeline(args.adapter)
+    pipeline = load_pipeline(args.adapter, embedded_base())
     sample = adapter_sampler(pipeline, args.num_inference_steps)
 
     def keep() -> None:

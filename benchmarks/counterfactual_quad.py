@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from methods.ours import load_pipeline
 
+from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import counterfactual_error
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1_500_000, help="Seed of the images; held out from 1,000,000 on.")
     args = parser.parse_args()
 
-    pipeline = load_pipeline(args.adapter)
+    pipeline = load_pipeline(args.adapter, embedded_base())
     sample = quad.generate(n=args.n, seed=args.seed)
     pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
 

@@ -136,7 +136,7 @@ class Row:
             self._add(interference=measure_interference(sample, self.setting.dependent))
         learns_graph = isinstance(method, ContextAdapter) and method.learns_graph and self.setting.dependent
         if learns_graph and "graph" not in self.results:
-            pipeline = load_pipeline(self.folder, full=method.mode == "full")
+            pipeline = load_pipeline(self.folder, self.setting.base, full=method.mode == "full")
             self._add(graph=measure_graph(pipeline.context_module))
         picture = self.file.with_suffix(".png")
         if not picture.exists():

@@ -3,6 +3,8 @@
     python train_scripts/train_quad_base.py autoencoder --output_dir runs/base
     python train_scripts/train_quad_base.py unet --output_dir runs/base
     python train_scripts/train_quad_base.py unet --output_dir runs/longer --pretrained_model_name_or_path runs/base
+    python train_scripts/train_quad_base.py unet --output_dir runs/epsilon --pretrained_model_name_or_path runs/base \
+        --prediction_type epsilon
 
 Neither stage sees a context label: the autoencoder sees images, the UNet and the text encoder images and captions.
 Every step draws fresh images from seeds below `quad.FIRST_HELD_OUT_SEED`.
@@ -50,6 +52,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--pretrained_model_name_or_path", help="For `unet`: a pipeline made by this script, to train for longer."
+    )
+    parser.add_argument(
+        "--prediction_type",
+        choices=("v_prediction", "epsilon"),
+        default="v_prediction",
+        help="For `unet`: `epsilon` has the noise schedule of Stable Diffusion 1.x.",
     )
     parser.add_argument("--max_train_steps", type=int, default=6000)
     parser.add_argument("--train_batch_size", type=int, default=32)
@@ -212,17 +220,23 @@ def create_unet(latent_size: int) -> UNet2DConditionModel:
     )
 
 
-def create_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR, so that sampling starts where training ended (Lin et al., 2305.08891)."""
+def create_scheduler(prediction_type: str) -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion 1.x, for v-prediction with zero terminal SNR.
+
+    With that, sampling starts where training ended (Lin et al., 2305.08891).
+    """
+    if prediction_type == "v_prediction":
+        options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    else:
+        options = {"steps_offset": 1}
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
+        prediction_type=prediction_type,
         clip_sample=False,
         set_alpha_to_one=False,
+        **options,
     )
 
 
@@ -244,7 +258,7 @@ def encoded_batches(vae: AutoencoderKL, batch_size: int, seed: int) -> Iterator[
 
 def train_unet(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    scheduler = create_scheduler()
+    scheduler = create_scheduler(args.prediction_type)
     vae, tokenizer, model = load_models(args)
     vae, model = vae.to(accelerator.device), model.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
@@ -264,7 +278,8 @@ def train_unet(args: argparse.Namespace) -> None:
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = model["unet"](noisy, timesteps, text).sample
-        loss = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+        epsilon = args.prediction_type == "epsilon"
+        loss = F.mse_loss(prediction, noise if epsilon else scheduler.get_velocity(latents, noise, timesteps))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

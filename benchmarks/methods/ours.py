@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 
-from diffusers_ctx import ComposablePipeline, ContextModule, embedded_base
+from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.data import quad
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
@@ -36,7 +36,7 @@ class BenchmarkTrainer(ContextTrainer):
 
     def __init__(self, setting: Setting, config: TrainingConfig):
         self.setting = setting
-        super().__init__(config, ComposablePipeline.from_pretrained(embedded_base()))
+        super().__init__(config, ComposablePipeline.from_pretrained(setting.base))
 
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
         return self.setting.latents() if self._image_features is None else super()._encode(dataset)
@@ -156,8 +156,11 @@ class ContextAdapter:
     noise: bool = True
 
     def train(self, setting: Setting, folder: Path) -> None:
-        config = TrainingConfig(
-            ModelConfig(embedded_base(), mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
+        self.trainer(setting, self.config(setting, folder)).train()
+
+    def config(self, setting: Setting, folder: Path) -> TrainingConfig:
+        return TrainingConfig(
+            ModelConfig(setting.base, mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
             DataConfig(train_data_dir=str(setting.data_dir), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
             replace(self.context, abduction_steps=setting.concept_steps),
             OptimizationConfig(
@@ -175,7 +178,6 @@ class ContextAdapter:
                 resume_from_checkpoint="latest",
             ),
         )
-        self.trainer(setting, config).train()
 
     @property
     def _is_given_concepts(self) -> bool:
@@ -186,7 +188,7 @@ class ContextAdapter:
         return self.context.graph is None and self.trainer is BenchmarkTrainer
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_pipeline(folder, full=self.mode == "full")
+        pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
         return adapter_sampler(pipeline, setting.num_inference_steps, self.told, self.noise)
 
 
@@ -213,8 +215,8 @@ def adapter_sampler(
     return sample
 
 
-def load_pipeline(folder: Path, full: bool = False) -> ComposablePipeline:
-    pipeline = ComposablePipeline.from_pretrained(folder if full else embedded_base())
+def load_pipeline(folder: Path, base: str, full: bool = False) -> ComposablePipeline:
+    pipeline = ComposablePipeline.from_pretrained(folder if full else base)
     pipeline.load_context_adapter(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

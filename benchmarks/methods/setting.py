@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,7 @@ class Setting:
         rival_steps: optimizer steps of methods without one: as many more as take the same time.
         num_inference_steps: denoising steps of all samples.
         work_dir: where images, latents and weights go.
+        base: folder of the Stable Diffusion that is trained on; those of one `work_dir` have the same autoencoder.
     """
 
     dependent: bool
@@ -44,6 +45,7 @@ class Setting:
     rival_steps: int
     num_inference_steps: int
     work_dir: Path
+    base: str = field(default_factory=embedded_base)
 
     @property
     def name(self) -> str:
@@ -63,7 +65,7 @@ class Setting:
         file = self.work_dir / self.name / "latents.pt"
         if not file.exists():
             dataset = load_context_dataset(self.data_dir, concepts=list(quad.CONCEPTS))
-            vae = AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae", torch_dtype=torch.float32)
+            vae = AutoencoderKL.from_pretrained(self.base, subfolder="vae", torch_dtype=torch.float32)
             mask = context_mask(list(dataset["context"]), list(quad.CONCEPTS))
             transform = ImageTransform(quad.RESOLUTION, center_crop=True, seed=0)
             torch.save(encode_images(vae.requires_grad_(False), dataset, mask, transform), file)

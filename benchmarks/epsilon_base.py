@@ -1,0 +1,307 @@
+"""What helps a base with Stable Diffusion 1.x's noise schedule and prediction of the noise to learn contexts.
+
+    python benchmarks/epsilon_base.py
+    python benchmarks/epsilon_base.py --table      # the tables of what has been measured
+
+Makes such a variant of the small base, and trains the same context adapter on it without and with each remedy. All
+rows share images, concepts (no UNet has a part in learning those) and steps. Figures go to --results as they are
+measured: the same command, given again, goes on where it stopped. Weights, images and latents are kept in --work_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers import StableDiffusionPipeline
+from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
+from methods.ours import BenchmarkTrainer, ContextAdapter, adapter_sampler, load_pipeline
+from methods.setting import Method, Sampler, Setting, in_batches
+from PIL import Image
+from quad import commit, machine
+from sheets import join_tiles
+
+from diffusers_ctx import embedded_base
+from diffusers_ctx.data import quad
+from diffusers_ctx.evaluation.report import measure_context
+from diffusers_ctx.training import TrainingConfig
+
+
+RESULTS = Path(__file__).parent / "results" / "epsilon_base.json"
+MEASURED = ("obs", "quad4", "quad1", "quad1+quad4")
+BASE_SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_quad_base.py"
+POOLED = 86  # images of each context
+DRAWN = 4  # samples of each combination
+
+
+class SharedConceptsTrainer(BenchmarkTrainer):
+    """Learns the concepts for the first row, and takes those for the others."""
+
+    def _learn_concepts(self) -> dict[str, float]:
+        file = self.setting.work_dir / self.setting.name / f"concepts-steps{self.setting.concept_steps}.pt"
+        if not file.exists():
+            super()._learn_concepts()
+            unfinished = file.with_suffix(".unfinished")
+            torch.save(self.context_module.state_dict(), unfinished)
+            unfinished.replace(file)
+        self.context_module.load_state_dict(torch.load(file))
+        set_seed(self.setting.seed)  # LoRAs start from the same numbers, whoever learned the concepts
+        return {}
+
+
+@dataclass(frozen=True)
+class Remedy(ContextAdapter):
+    """A context adapter that is trained with further options.
+
+    Attributes:
+        model: options of `ModelConfig`.
+        optimization: options of `OptimizationConfig`.
+    """
+
+    trainer: type[BenchmarkTrainer] = SharedConceptsTrainer
+    model: dict[str, Any] = field(default_factory=dict)
+    optimization: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, setting: Setting, folder: Path) -> TrainingConfig:
+        config = super().config(setting, folder)
+        return replace(
+            config,
+            model=replace(config.model, **self.model),
+            optimization=replace(config.optimization, **self.optimization),
+        )
+
+
+@dataclass(frozen=True)
+class TrailingSampling:
+    """Has no training of its own: samples of another row that start at the last timestep.
+
+    Attributes:
+        trained: the other row.
+    """
+
+    trained: str
+
+    def train(self, setting: Setting, folder: Path) -> None:
+        if not (folder.parent / self.trained).exists():
+            raise FileNotFoundError(f"Run the row '{self.trained}' first.")
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        pipeline = load_pipeline(folder.parent / self.trained, setting.base)
+        pipeline.set_context_scheduler({"timestep_spacing": "trailing"})
+        return adapter_sampler(pipeline, setting.num_inference_steps)
+
+
+_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+ROWS: dict[str, Method] = {
+    "epsilon": Remedy(),
+    "v-prediction-lora": Remedy(model=_ZERO_SNR),
+    # a UNet that is still frozen could not predict what is asked of it
+    "v-prediction-full": Remedy("full", model=_ZERO_SNR | {"unfreeze_after": 0.0}),
+    "noise-offset": Remedy(optimization={"noise_offset": 0.1}),
+    "high-noise": Remedy(optimization={"timestep_sampling": "high_noise"}),
+    "v-base": Remedy(),  # on the small base itself: what is lost by having to learn another prediction
+    "epsilon-trailing": TrailingSampling("epsilon"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="Which ones.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base_steps", type=int, default=1500, help="Steps of batch 64 that make the variant.")
+    parser.add_argument("--images_per_context", type=int, default=1000)
+    parser.add_argument("--concept_steps", type=int, default=1000, help="Steps of learning the concepts.")
+    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 of each row.")
+    parser.add_argument("--n", type=int, default=500, help="Samples of each combination.")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/epsilon"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
+    parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
+    return parser.parse_args()
+
+
+class Results:
+    """The figures on disk.
+
+    Raises:
+        ValueError: if the file has figures of other options.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.file: Path = args.results
+        options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
+        self.figures: dict[str, Any] = {"options": options, "bases": {}, "rows": {}}
+        if self.file.exists():
+            self.figures = json.loads(self.file.read_text())
+            if self.figures["options"] != options:
+                raise ValueError(
+                    f"{self.file} was measured with {self.figures['options']}; give the same options, or another"
+                    " --results."
+                )
+        else:
+            command = shlex.join(["python", *sys.argv])
+            self.figures |= {"command": command, "commit": commit(), "machine": machine()}
+
+    def keep(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.figures, indent=1) + "\n")
+        unfinished.replace(self.file)
+
+
+_NOT_OPTIONS = ("rows", "work_dir", "results", "table")
+
+
+def make_base(folder: Path, steps: int, seed: int) -> None:
+    """Teaches the small base to predict the noise."""
+    if (folder / "model_index.json").exists():  # written last
+        return
+    options = {
+        "output_dir": folder,
+        "pretrained_model_name_or_path": embedded_base(),
+        "prediction_type": "epsilon",
+        "train_batch_size": 64,
+        "max_train_steps": steps,
+        "learning_rate": 6e-4,
+        "seed": seed + 2,  # the small base's own images are those of seeds 0 and 1
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, str(BASE_SCRIPT), "unet", *flags], check=True)
+
+
+def measure_base(folder: str, num_inference_steps: int) -> dict[str, Any]:
+    """Figures of plain samples, with captions of all contexts pooled."""
+    real, again = (
+        [quad.generate(names, POOLED, seed + place) for place, names in enumerate(quad.contexts().values())]
+        for seed in (REAL_SEED, AGAIN_SEED + len(quad.contexts()))
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
+        options = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "np"}
+        return pipeline(prompts, generator=generator, **options).images
+
+    images = in_batches(sample_batch, [caption for part in again for caption in part.captions], SAMPLE_SEED)
+    of_real, of_again = (np.concatenate([part.images for part in parts]) for parts in (real, again))
+    return measure_context(images, of_real, of_again) | lightness(images, of_real)
+
+
+def lightness(images: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Mean and deviation, over images, of an image's mean pixel in [0, 1], beside those of real images."""
+    figures = {}
+    for suffix, each in (("", images), ("_real", real)):
+        means = each.mean(axis=(1, 2, 3)) / 255
+        figures |= {f"lightness{suffix}": float(means.mean()), f"lightness_deviation{suffix}": float(means.std())}
+    return figures
+
+
+def run_row(name: str, setting: Setting, results: Results) -> None:
+    """Trains, measures and draws what has not been yet."""
+    folder = rows_folder(setting) / name
+    row = results.figures["rows"].setdefault(name, {"contexts": {}})
+    method = ROWS[name]
+    if "commit" not in row:
+        method.train(setting, folder)
+        row["commit"] = commit()
+        results.keep()
+    sample = method.load(setting, folder)
+    for context in MEASURED:
+        if context not in row["contexts"]:
+            row["contexts"][context] = measure_samples(sample, COMBINATIONS[context], results.figures["options"]["n"])
+            results.keep()
+        figures = row["contexts"][context]
+        print(f"{name} {context}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
+    picture = folder.with_suffix(".png")
+    if not picture.exists():
+        join_tiles([draw_samples(sample)]).save(picture)
+
+
+def rows_folder(setting: Setting) -> Path:
+    return setting.work_dir / f"{setting.name}-steps{setting.train_steps}"
+
+
+def measure_samples(sample: Sampler, interventions: tuple[str, ...], n: int) -> dict[str, Any]:
+    """What `measure_context` and `lightness` measure."""
+    real, again = (quad.generate(interventions, n, seed) for seed in (REAL_SEED, AGAIN_SEED))
+    images = sample(again.captions, interventions, SAMPLE_SEED)
+    return measure_context(images, real.images, again.images) | lightness(images, real.images)
+
+
+def draw_samples(sample: Sampler) -> np.ndarray:
+    """Samples of each combination with the same captions and noise."""
+    captions = quad.generate(n=DRAWN, seed=quad.FIRST_HELD_OUT_SEED).captions
+    return np.concatenate([sample(captions, COMBINATIONS[context], 0) for context in MEASURED])
+
+
+def join_pictures(folder: Path) -> Image.Image:
+    """Real images, and below them the samples of each row that has been measured."""
+    real = [quad.generate(COMBINATIONS[context], DRAWN, AGAIN_SEED).images for context in MEASURED]
+    pictures = [np.asarray(Image.open(file)) for name in ROWS if (file := folder / f"{name}.png").exists()]
+    return join_tiles([np.concatenate(real), *(picture[None] for picture in pictures)])
+
+
+def render_tables(results: dict[str, Any]) -> str:
+    """Distances, debiased and in brackets raw, and lightness, mean and deviation; in Markdown."""
+    rows = {name: row["contexts"] for name, row in results["rows"].items() if set(row["contexts"]) == set(MEASURED)}
+    distances: dict[str, list[str]] = {"real to real": []}
+    lights: dict[str, list[str]] = {"real images": []}
+    for name, row in rows.items():
+        distances[name] = [f"{row[context]['debiased']:.3f} ({row[context]['swd']:.3f})" for context in MEASURED]
+        distances["real to real"] = [f"({row[context]['floor']:.3f})" for context in MEASURED]
+        for of, suffix in ((name, ""), ("real images", "_real")):
+            keys = (f"lightness{suffix}", f"lightness_deviation{suffix}")
+            lights[of] = [" ± ".join(f"{row[context][key]:.3f}" for key in keys) for context in MEASURED]
+    return "\n\n".join(_table(cells) for cells in (distances, lights))
+
+
+def _table(cells: dict[str, list[str]]) -> str:
+    lines = [" | ".join(["| row", *MEASURED]) + " |", "|---" + "|---:" * len(MEASURED) + "|"]
+    return "\n".join(lines + [" | ".join([f"| {name}", *row]) + " |" for name, row in cells.items()])
+
+
+def main() -> None:
+    args = parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    results = Results(args)
+    if args.table:
+        print(render_tables(results.figures))
+        return
+    work_dir = args.work_dir / f"base-seed{args.seed}-steps{args.base_steps}"
+    base = work_dir / "base"
+    make_base(base, args.base_steps, args.seed)
+    setting = Setting(
+        dependent=True,
+        seed=args.seed,
+        images_per_context=args.images_per_context,
+        train_steps=args.train_steps,
+        concept_steps=args.concept_steps,
+        rival_steps=0,
+        num_inference_steps=args.num_inference_steps,
+        work_dir=work_dir,
+        base=str(base),
+    )
+    for name, folder in {"epsilon": str(base), "small base": embedded_base()}.items():
+        if name not in results.figures["bases"]:
+            results.figures["bases"][name] = measure_base(folder, args.num_inference_steps)
+            results.keep()
+            print(f"{name}, contexts pooled: {results.figures['bases'][name]['swd']:.3f}", flush=True)
+    setting.latents()  # encoded once for all rows, so not on the first one's account
+    for name in args.rows:
+        run_row(name, replace(setting, base=embedded_base()) if name == "v-base" else setting, results)
+    join_pictures(rows_folder(setting)).save(args.results.with_suffix(".png"))
+    print(render_tables(results.figures))
+
+
+if __name__ == "__main__":
+    main()
