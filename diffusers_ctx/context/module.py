@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -131,7 +132,7 @@ class ContextModule(ModelMixin, ConfigMixin):
 
         It is in single precision at least, also under autocast where the module itself is.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with _out_of_autocast(latents.device.type):
             features = self.encoder(latents.to(self.dtype))
             mask = mask.to(features)
             if self.config.posterior_type == "inverse":
@@ -201,6 +202,11 @@ class ContextModule(ModelMixin, ConfigMixin):
 def log_standard_normal(noise: torch.Tensor) -> torch.Tensor:
     """Log-density of N(0, I) over the last two dimensions."""
     return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(dim=(-2, -1))
+
+
+def _out_of_autocast(device_type: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device_type)  # not on the meta device
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _hidden_names(num_hidden_factors: int) -> list[str]:

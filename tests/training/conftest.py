@@ -32,6 +32,13 @@ IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as 
 
 @pytest.fixture(autouse=True)
 def accelerate_as_in_a_new_process():
+    """Before a test, for what shared fixtures have left, and after it, for the shared fixtures of the next one."""
+    _reset_accelerate()
+    yield
+    _reset_accelerate()
+
+
+def _reset_accelerate() -> None:
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
 
