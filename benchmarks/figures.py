@@ -21,6 +21,7 @@ from diffusers_ctx.training import draw_grid
 
 
 _REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000, "concept_steps": 1500}
+_CURVE_RUNS = "dependent-seed0-*/ours.json"
 _CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
 
 
@@ -71,7 +72,7 @@ def draw_graphs(results: list[dict[str, Any]]) -> Figure:
 
 def draw_curves(results_dir: Path) -> Figure:
     """How the row ours depends on the UNet's steps and on the number of images, other things being equal."""
-    runs = [json.loads(file.read_text()) for file in sorted(results_dir.glob("dependent-seed0-*/ours.json"))]
+    runs = [json.loads(file.read_text()) for file in sorted(results_dir.glob(_CURVE_RUNS))]
     reference = _REFERENCE_RUN.items()
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, (option, label) in zip(figure.subplots(1, 2, sharey=True), _CURVES.items()):
@@ -119,7 +120,7 @@ def main() -> None:
     draw_interference(chosen).savefig(args.output_dir / "interference.png")
     if any("graph" in row for row in chosen):
         draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
-    if dependent:
+    if dependent and len(list(args.results.parent.glob(_CURVE_RUNS))) > 1:
         draw_curves(args.results.parent).savefig(args.output_dir / "curves.png")
 
 
