@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from methods.ours import load_pipeline
 
+from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=quad.FIRST_HELD_OUT_SEED, help="Seed of the images.")
     args = parser.parse_args()
 
-    pipeline = load_pipeline(args.adapter)
+    pipeline = load_pipeline(args.adapter, embedded_base())
     sample = quad.generate(n=args.n, seed=args.seed)
     pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
     noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])

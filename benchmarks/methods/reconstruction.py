@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
+from diffusers_ctx.evaluation.features import autoencode
 
 from .setting import BATCH_SIZE, Sampler, Setting
 
@@ -24,17 +24,11 @@ class Reconstruction:
         """There is nothing to train."""
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        vae = AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae", torch_dtype=torch.float32)
-
-        @torch.no_grad()
-        def reconstruct(images: np.ndarray) -> np.ndarray:
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-            decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-            return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        vae = AutoencoderKL.from_pretrained(setting.base, subfolder="vae", torch_dtype=torch.float32)
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
             real = quad.generate(interventions, len(captions), quad.FIRST_HELD_OUT_SEED + seed, setting.dependent)
             starts = range(0, len(captions), BATCH_SIZE)
-            return np.concatenate([reconstruct(real.images[start : start + BATCH_SIZE]) for start in starts])
+            return np.concatenate([autoencode(vae, real.images[start : start + BATCH_SIZE]) for start in starts])
 
         return sample
