@@ -98,7 +98,7 @@ def measure_interference(sample: Sampler, dependent: bool) -> dict[str, Any]:
 def measure_graph(module: ContextModule) -> dict[str, Any]:
     """How well the edges among the concepts were found, from the blocks' norms."""
     count = len(quad.CONCEPTS)
-    strengths = module.causal.strengths().numpy()[:count, :count]
+    strengths = module.causal.strengths().cpu().numpy()[:count, :count]
     true = np.array([[(cause, effect) in quad.EDGES for cause in quad.CONCEPTS] for effect in quad.CONCEPTS])
     return {
         "strengths": _as_lists(strengths),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import time
@@ -35,7 +34,7 @@ from methods.ours import (
 )
 from methods.reconstruction import Reconstruction
 from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
-from methods.setting import Method, Sampler, Setting
+from methods.setting import Method, Sampler, Setting, device
 from PIL import Image
 from sheets import COLUMNS, DRAWN, join_tiles
 from tables import render_tables
@@ -179,12 +178,13 @@ def commit() -> str:
 
 
 def machine() -> str:
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
     args = parse_args()
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # as the rivals' plain loops: times are compared
     if args.table:
         print(render_tables(args.results_dir))
         return

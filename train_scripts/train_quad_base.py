@@ -6,6 +6,8 @@
     python train_scripts/train_quad_base.py unet --output_dir runs/epsilon --pretrained_model_name_or_path runs/base \
         --prediction_type epsilon
 
+On a GPU, a larger batch, `--dataloader_num_workers` and `--allow_tf32` keep it busy.
+
 Neither stage sees a context label: the autoencoder sees images, the UNet and the text encoder images and captions.
 Every step draws fresh images from seeds below `quad.FIRST_HELD_OUT_SEED`.
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from diffusers import (
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -63,28 +67,44 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that draw images.")
+    parser.add_argument("--allow_tf32", action="store_true", help="Allow TF32 on Ampere GPUs.")
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def pooled_draws(seed: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Endless draws of shuffled images of all contexts of the dependent variant, with their captions."""
-    rng = np.random.default_rng(seed)
-    while True:
-        samples = [
-            quad.generate(names, IMAGES_PER_DRAW, seed=int(rng.integers(quad.FIRST_HELD_OUT_SEED)))
-            for names in quad.contexts().values()
-        ]
-        images = np.concatenate([sample.images for sample in samples])
-        captions = [caption for sample in samples for caption in sample.captions]
-        order = rng.permutation(len(images))
-        yield images[order], [captions[index] for index in order]
+class PooledDraws(IterableDataset):
+    """Endless draws of shuffled images of all contexts of the dependent variant, with their captions.
+
+    Args:
+        seed: of the draws; each process of a data loader has its own.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng(self.seed if worker is None else (self.seed, worker.id))
+        while True:
+            samples = [
+                quad.generate(names, IMAGES_PER_DRAW, seed=int(rng.integers(quad.FIRST_HELD_OUT_SEED)))
+                for names in quad.contexts().values()
+            ]
+            images = np.concatenate([sample.images for sample in samples])
+            captions = [caption for sample in samples for caption in sample.captions]
+            order = rng.permutation(len(images))
+            yield images[order], [captions[index] for index in order]
 
 
-def pooled_batches(batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def pooled_draws(seed: int, num_workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
+    yield from DataLoader(PooledDraws(seed), batch_size=None, num_workers=num_workers, collate_fn=lambda draw: draw)
+
+
+def pooled_batches(batch_size: int, seed: int, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Endless batches: images (B, 3, 64, 64) in [-1, 1] and captions."""
-    for images, captions in pooled_draws(seed):
+    for images, captions in pooled_draws(seed, num_workers):
         for start in range(0, len(images) - batch_size + 1, batch_size):
             pixels = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2)
             yield pixels / 127.5 - 1, captions[start : start + batch_size]
@@ -97,14 +117,14 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a")
         self.every = every
-        self.values: dict[str, list[float]] = {}
+        self.values: dict[str, list[torch.Tensor]] = {}
         self.start = time.time()
 
-    def __call__(self, step: int, **values: float) -> None:
+    def __call__(self, step: int, **values: torch.Tensor) -> None:
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
-        if step % self.every == 0:
-            line = {name: round(float(np.mean(series)), 6) for name, series in self.values.items()}
+            self.values.setdefault(name, []).append(value.detach())
+        if step % self.every == 0:  # until then no GPU is waited for
+            line = {name: round(torch.stack(series).mean().item(), 6) for name, series in self.values.items()}
             self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start)} | line) + "\n")
             self.file.flush()
             self.values = {}
@@ -127,7 +147,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     ema = EMAModel(accelerator.unwrap_model(vae).parameters(), decay=0.998, use_ema_warmup=True)
     log = Log(args.output_dir / "logs" / "autoencoder.jsonl", args.log_every)
 
-    batches = pooled_batches(args.train_batch_size, args.seed)
+    batches = pooled_batches(args.train_batch_size, args.seed, args.dataloader_num_workers)
     for step in tqdm(range(1, args.max_train_steps + 1), desc="autoencoder"):
         pixels = next(batches)[0].to(accelerator.device, memory_format=torch.channels_last)
         posterior = accelerator.unwrap_model(vae).encode(pixels).latent_dist
@@ -140,7 +160,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         schedule.step()
         optimizer.zero_grad()
         ema.step(accelerator.unwrap_model(vae).parameters())
-        log(step, mse=mse.item(), kl=posterior.kl().mean().item())
+        log(step, mse=mse, kl=posterior.kl().mean())
 
     vae = accelerator.unwrap_model(vae)
     ema.copy_to(vae.parameters())
@@ -240,20 +260,47 @@ def create_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
+class PromptEncoder:
+    """The text encoder's outputs for a batch of captions, of which each distinct one is encoded once.
+
+    Args:
+        tokenizer: as many tokens for every caption.
+        text_encoder: what learns.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.tokens = cache(self._tokens)
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        distinct = sorted(set(captions))
+        rows = [distinct.index(caption) for caption in captions]
+        device = self.text_encoder.device
+        text = self.text_encoder(torch.cat([self.tokens(caption) for caption in distinct]).to(device))[0]
+        return text[torch.tensor(rows, device=device)]
+
+    def _tokens(self, caption: str) -> torch.Tensor:
+        return self.tokenizer(
+            caption, padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
+        ).input_ids
+
+
 def drop_prompts(captions: list[str], rng: np.random.Generator) -> list[str]:
-    return ["" if rng.random() < EMPTY_PROMPT_SHARE else caption for caption in captions]
+    return ["" if drop else caption for caption, drop in zip(captions, rng.random(len(captions)) < EMPTY_PROMPT_SHARE)]
 
 
 @torch.no_grad()
-def encoded_batches(vae: AutoencoderKL, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def encoded_batches(
+    vae: AutoencoderKL, batch_size: int, seed: int, num_workers: int
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Endless batches: latents (B, 4, 8, 8) and captions. Encoding costs time, so that each draw is used again."""
-    for images, captions in pooled_draws(seed):
+    for images, captions in pooled_draws(seed, num_workers):
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        encoded = [vae.encode(chunk.to(vae.device) / 127.5 - 1).latent_dist.sample() for chunk in pixels.split(64)]
+        encoded = [vae.encode(chunk.to(vae.device) / 127.5 - 1).latent_dist.sample() for chunk in pixels.split(512)]
         latents = torch.cat(encoded) * vae.config.scaling_factor
         for _ in range(PASSES_PER_DRAW):
             for rows in torch.randperm(len(latents))[: len(latents) // batch_size * batch_size].split(batch_size):
-                yield latents[rows], [captions[row] for row in rows]
+                yield latents[rows.to(latents.device)], [captions[row] for row in rows]
 
 
 def train_unet(args: argparse.Namespace) -> None:
@@ -261,23 +308,20 @@ def train_unet(args: argparse.Namespace) -> None:
     scheduler = create_scheduler(args.prediction_type)
     vae, tokenizer, model = load_models(args)
     vae, model = vae.to(accelerator.device), model.to(accelerator.device)
+    encode_prompts = PromptEncoder(tokenizer, model["text_encoder"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
-    ema = EMAModel(model.parameters(), decay=0.999)
+    ema = EMAModel(model.parameters(), decay=0.999, foreach=True)
     log = Log(args.output_dir / "logs" / "unet.jsonl", args.log_every)
     rng = np.random.default_rng(args.seed)
 
-    batches = encoded_batches(vae, args.train_batch_size, args.seed + 1)
+    batches = encoded_batches(vae, args.train_batch_size, args.seed + 1, args.dataloader_num_workers)
     for step in tqdm(range(1, args.max_train_steps + 1), desc="unet"):
         latents, captions = next(batches)
-        tokens = tokenizer(
-            drop_prompts(captions, rng), padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
-        )
-        text = model["text_encoder"](tokens.input_ids.to(accelerator.device))[0]
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        prediction = model["unet"](noisy, timesteps, text).sample
+        prediction = model["unet"](noisy, timesteps, encode_prompts(drop_prompts(captions, rng))).sample
         epsilon = args.prediction_type == "epsilon"
         loss = F.mse_loss(prediction, noise if epsilon else scheduler.get_velocity(latents, noise, timesteps))
         accelerator.backward(loss)
@@ -286,7 +330,7 @@ def train_unet(args: argparse.Namespace) -> None:
         schedule.step()
         optimizer.zero_grad()
         ema.step(model.parameters())
-        log(step, loss=loss.item())
+        log(step, loss=loss)
 
     ema.copy_to(model.parameters())
     pipeline = StableDiffusionPipeline(
@@ -309,4 +353,5 @@ def train_unet(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parse_args()
     set_seed(arguments.seed)
+    torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
     {"autoencoder": train_autoencoder, "unet": train_unet}[arguments.stage](arguments)

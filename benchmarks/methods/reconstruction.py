@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.features import autoencode
 
-from .setting import BATCH_SIZE, Sampler, Setting
+from .setting import BATCH_SIZE, Sampler, Setting, device
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Reconstruction:
         """There is nothing to train."""
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        vae = AutoencoderKL.from_pretrained(setting.base, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(setting.base, subfolder="vae", torch_dtype=torch.float32).to(device())
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
             real = quad.generate(interventions, len(captions), quad.FIRST_HELD_OUT_SEED + seed, setting.dependent)

@@ -17,12 +17,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diffusers_ctx import embedded_base
 from diffusers_ctx.data import ContextBalancedSampler, quad
 from diffusers_ctx.training.latents import ContextLatents
 from diffusers_ctx.training.modes import LORA_TARGETS
 
-from .setting import Sampler, Setting, in_batches
+from .setting import Sampler, Setting, device, in_batches
 
 
 # rare tokens, as is usual for naming what the text encoder does not know; the base knows no concept of quad, and its
@@ -41,8 +40,8 @@ def name_concepts(caption: str, interventions: Sequence[str]) -> str:
     return ", ".join([caption, *(RARE_TOKENS[name] for name in interventions)])
 
 
-def load_base() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(embedded_base(), torch_dtype=torch.float32)
+def load_base(setting: Setting) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(setting.base, torch_dtype=torch.float32).to(device())
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False)
@@ -67,8 +66,9 @@ def learn_rare_tokens(pipeline: StableDiffusionPipeline, seed: int) -> torch.nn.
     embeddings = pipeline.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     rows = rare_token_rows(pipeline)
     with torch.no_grad():
-        embeddings[rows] = torch.randn(len(rows), embeddings.shape[1], generator=torch.Generator().manual_seed(seed))
-    learning = torch.zeros(len(embeddings), 1)
+        new = torch.randn(len(rows), embeddings.shape[1], generator=torch.Generator().manual_seed(seed))
+        embeddings[rows] = new.to(embeddings.device)
+    learning = torch.zeros(len(embeddings), 1, device=embeddings.device)
     learning[rows] = 1
     embeddings.register_hook(lambda gradient: gradient * learning)
     return embeddings
@@ -112,6 +112,7 @@ class LoraTraining:
             clean = self.latents.draw(rows, torch.randn(shape, generator=generator), torch.zeros(len(rows)))
             noise = torch.randn(shape, generator=generator)
             timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
+            clean, noise, timesteps = (drawn.to(device()) for drawn in (clean, noise, timesteps))
             noisy = scheduler.add_noise(clean, noise, timesteps)
             loss = F.mse_loss(*predict(noisy, timesteps, scheduler.get_velocity(clean, noise, timesteps), rows))
             loss.backward()
@@ -130,7 +131,7 @@ class LoraTraining:
         return [name_concepts(caption, interventions) for caption, interventions in zip(captions, contexts)]
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        text, _ = self.pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
+        text, _ = self.pipeline.encode_prompt(prompts, device(), 1, do_classifier_free_guidance=False)
         return self.pipeline.unet(noisy, timesteps, text).sample
 
     def _batches(self, contexts: Sequence[str]) -> Iterator[torch.Tensor]:
@@ -187,7 +188,7 @@ class PromptLora:
     named: bool = True
 
     def train(self, setting: Setting, folder: Path) -> None:
-        pipeline = load_base()
+        pipeline = load_base(setting)
         training = LoraTraining(pipeline, setting.latents(), setting.seed)
         parameters = add_lora(pipeline.unet, LORA_TARGETS, "names")
         parameters += add_lora(pipeline.text_encoder, _TEXT_TARGETS, "names")
@@ -201,19 +202,19 @@ class PromptLora:
         save_file({"rare_tokens": embeddings.detach()[rare_token_rows(pipeline)]}, folder / "names" / _EMBEDDINGS)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_prompt_lora(folder)
+        pipeline = load_prompt_lora(setting, folder)
         return plain_sampler(pipeline, setting, name_concepts if self.named else lambda caption, _: caption)
 
 
-def load_prompt_lora(folder: Path) -> StableDiffusionPipeline:
+def load_prompt_lora(setting: Setting, folder: Path) -> StableDiffusionPipeline:
     """The base with what a `PromptLora` learned."""
     if not (folder / "names").exists():
         raise FileNotFoundError(f"Run the row '{folder.name}' first: its LoRA is needed, and {folder} has none.")
-    pipeline = load_base()
+    pipeline = load_base(setting)
     pipeline.load_lora_weights(folder / "names", weight_name="pytorch_lora_weights.safetensors", adapter_name="names")
     with torch.no_grad():
         embeddings = pipeline.text_encoder.get_input_embeddings().weight
-        embeddings[rare_token_rows(pipeline)] = load_file(folder / "names" / _EMBEDDINGS)["rare_tokens"]
+        embeddings[rare_token_rows(pipeline)] = load_file(folder / "names" / _EMBEDDINGS)["rare_tokens"].to(device())
     return pipeline
 
 
@@ -224,7 +225,7 @@ class LoraPerContext:
     def train(self, setting: Setting, folder: Path) -> None:
         latents, contexts = setting.latents(), quad.contexts()
         for name in contexts:
-            pipeline = load_base()
+            pipeline = load_base(setting)
             training = LoraTraining(pipeline, latents, setting.seed)
 
             def predict(noisy, timesteps, target, rows, training=training):
@@ -235,7 +236,7 @@ class LoraPerContext:
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_base()
+        pipeline = load_base(setting)
         for name in quad.contexts():
             pipeline.load_lora_weights(folder / name, adapter_name=name)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)
@@ -261,10 +262,10 @@ class ComposableDiffusion:
     source: str
 
     def train(self, setting: Setting, folder: Path) -> None:
-        load_prompt_lora(folder.parent / self.source)  # which must be there
+        load_prompt_lora(setting, folder.parent / self.source)  # which must be there
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_prompt_lora(folder.parent / self.source)
+        pipeline = load_prompt_lora(setting, folder.parent / self.source)
         single = plain_sampler(pipeline, setting, name_concepts)
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
@@ -282,8 +283,9 @@ class ComposableDiffusion:
     def _sample(self, pipeline, setting: Setting, captions: list[str], interventions, generator) -> np.ndarray:
         scheduler, size = pipeline.scheduler, pipeline.unet.config.sample_size
         prompts = [*captions, *(name_concepts(caption, [name]) for name in interventions for caption in captions)]
-        text, _ = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
-        latents = torch.randn(len(captions), 4, size, size, generator=generator) * scheduler.init_noise_sigma
+        text, _ = pipeline.encode_prompt(prompts, device(), 1, do_classifier_free_guidance=False)
+        noise = torch.randn(len(captions), 4, size, size, generator=generator)
+        latents = noise.to(device()) * scheduler.init_noise_sigma
         scheduler.set_timesteps(setting.num_inference_steps)
         for timestep in scheduler.timesteps:
             copies = latents.repeat(1 + len(interventions), 1, 1, 1)
@@ -310,7 +312,7 @@ class ConceptSliders:
     def train(self, setting: Setting, folder: Path) -> None:
         latents = setting.latents()
         for name in quad.CONCEPTS:
-            pipeline = load_prompt_lora(folder.parent / self.source)
+            pipeline = load_prompt_lora(setting, folder.parent / self.source)
             training = LoraTraining(pipeline, latents, setting.seed)
             parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
 
@@ -326,7 +328,7 @@ class ConceptSliders:
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_prompt_lora(folder.parent / self.source)
+        pipeline = load_prompt_lora(setting, folder.parent / self.source)
         for name in quad.CONCEPTS:
             pipeline.load_lora_weights(folder / name, adapter_name=name)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)

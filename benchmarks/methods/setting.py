@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from diffusers_ctx import embedded_base
@@ -68,7 +69,7 @@ class Setting:
             vae = AutoencoderKL.from_pretrained(self.base, subfolder="vae", torch_dtype=torch.float32)
             mask = context_mask(list(dataset["context"]), list(quad.CONCEPTS))
             transform = ImageTransform(quad.RESOLUTION, center_crop=True, seed=0)
-            torch.save(encode_images(vae.requires_grad_(False), dataset, mask, transform), file)
+            torch.save(encode_images(vae.requires_grad_(False).to(device()), dataset, mask, transform), file)
         return torch.load(file, weights_only=False)
 
     def true_noise(self, contexts: Sequence[str]) -> torch.Tensor:
@@ -88,6 +89,11 @@ class Method(Protocol):
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         """The sampler of what `train` saved."""
+
+
+def device() -> torch.device:
+    """Where everything is computed: on a GPU if there is one, and `ACCELERATE_USE_CPU` is not set."""
+    return PartialState().device
 
 
 def in_batches(sample: Callable[[list[str], torch.Generator], np.ndarray], captions: Sequence[str], seed: int):

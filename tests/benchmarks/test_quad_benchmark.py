@@ -86,7 +86,7 @@ def test_a_posterior_that_is_not_told_the_context_does_not_depend_on_it():
 
 
 def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting):
-    training = LoraTraining(load_base(), setting.latents(), seed=0)
+    training = LoraTraining(load_base(setting), setting.latents(), seed=0)
     rows = next(training._batches(["obs", "size"]))
     contexts = [training.latents.contexts[row] for row in rows]
     assert contexts.count("obs") == contexts.count("size") == len(rows) / 2
