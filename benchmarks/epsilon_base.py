@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
-from methods.ours import BenchmarkTrainer, ContextAdapter, adapter_sampler, load_pipeline
+from methods.ours import ContextAdapter, adapter_sampler, load_pipeline
 from methods.setting import Method, Sampler, Setting, in_batches
 from PIL import Image
 from quad import commit, machine
@@ -35,6 +34,7 @@ from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.report import measure_context
 from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.config import ContextConfig
 
 
 RESULTS = Path(__file__).parent / "results" / "epsilon_base.json"
@@ -42,21 +42,6 @@ MEASURED = ("obs", "quad4", "quad1", "quad1+quad4")
 BASE_SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_quad_base.py"
 POOLED = 86  # images of each context
 DRAWN = 4  # samples of each combination
-
-
-class SharedConceptsTrainer(BenchmarkTrainer):
-    """Learns the concepts for the first row, and takes those for the others."""
-
-    def _learn_concepts(self) -> dict[str, float]:
-        file = self.setting.work_dir / self.setting.name / f"concepts-steps{self.setting.concept_steps}.pt"
-        if not file.exists():
-            super()._learn_concepts()
-            unfinished = file.with_suffix(".unfinished")
-            torch.save(self.context_module.state_dict(), unfinished)
-            unfinished.replace(file)
-        self.context_module.load_state_dict(torch.load(file))
-        set_seed(self.setting.seed)  # LoRAs start from the same numbers, whoever learned the concepts
-        return {}
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,8 @@ class Remedy(ContextAdapter):
         optimization: options of `OptimizationConfig`.
     """
 
-    trainer: type[BenchmarkTrainer] = SharedConceptsTrainer
+    # features of the UNet would differ from base to base, and the concepts with them
+    context: ContextConfig = field(default_factory=lambda: ContextConfig(posterior_encoder="vae"))
     model: dict[str, Any] = field(default_factory=dict)
     optimization: dict[str, Any] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -67,9 +67,8 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
         figures["conformity"] = conformity(values[:, queried], real_values[:, queried]).joint
         figures["conformity_real"] = conformity(again_values[:, queried], real_values[:, queried]).joint
     moved = _may_move(interventions, dependent)
-    still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
-    figures["drift"] = _mean_distance(values, real_values, still)
-    figures["drift_real"] = _mean_distance(again_values, real_values, still)
+    figures["drift"] = attribute_drift(values, real_values, moved)
+    figures["drift_real"] = attribute_drift(again_values, real_values, moved)
     return figures
 
 
@@ -113,12 +112,13 @@ def _may_move(interventions: Sequence[str], dependent: bool) -> set[str]:
     return set(interventions).union(*below)
 
 
-def _mean_distance(values: np.ndarray, reference: np.ndarray, columns: Sequence[int]) -> float | None:
-    """Mean Wasserstein distance of the attributes' laws, of the values that could be read; 1 where none could.
+def attribute_drift(values: np.ndarray, reference: np.ndarray, moved: Collection[str] = ()) -> float | None:
+    """Mean Wasserstein distance of the laws of attributes (n, 8) that did not have to move, where they could be read.
 
-    `None` of no attributes.
+    Where none could, 1; `None` if all have moved.
     """
-    pairs = [(values[:, column], reference[:, column]) for column in columns]
+    still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
+    pairs = [(values[:, column], reference[:, column]) for column in still]
     readable = [(a[~np.isnan(a)], b[~np.isnan(b)]) for a, b in pairs]
     distances = [wasserstein_distance(a, b) if len(a) else 1.0 for a, b in readable]
     return float(np.mean(distances)) if distances else None

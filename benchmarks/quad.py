@@ -58,17 +58,18 @@ def rows(dependent: bool, seconds: float) -> dict[str, Method]:
         for mode in ("lora", "frozen", "full")
         for suffix, form in forms.items()
     }
-    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)))
+    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)), posterior_encoder="vae")
+    noiseless = ContextConfig(posterior_encoder="vae")
     amortized = ContextConfig(posterior_type="amortized")
     return {
         **ours,
-        "ours-unet-features": ContextAdapter(context=ContextConfig(posterior_encoder="unet")),
+        "ours-latents": ContextAdapter(context=ContextConfig(posterior_encoder="vae")),
         "oracle": ContextAdapter(context=given, trainer=GivenNoiseTrainer),
         "base": PromptLora(contexts=("obs",), named=False),
         "base-pooled": PromptLora(named=False),
         "module-pooled": ContextAdapter(trainer=PooledTrainer, told=False),
         "posterior-untold": ContextAdapter(context=amortized, trainer=UntoldTrainer),
-        "labels-only": ContextAdapter(trainer=LabelsTrainer, noise=False),
+        "labels-only": ContextAdapter(context=noiseless, trainer=LabelsTrainer, noise=False),
         "prompt-lora": PromptLora(),
         "lora-per-context": LoraPerContext(),
         "composable-diffusion": ComposableDiffusion("prompt-lora"),

@@ -21,7 +21,7 @@ from diffusers_ctx.training import ContextTrainer, TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.latents import ContextLatents
 
-from .setting import Sampler, Setting, device, in_batches
+from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
 
 
 TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
@@ -42,22 +42,29 @@ class BenchmarkTrainer(ContextTrainer):
         super().__init__(config, ComposablePipeline.from_pretrained(setting.base))
 
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        return self.setting.latents() if self._image_features is None else super()._encode(dataset)
+        latents, image_features = self.setting.latents(), self._image_features
+        self._features_digest = None if image_features is None else image_features.digest()
+        if image_features is None:
+            return latents
+        # the UNet's features depend on latents alone
+        made = [image_features(x, x).cpu() for x in latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)]
+        return replace(latents, features=torch.cat(made)[None])
 
     def _learn_concepts(self) -> dict[str, float]:
         """Rows that differ in nothing that has a part in it learn the same."""
-        if self.config.context.posterior_encoder != "vae":
-            return super()._learn_concepts()
         file = self.setting.work_dir / self.setting.name / f"concepts-{self._concepts_key()}.pt"
         if not file.exists():
             super()._learn_concepts()
-            torch.save(self.context_module.state_dict(), file)
+            unfinished = file.with_suffix(".unfinished")
+            torch.save(self.context_module.state_dict(), unfinished)
+            unfinished.replace(file)
         self.context_module.load_state_dict(torch.load(file))
         set_seed(self.config.optimization.seed)  # what follows is the same with and without the file
         return {}
 
     def _concepts_key(self) -> str:
-        decisive = [type(self).__name__, dict(self.context_module.config), asdict(self.config.context)]
+        options = [dict(self.context_module.config), asdict(self.config.context)]
+        decisive = [type(self).__name__, self._features_digest, *options]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

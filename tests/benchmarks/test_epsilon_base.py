@@ -47,7 +47,7 @@ def test_rows_share_concepts_and_differ_in_their_remedy(setting):
     for name in ("epsilon", "v-prediction-lora"):
         ROWS[name].train(setting, folder / name)
     plain, remedied = (load_pipeline(folder / name, setting.base) for name in ("epsilon", "v-prediction-lora"))
-    concepts = torch.load(setting.work_dir / setting.name / "concepts-steps4.pt")
+    concepts = torch.load(next((setting.work_dir / setting.name).glob("concepts-*.pt")))
     for pipeline in (plain, remedied):
         state = pipeline.context_module.state_dict()
         assert all(torch.equal(state[key], value) for key, value in concepts.items() if "read_out" not in key)

@@ -103,7 +103,7 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     composed = method.load(setting, tmp_path / "composable")
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
     # the composing loop itself, with one concept: what is added to the plain prediction makes it the concept's
-    pipeline = load_prompt_lora(tmp_path / "prompt-lora")
+    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
     loop = in_batches(lambda batch, noise: method._sample(pipeline, setting, batch, ["quad1"], noise), captions, 0)
     summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
     expected = alone(captions, ["quad1"], 0).astype(int)
