@@ -3,6 +3,7 @@
     python benchmarks/train_step.py
     python benchmarks/train_step.py --train_batch_size 4 --rank 8 --steps 200
     python benchmarks/train_step.py --only frozen  # its peak memory alone
+    python benchmarks/train_step.py --mixed_precision bf16  # on a GPU; or --allow_tf32
 
 Contestants take turns step by step, so that a machine that slows down slows down all of them. Each one's memory is
 measured first, in a process of its own. Images of quad are resized to what the base was made for.
@@ -29,7 +30,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import PartialState
 from methods.steps import AdapterRun, Contestant, PlainLora, StepSetting, create_run
 
 from diffusers_ctx import embedded_base
@@ -104,8 +105,9 @@ def peak_memory_alone(name: str, args: argparse.Namespace) -> float:
 
     On Linux a process starts with the peak of the one that started it: call this before models are loaded.
     """
-    options = ("pretrained_model_name_or_path", "train_batch_size", "rank")
+    options = ("pretrained_model_name_or_path", "train_batch_size", "rank", "mixed_precision")
     flags = [part for option in options for part in (f"--{option}", str(getattr(args, option)))]
+    flags += ["--allow_tf32"] * args.allow_tf32
     command = [sys.executable, __file__, "--only", name, *flags]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
@@ -139,14 +141,15 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
 
 def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
-    return StepSetting(args.pretrained_model_name_or_path, args.train_batch_size, args.rank, work_dir)
+    base, precision = args.pretrained_model_name_or_path, args.mixed_precision
+    return StepSetting(base, args.train_batch_size, args.rank, work_dir, precision, args.allow_tf32)
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """How, where and with what it was measured."""
     from quad import commit, machine  # not above: what it imports would count as the contestants' memory
 
-    base, device = Path(args.pretrained_model_name_or_path), Accelerator(mixed_precision="no").device
+    base, device = Path(args.pretrained_model_name_or_path), PartialState().device
     libraries = (torch, diffusers, transformers, accelerate, peft)
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -160,6 +163,8 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
             "base": base.name if base.is_dir() else str(base),
             "train_batch_size": args.train_batch_size,
             "rank": args.rank,
+            "mixed_precision": args.mixed_precision,
+            "allow_tf32": args.allow_tf32,
             "steps": args.steps,
         },
     }
@@ -192,6 +197,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained_model_name_or_path", default=embedded_base())
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--allow_tf32", action="store_true", help="Let a GPU multiply in TF32.")
     parser.add_argument("--steps", type=int, default=100, help="Steps of each contestant, after a few to warm up.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
     parser.add_argument("--only", choices=list(CONTESTANTS), help="Print the peak memory of this one alone, in MiB.")

@@ -269,18 +269,18 @@ class CompositionMixin(ContextAdapterLoaderMixin):
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         module = self._require_context_module()
-        with weights_at_hand(module) as device:
-            tokens = module(noise.to(device), mask.to(device))
-        return tokens.to(self._execution_device)
+        device = self._execution_device
+        with weights_at_hand(module, device):
+            return module(noise.to(device), mask.to(device))
 
     def _abduct(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
     ) -> torch.Tensor:
         module = self._require_context_module()
         mask = intervention_mask(factual, self.concepts, len(latents))
-        seen = self._seen_by_posterior(pixels, latents)
-        with weights_at_hand(module) as device:
-            return module.abduct(seen.to(device), mask.to(device)).mean.to(self._execution_device)
+        seen, device = self._seen_by_posterior(pixels, latents), self._execution_device
+        with weights_at_hand(module, device):
+            return module.abduct(seen.to(device), mask.to(device)).mean
 
     def _seen_by_posterior(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         config = self._require_context_module().config

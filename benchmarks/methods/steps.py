@@ -11,15 +11,17 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
+from diffusers_ctx.training.accelerator import create_accelerator
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
 from diffusers_ctx.training.modes import LORA_TARGETS
@@ -73,12 +75,16 @@ class StepSetting:
         train_batch_size: images per step.
         rank: of the LoRAs.
         work_dir: where images go.
+        mixed_precision: `no`, `fp16` or `bf16`.
+        allow_tf32: whether a GPU may multiply in TF32.
     """
 
     base: str
     train_batch_size: int
     rank: int
     work_dir: Path
+    mixed_precision: str = "no"
+    allow_tf32: bool = False
 
     def load_pipeline(self) -> ComposablePipeline:
         return ComposablePipeline.from_pretrained(self.base, safety_checker=None, requires_safety_checker=False)
@@ -99,7 +105,8 @@ class StepSetting:
                 train_batch_size=self.train_batch_size,
                 max_train_steps=_ENDLESS,
                 lr_warmup_steps=0,
-                mixed_precision="no",
+                mixed_precision=self.mixed_precision,
+                allow_tf32=self.allow_tf32,
             ),
             OutputConfig(output_dir=str(self.work_dir / "adapter"), report_to="none"),
         )
@@ -128,7 +135,7 @@ class StepSetting:
 
     @cached_property
     def _cached(self) -> ContextLatents:
-        vae = self.load_pipeline().vae.requires_grad_(False).to(Accelerator(mixed_precision="no").device)
+        vae = self.load_pipeline().vae.requires_grad_(False).to(PartialState().device)
         masks = context_mask(list(self._dataset["context"]), list(quad.CONCEPTS))
         # one at a time, so that no step takes less memory than this
         return encode_images(vae, self._dataset, masks, self._transform, batch_size=1, show_progress=False)
@@ -173,15 +180,19 @@ class PlainLora:
 
     def __init__(self, setting: StepSetting, contestant: Contestant):
         self.options = setting.config(contestant).optimization
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = create_accelerator(setting.config(contestant))
         self.pipeline = setting.load_pipeline().to(self.accelerator.device)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(setting.mixed_precision, torch.float32)
         for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet):
             module.requires_grad_(False)
+        for module in (self.pipeline.text_encoder, self.pipeline.unet):
+            module.to(torch.empty(0, device=self.accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
         self.pipeline.unet.add_adapter(
             LoraConfig(
                 r=setting.rank, lora_alpha=setting.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS
             )
         )
+        cast_training_params(self.pipeline.unet, torch.float32)
         self.learning = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         latents = setting.latents(self.pipeline.vae, contestant.cached)

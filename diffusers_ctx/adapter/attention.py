@@ -160,6 +160,8 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
             unet.set_attn_processor(dict(processors))
             unet.encoder_hid_proj = projection
             unet.config.encoder_hid_dim_type = kind
+            for part in (projection, *_context_processors(unet)):
+                _bring(part, unet.conv_in.weight.device)
 
 
 def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
@@ -189,12 +191,24 @@ def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
 
 
 @contextmanager
-def weights_at_hand(module: nn.Module) -> Iterator[torch.device]:
-    """Weights that `enable_sequential_cpu_offload` has put away are back while this is open; yields their device."""
+def weights_at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """All weights are on the device while this is open, wherever offloading has put them away.
+
+    Groups of layers that are offloaded come by themselves, but one by one, and only where a layer's own `forward` is
+    called.
+    """
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
-        yield next(module.parameters()).device
+        before = next(module.parameters()).device
+        if before == device:  # layers that were put away one by one go back by themselves
+            yield
+            return
+        nn.Module.to(module, device)  # past what models of diffusers warn of
+        try:
+            yield
+        finally:
+            nn.Module.to(module, before)
 
 
 @contextmanager
@@ -211,6 +225,7 @@ def lora_detached(model: nn.Module) -> Iterator[None]:
         setattr(model, _LORA_LOADED, loaded)
         for name, layer in tuned.items():
             model.set_submodule(name, layer)
+            _bring(layer, layer.get_base_layer().weight.device)
 
 
 def with_context(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
@@ -252,6 +267,13 @@ def injection_of(unet: UNet2DConditionModel) -> str:
     return "prompt" if isinstance(unet.encoder_hid_proj, PromptProjection) else "cross_attention"
 
 
+def _bring(part: nn.Module, device: torch.device) -> None:
+    """Brings what was taken off a model to where the model is now: `enable_model_cpu_offload` may have moved it
+    meanwhile, and would take a part that it has left behind for one that has come along."""
+    if device.type != "meta":  # layers that `enable_sequential_cpu_offload` has put away stay where they are
+        part.to(device)
+
+
 def _projections(unet: UNet2DConditionModel) -> list[ContextProjection]:
     projection = getattr(unet, "encoder_hid_proj", None)
     layers = getattr(projection, "image_projection_layers", [projection])
@@ -264,6 +286,10 @@ def _is_cross_attention(name: str) -> bool:
 
 def _cross_attention_processors(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {name: processor for name, processor in unet.attn_processors.items() if _is_cross_attention(name)}
+
+
+def _context_processors(unet: UNet2DConditionModel) -> list[nn.Module]:
+    return [processor for processor in unet.attn_processors.values() if type(processor) in _PLAIN_PROCESSORS]
 
 
 def _context_processor(

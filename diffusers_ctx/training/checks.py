@@ -155,8 +155,6 @@ def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Itera
         yield "set `fsdp_auto_wrap_policy` to TRANSFORMER_BASED_WRAP"
     if plugin.activation_checkpointing:  # it renames what is saved
         yield "give `--gradient_checkpointing` in the place of `fsdp_activation_checkpointing`"
-    if accelerator.num_processes == 1:  # it would not see what is unfrozen
-        yield "start more than one process"
     if config.optimization.optimizer != "adamw":
         yield "set `optimizer` to adamw"
     if config.model.train_text_encoder:

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -325,8 +325,9 @@ class ContextTrainer:
         """One batch; the mean loss of all processes."""
         accelerator = self.accelerator
         backbone_learns = step >= self.options["unfreeze_step"]
-        # DDP waits for all the gradients that it found at first
-        frozen = [] if backbone_learns or accelerator.num_processes > 1 else self._backbone_parameters
+        # DDP waits for all the gradients that it found at first, also with a single process
+        spread = accelerator.distributed_type != DistributedType.NO
+        frozen = [] if backbone_learns or spread else self._backbone_parameters
         with accelerator.accumulate(self.objective):
             with gradients_off(frozen):
                 inputs = self._step_inputs(number, batch)

@@ -80,6 +80,7 @@ def test_figures_are_written_and_shown(setting, tmp_path, monkeypatch, capsys):
     assert results["contestants"]["plain-lora"]["to_plain_lora"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
     assert results["contestants"]["lora"]["median_seconds"] > 0 and results["encoding_to_cached"]["lora"]["ratio"] > 0
     options = {"base": Path(setting.base).name, "train_batch_size": 2, "rank": 2, "steps": 2}
+    options |= {"mixed_precision": "no", "allow_tf32": False}
     assert results["options"] == options
     assert results["commit"] and results["versions"]["torch"] == torch.__version__
     assert "| plain-lora |" in capsys.readouterr().out

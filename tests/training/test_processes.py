@@ -60,12 +60,14 @@ ContextTrainer._train_on = fail
 """
 
 
-def launch(folder: Path, program: str, options: dict, config: str = "ddp.yaml") -> subprocess.CompletedProcess[str]:
-    """Trains in two processes, in float32; a program that hangs fails the test."""
+def launch(
+    folder: Path, program: str, options: dict, config: str = "ddp.yaml", processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Trains in several processes, in float32; a program that hangs fails the test."""
     script = folder / "program.py"
     script.write_text(program)
-    launcher = ["--config_file", SCRIPTS / "configs" / config, "--num_processes=2", "--main_process_port=0"]
-    launcher += ["--mixed_precision=no", "--num_cpu_threads_per_process=1"]
+    launcher = ["--config_file", SCRIPTS / "configs" / config, f"--num_processes={processes}"]
+    launcher += ["--main_process_port=0", "--mixed_precision=no", "--num_cpu_threads_per_process=1"]
     return accelerate_launch(launcher, script, flags(options), timeout=180)
 
 
@@ -143,6 +145,21 @@ def test_a_whole_unet_of_shards_is_saved(base_model, photos, tmp_path):
     assert_close(weights_of(tmp_path / "sharded", names), weights_of(tmp_path / "whole", names))
 
 
+# one process of a launcher that could start more
+
+
+@pytest.mark.parametrize("config_file", ["ddp.yaml", "fsdp2.yaml"])
+def test_a_single_process_may_be_launched_as_one_of_several(base_model, photos, tmp_path, config_file):
+    """The first two steps leave the LoRA as it is, and both kinds wait for its gradients nevertheless."""
+    shared = {"unfreeze_after": 0.5, "max_train_steps": 4, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+    create_trainer(make_options(base_model, photos, tmp_path / "plain", **shared)).train()
+    options = make_options(base_model, photos, tmp_path / "launched", **shared)
+    program = WITH_FSDP + TRAIN if config_file == "fsdp2.yaml" else TRAIN
+    launched = launch(tmp_path, program, options, config_file, processes=1)
+    assert (tmp_path / "launched" / "README.md").exists(), launched.stderr
+    assert_close(weights_of(tmp_path / "launched"), weights_of(tmp_path / "plain"))
+
+
 # configurations that cannot work
 
 
@@ -170,7 +187,6 @@ def accelerator_with(
         ({"fsdp_version": 1}, {}, 2, "With FSDP, set `fsdp_version` to 2"),
         ({"auto_wrap_policy": size_based_auto_wrap_policy}, {}, 2, "set `fsdp_auto_wrap_policy` to TRANSFORMER"),
         ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` in the place of"),
-        ({}, {}, 1, "start more than one process"),
         ({}, {"optimizer": "adamw_8bit"}, 2, "set `optimizer` to adamw"),
         ({}, {"train_text_encoder": True}, 2, "leave out `train_text_encoder`"),
         ({}, {"validation_prompt": "a street"}, 2, "leave out `validation_prompt`"),
