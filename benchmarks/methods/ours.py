@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,19 +47,19 @@ class BenchmarkTrainer(ContextTrainer):
         self._features_digest = None if image_features is None else image_features.digest()
         if image_features is None:
             return latents
-        # the UNet's features depend on latents alone
-        made = [image_features(x, x).cpu() for x in latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)]
-        return replace(latents, features=torch.cat(made)[None])
+        file = self.setting.work_dir / self.setting.name / f"features-{self._features_digest[:16]}.pt"
+        if not file.exists():  # the UNet's depend on latents alone
+            made = [image_features(x, x).cpu() for x in latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)]
+            _save(torch.cat(made)[None], file)
+        return replace(latents, features=torch.load(file, map_location="cpu"))
 
     def _learn_concepts(self) -> dict[str, float]:
         """Rows that differ in nothing that has a part in it learn the same."""
         file = self.setting.work_dir / self.setting.name / f"concepts-{self._concepts_key()}.pt"
         if not file.exists():
             super()._learn_concepts()
-            unfinished = file.with_suffix(".unfinished")
-            torch.save(self.context_module.state_dict(), unfinished)
-            unfinished.replace(file)
-        self.context_module.load_state_dict(torch.load(file))
+            _save(self.context_module.state_dict(), file)
+        self.context_module.load_state_dict(torch.load(file, map_location="cpu"))
         set_seed(self.config.optimization.seed)  # what follows is the same with and without the file
         return {}
 
@@ -66,6 +67,13 @@ class BenchmarkTrainer(ContextTrainer):
         options = [dict(self.context_module.config), asdict(self.config.context)]
         decisive = [type(self).__name__, self._features_digest, *options]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _save(what: Any, file: Path) -> None:
+    """So that no half of it is found, whenever another row looks for it."""
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    torch.save(what, unfinished)
+    unfinished.replace(file)
 
 
 class PooledTrainer(BenchmarkTrainer):
