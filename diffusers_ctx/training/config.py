@@ -23,7 +23,11 @@ class ModelConfig:
     injection: str = _option(
         "cross_attention", "How the UNet sees the tokens: by attention of its own, or as a part of the `prompt`."
     )
-    unfreeze_after: float = _option(0.2, "In modes lora and full, the share of training before the UNet learns too.")
+    unfreeze_after: float | None = _option(
+        None,
+        "In modes lora and full, the share of training before the UNet learns too. By default 0.2, but 0 where it has"
+        " to learn another noise schedule.",
+    )
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
     prediction_type: str | None = _option(None, "What the UNet learns to predict, where the base predicts another.")
     rescale_betas_zero_snr: bool = _option(False, "Learn with zero terminal SNR, and end the noise in pure noise.")
@@ -163,7 +167,7 @@ class TrainingConfig:
             raise ValueError(
                 f"`train_text_encoder` learns a LoRA, and mode {self.model.mode} has none; choose mode lora."
             )
-        if not 0 <= self.model.unfreeze_after < 1:
+        if self.model.unfreeze_after is not None and not 0 <= self.model.unfreeze_after < 1:
             raise ValueError(f"`unfreeze_after` is {self.model.unfreeze_after}; it is a share in [0, 1).")
 
     def loading_options(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from diffusers import SchedulerMixin, UNet2DConditionModel
@@ -12,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter import LORA_ADAPTER, attached_context_module, context_attention_layers
-from .config import ModelConfig
+from .config import ModelConfig, TrainingConfig
 
 
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+_UNFREEZE_AFTER = 0.2  # of the steps
 
 
 def prepare_mode(
@@ -75,6 +77,15 @@ def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str,
             " `--prediction_type v_prediction`."
         )
     return options
+
+
+def with_unfreezing(config: TrainingConfig, schedule: dict[str, Any]) -> TrainingConfig:
+    """The configuration with the time of unfreezing chosen, if it leaves that open."""
+    if config.model.unfreeze_after is not None:
+        return config
+    # a frozen UNet cannot predict what it was not taught to
+    share = 0.0 if schedule else _UNFREEZE_AFTER
+    return replace(config, model=replace(config.model, unfreeze_after=share))
 
 
 def adapter_modules(unet: UNet2DConditionModel) -> list[nn.Module]:

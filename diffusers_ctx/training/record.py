@@ -71,7 +71,7 @@ def deciding_options(
         "images": dict(sorted(Counter(contexts).items())),
         "weights of the base model": _digest(models),
         "max_train_steps": steps,
-        "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
+        "unfreeze_step": math.ceil((config.model.unfreeze_after or 0.0) * steps),
     }
 
 
@@ -117,6 +117,7 @@ def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int
             "learning rate": options.learning_rate,
             "mixed precision": accelerator.mixed_precision,
             "causal form": config.context.causal_form,
+            "posterior encoder": config.context.posterior_encoder,
             "images": f"streamed, concepts learned on {images}" if config.data.streaming else images,
         },
     }

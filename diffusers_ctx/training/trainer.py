@@ -50,7 +50,7 @@ from .checks import (
 from .config import TrainingConfig
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters
+from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
@@ -87,7 +87,7 @@ class ContextTrainer:
         config = with_posterior_encoder(config, pipeline)
         self._image_features = create_image_features(config, pipeline)
         schedule = schedule_options(config.model, pipeline.scheduler)
-        self.config = config
+        self.config = config = with_unfreezing(config, schedule)
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = create_accelerator(config)

@@ -153,8 +153,10 @@ def epsilon_base(tmp_path) -> Path:
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_another_prediction_type_is_learned_and_brought_along(options, epsilon_base, mode):
-    options |= {"pretrained_model_name_or_path": str(epsilon_base), "mode": mode, "unfreeze_after": 0.0}
+    options |= {"pretrained_model_name_or_path": str(epsilon_base), "mode": mode}
+    assert options.pop("unfreeze_after", None) is None  # by default, the UNet learns from the first step on
     trainer = create_trainer(options | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    assert trainer.options["unfreeze_step"] == 0
     output_dir = trainer.train()
     scheduler = trainer.objective.scheduler
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] == 0
