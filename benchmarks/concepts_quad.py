@@ -26,8 +26,9 @@ def main() -> None:
     sample = quad.generate(n=args.n, seed=args.seed)
     pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
     noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])
+    observational = torch.zeros(args.n, len(pipeline.concepts), device=noise.device)
     with torch.no_grad():
-        values = pipeline.context_module.concept_values(noise, torch.zeros(args.n, len(pipeline.concepts)))
+        values = pipeline.context_module.concept_values(noise, observational).cpu()
     for node, concept in enumerate(pipeline.concepts):
         factor = sample.factors[:, quad.FACTORS.index(concept)]
         print(f"{concept:12s} {abs(np.corrcoef(values[:, node, 0], factor)[0, 1]):.2f}")

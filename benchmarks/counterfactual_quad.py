@@ -20,7 +20,7 @@ INTERVENTIONS = (["quad4"], ["quad1"], ["quad1", "quad4"])
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         return to_uint8(output.images)
 
     with torch.no_grad():
-        latents = pipeline.vae.encode(2 * pixels - 1).latent_dist.mode()
+        latents = pipeline.vae.encode(2 * pixels.to(pipeline.device) - 1).latent_dist.mode()
         autoencoded = to_uint8(pipeline.vae.decode(latents).sample / 2 + 0.5)
     unchanged = counterfactual([])
     print(f"no intervention, against the image           {counterfactual_error(unchanged, sample.images):.4f}")

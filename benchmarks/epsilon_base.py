@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusionPipeline
+from base_quad import sample_pooled
 from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
 from methods.ours import ContextAdapter, adapter_sampler, load_pipeline
-from methods.setting import Method, Sampler, Setting, in_batches
+from methods.setting import Method, Sampler, Setting
 from PIL import Image
 from quad import commit, machine
 from sheets import join_tiles
@@ -167,20 +166,8 @@ def make_base(folder: Path, steps: int, seed: int) -> None:
 
 def measure_base(folder: str, num_inference_steps: int) -> dict[str, Any]:
     """Figures of plain samples, with captions of all contexts pooled."""
-    real, again = (
-        [quad.generate(names, POOLED, seed + place) for place, names in enumerate(quad.contexts().values())]
-        for seed in (REAL_SEED, AGAIN_SEED + len(quad.contexts()))
-    )
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
-        options = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "np"}
-        return pipeline(prompts, generator=generator, **options).images
-
-    images = in_batches(sample_batch, [caption for part in again for caption in part.captions], SAMPLE_SEED)
-    of_real, of_again = (np.concatenate([part.images for part in parts]) for parts in (real, again))
-    return measure_context(images, of_real, of_again) | lightness(images, of_real)
+    samples, real, again, _ = sample_pooled(folder, POOLED, num_inference_steps)
+    return measure_context(samples, real, again) | lightness(samples, real)
 
 
 def lightness(images: np.ndarray, real: np.ndarray) -> dict[str, float]:

@@ -30,7 +30,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from accelerate import PartialState
+from methods.setting import device
 from methods.steps import AdapterRun, Contestant, PlainLora, StepSetting, create_run
 
 from diffusers_ctx import embedded_base
@@ -149,13 +149,13 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """How, where and with what it was measured."""
     from quad import commit, machine  # not above: what it imports would count as the contestants' memory
 
-    base, device = Path(args.pretrained_model_name_or_path), PartialState().device
+    base = Path(args.pretrained_model_name_or_path)
     libraries = (torch, diffusers, transformers, accelerate, peft)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "machine": machine(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "device": device().type,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # of other programs too, over the last minute; ours is up to `threads`
         "versions": {library.__name__: library.__version__ for library in libraries},

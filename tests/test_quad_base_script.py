@@ -62,3 +62,17 @@ def test_without_the_flag_a_base_goes_on_as_it_was_trained(script, monkeypatch, 
     options = {key: value for key, value in base.config.items() if not key.startswith("_")}
     assert options.items() <= dict(made.config).items()
     assert made.alphas_cumprod[-1] == 0
+
+
+def test_captions_that_are_encoded_once_are_encoded_right(script):
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded_base(), torch_dtype=torch.float32)
+    captions = ["a picture of a square", "", "a picture of a circle", "a picture of a square"]
+    tokens = pipeline.tokenizer(captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
+    with torch.no_grad():
+        encoded = script.encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions)
+        torch.testing.assert_close(encoded, pipeline.text_encoder(tokens)[0])
+
+
+def test_images_are_drawn_in_other_processes_too(script):
+    (here, captions), (there, others) = (next(script.pooled_draws(0, num_workers)) for num_workers in (0, 1))
+    assert here.shape == there.shape == (56, 64, 64, 3) and len(captions) == len(others) == 56

@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,12 @@ class PooledDraws(IterableDataset):
             yield images[order], [captions[index] for index in order]
 
 
+def _as_drawn(draw: tuple[np.ndarray, list[str]]) -> tuple[np.ndarray, list[str]]:
+    return draw
+
+
 def pooled_draws(seed: int, num_workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    yield from DataLoader(PooledDraws(seed), batch_size=None, num_workers=num_workers, collate_fn=lambda draw: draw)
+    yield from DataLoader(PooledDraws(seed), batch_size=None, num_workers=num_workers, collate_fn=_as_drawn)
 
 
 def pooled_batches(batch_size: int, seed: int, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, list[str]]]:
@@ -260,29 +263,12 @@ def create_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-class PromptEncoder:
-    """The text encoder's outputs for a batch of captions, of which each distinct one is encoded once.
-
-    Args:
-        tokenizer: as many tokens for every caption.
-        text_encoder: what learns.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.tokens = cache(self._tokens)
-
-    def __call__(self, captions: list[str]) -> torch.Tensor:
-        distinct = sorted(set(captions))
-        rows = [distinct.index(caption) for caption in captions]
-        device = self.text_encoder.device
-        text = self.text_encoder(torch.cat([self.tokens(caption) for caption in distinct]).to(device))[0]
-        return text[torch.tensor(rows, device=device)]
-
-    def _tokens(self, caption: str) -> torch.Tensor:
-        return self.tokenizer(
-            caption, padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt"
-        ).input_ids
+def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: list[str]) -> torch.Tensor:
+    """The text encoder's outputs (B, tokens, dim); each distinct caption is encoded once."""
+    distinct, rows = np.unique(captions, return_inverse=True)
+    tokens = tokenizer(distinct.tolist(), padding="max_length", max_length=MAX_PROMPT_TOKENS, return_tensors="pt")
+    text = text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+    return text[torch.from_numpy(rows).to(text.device)]
 
 
 def drop_prompts(captions: list[str], rng: np.random.Generator) -> list[str]:
@@ -308,7 +294,6 @@ def train_unet(args: argparse.Namespace) -> None:
     scheduler = create_scheduler(args.prediction_type)
     vae, tokenizer, model = load_models(args)
     vae, model = vae.to(accelerator.device), model.to(accelerator.device)
-    encode_prompts = PromptEncoder(tokenizer, model["text_encoder"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
     ema = EMAModel(model.parameters(), decay=0.999, foreach=True)
@@ -321,7 +306,8 @@ def train_unet(args: argparse.Namespace) -> None:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        prediction = model["unet"](noisy, timesteps, encode_prompts(drop_prompts(captions, rng))).sample
+        text = encode_prompts(tokenizer, model["text_encoder"], drop_prompts(captions, rng))
+        prediction = model["unet"](noisy, timesteps, text).sample
         epsilon = args.prediction_type == "epsilon"
         loss = F.mse_loss(prediction, noise if epsilon else scheduler.get_velocity(latents, noise, timesteps))
         accelerator.backward(loss)

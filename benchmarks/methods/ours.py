@@ -43,12 +43,15 @@ class BenchmarkTrainer(ContextTrainer):
         super().__init__(config, ComposablePipeline.from_pretrained(setting.base))
 
     def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        latents, image_features = self.setting.latents(), self._image_features
+        image_features = self._image_features
         self._features_digest = None if image_features is None else image_features.digest()
         if image_features is None:
-            return latents
+            return self.setting.latents()
+        if self.config.context.posterior_encoder != "unet":
+            return super()._encode(dataset)
+        latents = self.setting.latents()
         file = self.setting.work_dir / self.setting.name / f"features-{self._features_digest[:16]}.pt"
-        if not file.exists():  # the UNet's depend on latents alone
+        if not file.exists():  # they depend on latents alone
             made = [image_features(x, x).cpu() for x in latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)]
             _save(torch.cat(made)[None], file)
         return replace(latents, features=torch.load(file, map_location="cpu"))

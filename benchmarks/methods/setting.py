@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL
 
 from diffusers_ctx import embedded_base
@@ -93,7 +94,7 @@ class Method(Protocol):
 
 def device() -> torch.device:
     """Where everything is computed: on a GPU if there is one, and `ACCELERATE_USE_CPU` is not set."""
-    return PartialState().device
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def in_batches(sample: Callable[[list[str], torch.Generator], np.ndarray], captions: Sequence[str], seed: int):

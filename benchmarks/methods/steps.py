@@ -11,7 +11,6 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -25,6 +24,8 @@ from diffusers_ctx.training.accelerator import create_accelerator
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
 from diffusers_ctx.training.modes import LORA_TARGETS
+
+from .setting import device
 
 
 _ENDLESS = 1_000_000  # steps of a run that is never finished
@@ -135,7 +136,7 @@ class StepSetting:
 
     @cached_property
     def _cached(self) -> ContextLatents:
-        vae = self.load_pipeline().vae.requires_grad_(False).to(PartialState().device)
+        vae = self.load_pipeline().vae.requires_grad_(False).to(device())
         masks = context_mask(list(self._dataset["context"]), list(quad.CONCEPTS))
         # one at a time, so that no step takes less memory than this
         return encode_images(vae, self._dataset, masks, self._transform, batch_size=1, show_progress=False)

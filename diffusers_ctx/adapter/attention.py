@@ -192,7 +192,7 @@ def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
 
 @contextmanager
 def weights_at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """All weights are on the device while this is open, wherever offloading has put them away.
+    """All weights are on the device while this is open, if offloading has put them away in memory.
 
     Groups of layers that are offloaded come by themselves, but one by one, and only where a layer's own `forward` is
     called.

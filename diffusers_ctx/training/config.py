@@ -82,7 +82,8 @@ class ContextConfig:
     posterior_encoder: str | None = _option(
         None,
         "What the posterior sees of images: latents (`vae`), or features of the `unet` or of a `clip` image encoder."
-        " By default `unet`, but `vae` in mode `full` and with streaming, where there are no features.",
+        " By default `unet`, or `clip` if its model is named; `vae` where the UNet has no features to give: in mode"
+        " `full`, with streaming, and without a middle block.",
     )
     posterior_encoder_model: str | None = _option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."

@@ -15,8 +15,12 @@ def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -
     """The configuration with the posterior's encoder chosen, if it leaves that open."""
     if config.context.posterior_encoder is not None:
         return config
-    featureless = config.model.mode == "full" or config.data.streaming or pipeline.unet.mid_block is None
-    encoder = "vae" if featureless else "unet"
+    if config.context.posterior_encoder_model is not None:
+        encoder = "clip"
+    elif config.model.mode == "full" or config.data.streaming or pipeline.unet.mid_block is None:
+        encoder = "vae"
+    else:
+        encoder = "unet"
     return replace(config, context=replace(config.context, posterior_encoder=encoder))
 
 

@@ -57,6 +57,7 @@ def deciding_options(
         contexts: the context of each image.
         models: those of the base, before anything has learned.
     """
+    assert config.model.unfreeze_after is not None, "`with_unfreezing` chooses it"
     free = {*_MAY_CHANGE, *vars(config.output)}
     if config.data.streaming:  # a place in one dataset is none in another
         free -= {"dataset_name", "dataset_config_name", "dataset_split"}
@@ -71,7 +72,7 @@ def deciding_options(
         "images": dict(sorted(Counter(contexts).items())),
         "weights of the base model": _digest(models),
         "max_train_steps": steps,
-        "unfreeze_step": math.ceil((config.model.unfreeze_after or 0.0) * steps),
+        "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
     }
 
 

@@ -352,7 +352,8 @@ class ContextTrainer:
                         f"Gradients are not finite at step {step}. Lower `learning_rate`; {self._last_checkpoint()}."
                     )
             self.optimizer.step()
-            if accelerator.sync_gradients:
+            # a gradient scaler's first steps, which find its scale, learn nothing
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 self.schedule.step()
                 if self.ema is not None:
                     self.ema.step(self._learning)

@@ -217,6 +217,7 @@ def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip)
         ({}, "unet"),
         ({"mode": "full"}, "vae"),
         ({"posterior_encoder": "vae"}, "vae"),
+        ({"streaming": True, "streaming_concept_images": 2, "max_train_steps": 1}, "vae"),
     ],
 )
 def test_by_default_the_posterior_reads_features_where_there_are_any(options, changes, expected):
