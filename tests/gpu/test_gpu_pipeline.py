@@ -24,7 +24,7 @@ def expected() -> dict:
 
 @pytest.fixture
 def pipeline() -> ComposablePipeline:
-    return attach_random_module(make_pipeline().to("cuda"))
+    return attach_random_module(make_pipeline()).to("cuda")  # random numbers of a GPU are others
 
 
 def images(pipeline, interventions=("snow",), **arguments) -> np.ndarray:
