@@ -67,8 +67,8 @@ class BenchmarkTrainer(ContextTrainer):
         return {}
 
     def _concepts_key(self) -> str:
-        options = [dict(self.context_module.config), asdict(self.config.context)]
-        decisive = [type(self).__name__, self._features_digest, *options]
+        module = {name: value for name, value in self.context_module.config.items() if not name.startswith("_")}
+        decisive = [type(self).__name__, self._features_digest, module, asdict(self.config.context)]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
