@@ -199,10 +199,11 @@ def main() -> None:
         num_inference_steps=args.num_inference_steps,
         work_dir=args.work_dir,
     )
-    for name in args.rows or rows(setting.dependent):
+    methods = rows(setting.dependent)
+    for name in args.rows or methods:
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
-        Row(name, setting, args).run(rows(setting.dependent)[name])
+        Row(name, setting, args).run(methods[name])
 
 
 if __name__ == "__main__":

@@ -97,19 +97,16 @@ class PooledDraws(IterableDataset):
             yield images[order], [captions[index] for index in order]
 
 
-def _as_drawn(draw: tuple[np.ndarray, list[str]]) -> tuple[np.ndarray, list[str]]:
-    return draw
-
-
-def pooled_draws(seed: int, num_workers: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    yield from DataLoader(PooledDraws(seed), batch_size=None, num_workers=num_workers, collate_fn=_as_drawn)
+def pooled_draws(seed: int, num_workers: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """As `PooledDraws`, with images as tensors."""
+    yield from DataLoader(PooledDraws(seed), batch_size=None, num_workers=num_workers)
 
 
 def pooled_batches(batch_size: int, seed: int, num_workers: int = 0) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Endless batches: images (B, 3, 64, 64) in [-1, 1] and captions."""
     for images, captions in pooled_draws(seed, num_workers):
         for start in range(0, len(images) - batch_size + 1, batch_size):
-            pixels = torch.from_numpy(images[start : start + batch_size]).permute(0, 3, 1, 2)
+            pixels = images[start : start + batch_size].permute(0, 3, 1, 2)
             yield pixels / 127.5 - 1, captions[start : start + batch_size]
 
 
@@ -281,7 +278,7 @@ def encoded_batches(
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Endless batches: latents (B, 4, 8, 8) and captions. Encoding costs time, so that each draw is used again."""
     for images, captions in pooled_draws(seed, num_workers):
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        pixels = images.permute(0, 3, 1, 2)
         encoded = [vae.encode(chunk.to(vae.device) / 127.5 - 1).latent_dist.sample() for chunk in pixels.split(512)]
         latents = torch.cat(encoded) * vae.config.scaling_factor
         for _ in range(PASSES_PER_DRAW):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.data import quad
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
+from diffusers_ctx.training.latent_cache import cached
 from diffusers_ctx.training.latents import ContextLatents
 
 from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
@@ -50,33 +50,32 @@ class BenchmarkTrainer(ContextTrainer):
         if self.config.context.posterior_encoder != "unet":
             return super()._encode(dataset)
         latents = self.setting.latents()
-        file = self.setting.work_dir / self.setting.name / f"features-{self._features_digest[:16]}.pt"
-        if not file.exists():  # they depend on latents alone
-            made = [image_features(x, x).cpu() for x in latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)]
-            _save(torch.cat(made)[None], file)
-        return replace(latents, features=torch.load(file, map_location="cpu"))
+
+        def make_features() -> dict[str, torch.Tensor]:  # they depend on latents alone
+            means = latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)
+            return {"features": torch.cat([image_features(mean, mean).cpu() for mean in means])[None]}
+
+        return replace(latents, **cached(self._folder / "features", self._features_digest, make_features))
 
     def _learn_concepts(self) -> dict[str, float]:
         """Rows that differ in nothing that has a part in it learn the same."""
-        file = self.setting.work_dir / self.setting.name / f"concepts-{self._concepts_key()}.pt"
-        if not file.exists():
-            super()._learn_concepts()
-            _save(self.context_module.state_dict(), file)
-        self.context_module.load_state_dict(torch.load(file, map_location="cpu"))
+
+        def learn() -> dict[str, torch.Tensor]:
+            super(BenchmarkTrainer, self)._learn_concepts()
+            return self.context_module.state_dict()
+
+        self.context_module.load_state_dict(cached(self._folder / "concepts", self._concepts_key(), learn))
         set_seed(self.config.optimization.seed)  # what follows is the same with and without the file
         return {}
+
+    @property
+    def _folder(self) -> Path:
+        return self.setting.work_dir / self.setting.name
 
     def _concepts_key(self) -> str:
         module = {name: value for name, value in self.context_module.config.items() if not name.startswith("_")}
         decisive = [type(self).__name__, self._features_digest, module, asdict(self.config.context)]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _save(what: Any, file: Path) -> None:
-    """So that no half of it is found, whenever another row looks for it."""
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    torch.save(what, unfinished)
-    unfinished.replace(file)
 
 
 class PooledTrainer(BenchmarkTrainer):

@@ -14,6 +14,7 @@ from epsilon_base import MEASURED, ROWS, Results, lightness, parse_args, render_
 from methods.ours import load_pipeline
 from methods.setting import Setting
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusers_ctx import embedded_base
 
@@ -47,7 +48,7 @@ def test_rows_share_concepts_and_differ_in_their_remedy(setting):
     for name in ("epsilon", "v-prediction-lora"):
         ROWS[name].train(setting, folder / name)
     plain, remedied = (load_pipeline(folder / name, setting.base) for name in ("epsilon", "v-prediction-lora"))
-    concepts = torch.load(next((setting.work_dir / setting.name).glob("concepts-*.pt")))
+    concepts = load_file(next((setting.work_dir / setting.name / "concepts").iterdir()))
     for pipeline in (plain, remedied):
         state = pipeline.context_module.state_dict()
         assert all(torch.equal(state[key], value) for key, value in concepts.items() if "read_out" not in key)
