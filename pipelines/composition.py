@@ -17,9 +17,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
-from diffusers_ctx.adapter import ContextAdapterLoaderMixin, weights_at_hand, with_context
+from diffusers_ctx.adapter import ContextAdapterLoaderMixin, refuse_weights_on_disk, weights_at_hand, with_context
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
-from diffusers_ctx.context import Interventions, intervention_mask
+from diffusers_ctx.context import ContextModule, Interventions, intervention_mask
 
 from .guidance import context_guidance
 from .inversion import denoise, evenly_spaced_timesteps, invert
@@ -268,19 +268,24 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        module = self._require_context_module()
-        device = self._execution_device
-        with weights_at_hand(module, device):
+        with self._module_at_hand() as (module, device):
             return module(noise.to(device), mask.to(device))
 
     def _abduct(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
     ) -> torch.Tensor:
-        module = self._require_context_module()
         mask = intervention_mask(factual, self.concepts, len(latents))
-        seen, device = self._seen_by_posterior(pixels, latents), self._execution_device
-        with weights_at_hand(module, device):
+        seen = self._seen_by_posterior(pixels, latents)
+        with self._module_at_hand() as (module, device):
             return module.abduct(seen.to(device), mask.to(device)).mean
+
+    @contextmanager
+    def _module_at_hand(self) -> Iterator[tuple[ContextModule, torch.device]]:
+        """The context module and the device that its weights are on while this is open."""
+        module, device = self._require_context_module(), self._execution_device
+        refuse_weights_on_disk(self.unet)
+        with weights_at_hand(module, device):
+            yield module, device
 
     def _seen_by_posterior(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         config = self._require_context_module().config

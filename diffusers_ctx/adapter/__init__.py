@@ -4,6 +4,7 @@ from .attention import (
     attached_context_module,
     context_attention_layers,
     detach_context_module,
+    refuse_weights_on_disk,
     weights_at_hand,
     with_context,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "attached_context_module",
     "context_attention_layers",
     "detach_context_module",
+    "refuse_weights_on_disk",
     "weights_at_hand",
     "with_context",
 ]

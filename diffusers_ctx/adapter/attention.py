@@ -211,6 +211,24 @@ def weights_at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
             nn.Module.to(module, before)
 
 
+def refuse_weights_on_disk(unet: UNet2DConditionModel) -> None:
+    """Group offloading brings weights back when a layer's `forward` is called, and not for other methods of it.
+
+    In memory they are where `weights_at_hand` finds them; on disk, what is left in their place is not theirs.
+
+    Raises:
+        ValueError: if weights have been put away on disk.
+    """
+    for part in unet.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None and hook.config.offload_to_disk_path is not None:
+            raise ValueError(
+                "Context adapters cannot be offloaded to disk; call `enable_group_offload(...)` without"
+                " `offload_to_disk_path`."
+            )
+
+
 @contextmanager
 def lora_detached(model: nn.Module) -> Iterator[None]:
     """While it is open, `model` is without the layers of its LoRAs: they would rename the weights that are saved."""

@@ -21,7 +21,8 @@ class ModelConfig:
     rank: int = _option(16, "Rank of the LoRA.")
     train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
     injection: str = _option(
-        "cross_attention", "How the UNet sees the tokens: by attention of its own, or as a part of the `prompt`."
+        "cross_attention",
+        "How the UNet sees the tokens: by attention of its own (`cross_attention`), or as a part of the `prompt`.",
     )
     unfreeze_after: float | None = _option(
         None,
@@ -29,7 +30,10 @@ class ModelConfig:
         " to learn another noise schedule.",
     )
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
-    prediction_type: str | None = _option(None, "What the UNet learns to predict, where the base predicts another.")
+    prediction_type: str | None = _option(
+        None,
+        "What the UNet learns to predict, where the base predicts another: `epsilon`, `v_prediction` or `sample`.",
+    )
     rescale_betas_zero_snr: bool = _option(False, "Learn with zero terminal SNR, and end the noise in pure noise.")
     gradient_checkpointing: bool = _option(False, "Save memory by computing activations twice.")
 

@@ -196,6 +196,18 @@ def test_offloaded_models_give_the_same(pipeline):
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "groups", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_weights_on_disk_are_not_taken_for_what_is_left_in_memory(pipeline, groups, tmp_path):
+    pipeline.enable_group_offload(onload_device=torch.device("cpu"), offload_to_disk_path=str(tmp_path), **groups)
+    if pipeline.context_module is None:
+        assert images(pipeline).shape
+        return
+    with pytest.raises(ValueError, match="without `offload_to_disk_path`"):
+        images(pipeline)
+
+
 def test_a_unet_offloaded_layer_by_layer_gives_the_same(pipeline):
     """What `enable_sequential_cpu_offload` does to it; Accelerate cannot do it to the text encoder of this version."""
     expected = images(pipeline)
