@@ -5,7 +5,7 @@ else, and its steps are cheap. With an inverse posterior, three stages come befo
 
 1. a plain VAE, which knows no contexts, learns a code that has all of the image in it;
 2. an invertible map from that code to node values is learned from what contexts differ in, together with mechanisms
-   and causal layer (`interventional_flow.py`);
+   and causal layer (`interventional_flow.py`), which are fitted to the values anew (`causal_fit.py`);
 3. the posterior learns to read those values, and the decoder to decode them.
 """
 

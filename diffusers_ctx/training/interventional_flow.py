@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..context import ContextModule, log_standard_normal
+from .causal_fit import fit_causes
 from .config import ContextConfig
 from .distances import context_mismatch, unit_directions
 from .noise import KeyedNoise
@@ -34,7 +35,7 @@ _MECHANISMS_LEARNING_RATE = 1e-2
 # small: most of a code's likelihood is in what no context differs in
 _LIKELIHOOD_WEIGHT = 0.05
 _ATTEMPTS = 6
-_TRIAL_SHARE = 0.1  # of the steps, after which the best attempt alone goes on
+_RUNGS = ((0.1, 3), (0.3, 1), (1.0, 1))  # shares of the steps, and how many attempts go on from there
 _JUDGED_STEPS = 100
 
 
@@ -119,8 +120,8 @@ def learn_values(
 ) -> torch.Tensor:
     """Learns mechanisms and causal layer together with a map from codes to node values.
 
-    Where the map starts decides whether it finds the concepts, and its loss soon tells: of several attempts, the best
-    goes on to the end.
+    Where the map starts decides whether it finds the concepts: of several attempts, the better ones go on. At each of
+    these rungs mechanisms and causal layer are fitted anew, see [`fit_causes`].
 
     Args:
         context_module: the module; its mechanisms and causal layer are changed.
@@ -137,17 +138,16 @@ def learn_values(
         FloatingPointError: if the loss is not finite.
     """
     steps = _STEPS_FACTOR * options.abduction_steps
-    trial = max(1, round(_TRIAL_SHARE * steps))
     attempts = [
         _Attempt(deepcopy(context_module), codes, contexts, options, seed, number) for number in range(_ATTEMPTS)
     ]
-    total = _ATTEMPTS * trial + steps - trial
-    with tqdm(total=total, desc="Telling concepts apart", disable=not show_progress) as progress:
-        for attempt in attempts:
-            attempt.advance(trial, progress)
-        best = min(attempts, key=lambda attempt: attempt.loss)
-        best.advance(steps - trial, progress)
-    if not math.isfinite(best.loss):
+    with tqdm(desc="Telling concepts apart", disable=not show_progress) as progress:
+        for share, number_kept in _RUNGS:
+            for attempt in attempts:
+                attempt.advance(max(1, round(share * steps)), progress)
+            attempts = sorted(attempts, key=lambda attempt: attempt.score, reverse=True)[:number_kept]
+    best = attempts[0]
+    if not math.isfinite(best.score):
         raise FloatingPointError("The loss of telling concepts apart is not finite; lower `contrastive_weight`.")
     context_module.load_state_dict(best.module.state_dict())
     return best.values()
@@ -179,16 +179,16 @@ class _Attempt:
         self._rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(len(contexts))]
         self._labels = torch.arange(len(contexts), device=contexts.device).repeat_interleave(_IMAGES_PER_CONTEXT)
         self._steps_done = 0
-        self.loss = math.inf  # the mean of its last steps
+        self.score = -math.inf  # the mean of its last steps; more is better
 
-    def advance(self, steps: int, progress: tqdm) -> None:
-        """Takes so many steps more, or fewer if the loss ceases to be finite."""
-        losses = []
-        for _ in range(steps):
-            loss = self._loss()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                self.loss = math.inf
+    def advance(self, step: int, progress: tqdm) -> None:
+        """Goes on to this step, and fits mechanisms and causal layer anew; stops where the loss is not finite."""
+        scores = []
+        for _ in range(step - self._steps_done):
+            loss, score = self._loss()
+            scores.append(score.item())
+            if not loss.isfinite():
+                self.score = -math.inf
                 return
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*self.flow.parameters(), *self._mechanisms], 20.0)
@@ -197,7 +197,8 @@ class _Attempt:
             self._optimizer.zero_grad()
             self._steps_done += 1
             progress.update()
-        self.loss = fmean(losses[-_JUDGED_STEPS:])
+        self.score = fmean(scores[-_JUDGED_STEPS:])
+        fit_causes(self.module, self.values(), self.codes.labels, self.contexts, self.options, self.seed)
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
@@ -205,7 +206,7 @@ class _Attempt:
         flat, _ = self.flow(self.codes.mean.to(self.contexts.device))
         return flat.unflatten(1, self.module.noise_shape).cpu()
 
-    def _loss(self) -> torch.Tensor:
+    def _loss(self) -> tuple[torch.Tensor, torch.Tensor]:
         device, shape = self.contexts.device, self.module.noise_shape
         # the numbers after those of the steps on images; attempts see the same ones, so that they can be compared
         random = KeyedNoise(self.seed, -1 - self.options.abduction_steps - self._steps_done)
@@ -235,16 +236,20 @@ def _loss(
     contexts: torch.Tensor,
     prior: tuple[torch.Tensor, torch.Tensor],
     options: ContextConfig,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and what attempts are judged by: the likelihood has its full weight there, since most of the loss is
+    the contrast, which is nearly the same for a map under which concepts do not compose."""
     noise, log_volumes = context_module.noise_of(values, contexts)
     log_densities = log_standard_normal(noise) + log_volumes
     own = torch.arange(len(values), device=values.device)
     likelihood = (log_densities[own, labels] + log_volume).mean()
     causal = context_module.causal
-    return (
-        options.contrastive_weight * F.cross_entropy(log_densities, labels)
+    contrast = options.contrastive_weight * F.cross_entropy(log_densities, labels)
+    loss = (
+        contrast
         + options.matching_weight * context_mismatch(noise[own, labels], *prior, len(contexts))
         - _LIKELIHOOD_WEIGHT * likelihood
         + options.acyclicity_weight * causal.acyclicity()
         + options.sparsity_weight * causal.group_lasso()
     )
+    return loss, likelihood - contrast

@@ -59,7 +59,7 @@ def test_the_loss_is_its_terms():
     labels = torch.arange(4).repeat_interleave(2)
     reference, directions = torch.randn(8, *module.noise_shape), torch.randn(module.noise_shape[0] * 4, 3)
     with torch.no_grad():
-        loss = _loss(module, values, log_volume, labels, CONTEXTS, (reference, directions), options).item()
+        loss, score = _loss(module, values, log_volume, labels, CONTEXTS, (reference, directions), options)
         densities = module.log_prob(values, CONTEXTS).double().numpy()
         own = densities[np.arange(8), labels]
         contrast = np.mean(np.log(np.exp(densities).sum(axis=1)) - own)
@@ -75,7 +75,8 @@ def test_the_loss_is_its_terms():
             + 4.0 * causal.acyclicity().item()
             + 0.5 * causal.strengths().sum().item()
         )
-    assert loss == pytest.approx(expected, rel=1e-3)
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+    assert score.item() == pytest.approx((own + log_volume.numpy()).mean() - 2.0 * contrast, rel=1e-4)
 
 
 def test_distances_sort_within_groups():
@@ -121,8 +122,10 @@ def test_an_intervention_that_narrows_is_not_folded():
     assert abs(np.corrcoef(read[:, 1], snow)[0, 1]) > 0.9
 
 
-@pytest.mark.parametrize("losses", [[5, 2, 3, 4, 6, 7], [np.nan, 9, 3, 4, 1, 7]])
-def test_the_best_of_several_attempts_goes_on(monkeypatch, losses):
+@pytest.mark.parametrize(
+    ("scores", "order"), [([3, 6, 5, 4, 2, 1], [1, 2, 3]), ([np.nan, 1, 5, 4, 9, np.nan], [4, 2, 3])]
+)
+def test_the_better_attempts_go_on(monkeypatch, scores, order):
     attempts = []
 
     class Attempt(interventional_flow._Attempt):
@@ -132,8 +135,9 @@ def test_the_best_of_several_attempts_goes_on(monkeypatch, losses):
             attempts.append(self)
 
         def _loss(self):
-            loss = super()._loss()
-            return loss * 0 + losses[self.number]
+            loss, score = super()._loss()
+            given = score * 0 + scores[self.number]
+            return loss if given.isfinite() else given, given
 
     monkeypatch.setattr(interventional_flow, "_Attempt", Attempt)
     torch.manual_seed(3)
@@ -141,14 +145,29 @@ def test_the_best_of_several_attempts_goes_on(monkeypatch, losses):
     mean = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     codes, contexts = ImageCodes(mean, torch.ones(20, 2), torch.arange(20) % 2), torch.tensor([[0.0], [1.0]])
     values = learn_values(module, codes, contexts, ContextConfig(abduction_steps=10), seed=0, show_progress=False)
-    best = int(np.nanargmin(losses))
-    assert [attempt._steps_done for attempt in attempts] == [
-        20 if number == best else 2 * np.isfinite(losses[number]) for number in range(6)
-    ]
-    assert torch.equal(values, attempts[best].values())
-    assert not any(torch.equal(values, attempt.values()) for attempt in attempts if attempt.number != best)
-    chosen = attempts[best].module.state_dict()
+    steps = {number: 2 * np.isfinite(scores[number]) for number in range(6)} | dict(zip(order, (20, 6, 6)))
+    assert [attempt._steps_done for attempt in attempts] == list(steps.values())
+    best = attempts[order[0]]
+    assert torch.equal(values, best.values())
+    assert not any(torch.equal(values, attempt.values()) for attempt in attempts if attempt is not best)
+    chosen = best.module.state_dict()
     assert all(torch.equal(weight, chosen[name]) for name, weight in module.state_dict().items())
+
+
+def test_mechanisms_are_those_that_fit_the_values():
+    """In each context, the noise that values come from has the moments of its prior."""
+    torch.manual_seed(3)
+    module = ContextModule(["night"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1)
+    labels = torch.arange(400) % 2
+    mean = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) * (1 + labels)[:, None]
+    codes, contexts = ImageCodes(mean, torch.full((400, 2), 0.1), labels), torch.tensor([[0.0], [1.0]])
+    options = ContextConfig(abduction_steps=150)
+    values = learn_values(module, codes, contexts, options, seed=0, show_progress=False)
+    noise = torch.cat([module.noise_of(values[labels == row], contexts[[row]])[0][:, 0] for row in range(2)])
+    for row in range(2):
+        own = noise.view(2, -1, 2)[row]
+        torch.testing.assert_close(own.mean(dim=0), torch.zeros(2), atol=0.1, rtol=0)
+        torch.testing.assert_close(own[:, 0].std(), torch.ones(()), atol=0.1, rtol=0)
 
 
 def test_it_depends_on_the_seed_and_on_nothing_else():
