@@ -33,6 +33,7 @@ from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.report import measure_context
 from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.config import ContextConfig
 
 
 RESULTS = Path(__file__).parent / "results" / "epsilon_base.json"
@@ -51,6 +52,8 @@ class Remedy(ContextAdapter):
         optimization: options of `OptimizationConfig`.
     """
 
+    # features of the UNet would differ from base to base, and the concepts with them
+    context: ContextConfig = field(default_factory=lambda: ContextConfig(posterior_encoder="vae"))
     model: dict[str, Any] = field(default_factory=dict)
     optimization: dict[str, Any] = field(default_factory=dict)
 

@@ -52,24 +52,25 @@ def rows(dependent: bool) -> dict[str, Method]:
     forms: dict[str, dict[str, Any]] = {
         "": {},
         "-graph": {"graph": list(TRUE_GRAPH) if dependent else []},
-        "-reduced": {"causal_form": "reduced_form"},
+        "-reduced": {"causal_form": "reduced_form", "posterior_encoder": "vae"},  # beside `ours-latents`
     }
     ours = {
         f"{'ours' if mode == 'lora' else mode}{suffix}": ContextAdapter(mode, ContextConfig(**form))
         for mode in ("lora", "frozen", "full")
         for suffix, form in forms.items()
     }
-    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)))
-    amortized = ContextConfig(posterior_type="amortized")
+    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)), posterior_encoder="vae")
+    of_latents = ContextConfig(posterior_encoder="vae")
+    amortized = ContextConfig(posterior_type="amortized", posterior_encoder="vae")
     return {
         **ours,
-        "ours-unet-features": ContextAdapter(context=ContextConfig(posterior_encoder="unet")),
+        "ours-latents": ContextAdapter(context=of_latents),
         "oracle": ContextAdapter(context=given, trainer=GivenNoiseTrainer),
         "base": PromptLora(contexts=("obs",), named=False),
         "base-pooled": PromptLora(named=False),
-        "module-pooled": ContextAdapter(trainer=PooledTrainer, told=False),
+        "module-pooled": ContextAdapter(context=of_latents, trainer=PooledTrainer, told=False),
         "posterior-untold": ContextAdapter(context=amortized, trainer=UntoldTrainer),
-        "labels-only": ContextAdapter(trainer=LabelsTrainer, noise=False),
+        "labels-only": ContextAdapter(context=of_latents, trainer=LabelsTrainer, noise=False),
         "prompt-lora": PromptLora(),
         "lora-per-context": LoraPerContext(),
         "composable-diffusion": ComposableDiffusion("prompt-lora"),

@@ -101,7 +101,7 @@ class StepSetting:
             DataConfig(
                 train_data_dir=str(self._data_dir), concepts=list(quad.CONCEPTS), resolution=self._pixels.shape[-1]
             ),
-            ContextConfig(),
+            ContextConfig(posterior_encoder="vae"),  # so that images can be encoded in each step
             OptimizationConfig(
                 train_batch_size=self.train_batch_size,
                 max_train_steps=_ENDLESS,

@@ -83,9 +83,11 @@ class ContextConfig:
     noise_dim: int = _option(1, "Width of each concept's exogenous noise.")
     tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.")
     posterior_type: str = _option("inverse", "`inverse` (inverts the mechanisms) or `amortized`.")
-    posterior_encoder: str = _option(
-        "vae",
-        "What the posterior sees of images: latents (`vae`), or features of the `unet` or of a `clip` image encoder.",
+    posterior_encoder: str | None = _option(
+        None,
+        "What the posterior sees of images: latents (`vae`), or features of the `unet` or of a `clip` image encoder."
+        " By default `unet`, or `clip` if its model is named; `vae` where the UNet has no features to give: in mode"
+        " `full`, with streaming, and without a middle block.",
     )
     posterior_encoder_model: str | None = _option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."

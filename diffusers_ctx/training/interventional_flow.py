@@ -34,8 +34,8 @@ _LEARNING_RATE = 2e-3
 _MECHANISMS_LEARNING_RATE = 1e-2
 # small: most of a code's likelihood is in what no context differs in
 _LIKELIHOOD_WEIGHT = 0.05
-_ATTEMPTS = 6
-_RUNGS = ((0.1, 3), (0.3, 1), (1.0, 1))  # shares of the steps, and how many attempts go on from there
+_RUNGS = ((0.1, 6), (0.3, 3), (1.0, 1))  # shares of the steps, and how many attempts get there
+_ATTEMPTS = _RUNGS[0][1]
 _JUDGED_STEPS = 100
 
 
@@ -141,11 +141,13 @@ def learn_values(
     attempts = [
         _Attempt(deepcopy(context_module), codes, contexts, options, seed, number) for number in range(_ATTEMPTS)
     ]
-    with tqdm(desc="Telling concepts apart", disable=not show_progress) as progress:
-        for share, number_kept in _RUNGS:
+    goals = [max(1, round(share * steps)) for share, _ in _RUNGS]
+    total = sum(number * (goal - before) for (_, number), goal, before in zip(_RUNGS, goals, [0, *goals]))
+    with tqdm(total=total, desc="Telling concepts apart", disable=not show_progress) as progress:
+        for (_, number), goal in zip(_RUNGS, goals):
+            attempts = sorted(attempts, key=lambda attempt: attempt.score, reverse=True)[:number]
             for attempt in attempts:
-                attempt.advance(max(1, round(share * steps)), progress)
-            attempts = sorted(attempts, key=lambda attempt: attempt.score, reverse=True)[:number_kept]
+                attempt.advance(goal, progress)
     best = attempts[0]
     if not math.isfinite(best.score):
         raise FloatingPointError("The loss of telling concepts apart is not finite; lower `contrastive_weight`.")
@@ -197,7 +199,8 @@ class _Attempt:
             self._optimizer.zero_grad()
             self._steps_done += 1
             progress.update()
-        self.score = fmean(scores[-_JUDGED_STEPS:])
+        if scores:
+            self.score = fmean(scores[-_JUDGED_STEPS:])
         fit_causes(self.module, self.values(), self.codes.labels, self.contexts, self.options, self.seed)
 
     @torch.no_grad()

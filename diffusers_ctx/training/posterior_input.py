@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..adapter.format import public_name
 from ..adapter.image_features import POSTERIOR_ENCODERS, ClipFeatures, ImageFeatures
 from ..pipelines import CompositionMixin
 from .config import ContextConfig, TrainingConfig
+
+
+def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -> TrainingConfig:
+    """The configuration with the posterior's encoder chosen, if it leaves that open."""
+    if config.context.posterior_encoder is not None:
+        return config
+    if config.context.posterior_encoder_model is not None:
+        encoder = "clip"
+    elif config.model.mode == "full" or config.data.streaming or pipeline.unet.mid_block is None:
+        encoder = "vae"
+    else:
+        encoder = "unet"
+    return replace(config, context=replace(config.context, posterior_encoder=encoder))
 
 
 def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) -> ImageFeatures | None:

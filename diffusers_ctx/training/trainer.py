@@ -54,7 +54,7 @@ from .modes import count_learned, gradients_off, prepare_mode, schedule_options,
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import create_optimizer
-from .posterior_input import create_image_features
+from .posterior_input import create_image_features, with_posterior_encoder
 from .preparation import count_steps, create_context_module, load_images
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
@@ -84,6 +84,7 @@ class ContextTrainer:
     def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
         check_backbone(pipeline)
         check_options(config, pipeline.vae_scale_factor)
+        config = with_posterior_encoder(config, pipeline)
         self._image_features = create_image_features(config, pipeline)
         schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config = with_unfreezing(config, schedule)

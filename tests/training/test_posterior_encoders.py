@@ -123,7 +123,7 @@ def test_flipped_images_have_features_of_their_own(options, encoders):
 
 
 def test_features_are_cached_with_what_made_them(options, encoders, tmp_path):
-    cached = options | {"cache_latents": True, "cache_dir": str(tmp_path / "cache")}
+    cached = options | {"cache_latents": True, "cache_dir": str(tmp_path / "cache"), "posterior_encoder": "vae"}
 
     def files() -> set[Path]:
         return set((tmp_path / "cache").rglob("latents-*"))
@@ -209,3 +209,18 @@ def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip)
         ContextTrainer(parse_training_config(flags(options | both)), own)
     with pytest.raises(ValueError, match="load one that has it as component `image_encoder`"):
         load(base_model, adapter).abduct(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "unet"),
+        ({"mode": "full"}, "vae"),
+        ({"posterior_encoder": "vae"}, "vae"),
+        ({"streaming": True, "streaming_concept_images": 2, "max_train_steps": 1}, "vae"),
+    ],
+)
+def test_by_default_the_posterior_reads_features_where_there_are_any(options, changes, expected):
+    trainer = create_trainer(options | changes)
+    assert trainer.context_module.config.posterior_encoder == expected
+    assert (trainer.latents.features is None) == (expected == "vae")

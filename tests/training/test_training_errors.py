@@ -115,8 +115,11 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"posterior_encoder": "dino"}, "Unknown posterior_encoder 'dino'; choose one of .*'clip'"),
         ({"posterior_encoder": "unet", "mode": "full"}, "In mode full the UNet changes.*choose mode frozen or lora"),
         ({"posterior_encoder": "clip"}, "no image encoder of its own; name a CLIP model by `posterior_encoder_model`"),
-        ({"posterior_encoder_model": "clip"}, "`posterior_encoder` is vae; set it to clip, or leave the model out"),
-        ({"posterior_encoder": "clip", "posterior_encoder_model": "nowhere"}, "'nowhere' cannot be loaded; give the"),
+        (
+            {"posterior_encoder": "unet", "posterior_encoder_model": "x"},
+            "`posterior_encoder` is unet; set it to clip, or leave the model out",
+        ),
+        ({"posterior_encoder_model": "nowhere"}, "'nowhere' cannot be loaded; give the"),
     ],
 )
 def test_options_that_cannot_work(refuses, changes, message):

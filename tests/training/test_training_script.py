@@ -141,7 +141,9 @@ def test_the_record_of_the_run_is_true_and_runs_again(run):
     assert "| steps | `6` |" in card and "| batch size | `8` |" in card and "| images | `18` |" in card
     assert f"# {REPO}\n" in card and f'pipe.load_context_adapter("{REPO}")' in card
     record = run.output_dir / "training_config.json"
-    given = parse_training_config(flags(run.options | {"push_to_hub": True}))
+    given = parse_training_config(
+        flags(run.options | {"push_to_hub": True, "posterior_encoder": "unet"})
+    )  # the default
     assert parse_training_config([str(record)]) == given
     assert "hub_token" not in json.loads(record.read_text()) and TOKEN not in card
 
