@@ -132,6 +132,8 @@ def _starts(model: CausalModel, seed: int) -> list[CausalModel]:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for number, start in enumerate(starts[1:]):
+            allowed = start.causal.allowed
             for blocks in start.causal.parameters():
-                blocks.copy_(_RANDOM_SCALE * min(number, 1) * torch.randn(blocks.shape, generator=generator))
+                noise = torch.randn(blocks.shape, generator=generator) * allowed[:, : blocks.shape[1], None, None]
+                blocks.copy_(_RANDOM_SCALE * noise if number > 0 else torch.zeros_like(blocks))
     return starts

@@ -80,6 +80,7 @@ def test_a_given_graph_is_kept():
     learned = module.causal.strengths()[:3, :3]
     assert learned[1, 2] > 0.1
     assert (learned > 0).sum() == 1
+    assert torch.equal(module.causal.blocks[..., 0, 0] != 0, module.causal.allowed.bool())
 
 
 def test_it_is_the_same_with_the_same_seed():
