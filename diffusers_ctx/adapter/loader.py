@@ -39,6 +39,7 @@ from .attention import (
     context_module_detached,
     detach_context_module,
     lora_detached,
+    refuse_weights_on_disk,
     set_context_scale,
 )
 from .format import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
@@ -156,10 +157,11 @@ class ContextAdapterLoaderMixin:
             card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
 
         Raises:
-            ValueError: if no adapter is loaded.
+            ValueError: if no adapter is loaded, or its weights have been put away on disk.
             RuntimeError: if a part of it has been removed or replaced since.
         """
         module, adapter = self._require_context_module(), attached_adapter(self.unet)
+        refuse_weights_on_disk(self.unet)
         mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ _RANDOM_SCALE = 0.3
 # cycles are cheap at first, so that an edge can turn round by way of one, and dear in the end
 _FIRST_ACYCLICITY, _LAST_ACYCLICITY = 0.01, 4.0
 _SPARSITY = 0.03  # nats; among graphs that explain the values about as well, the one with fewer edges
+_LEAST_VARIANCE = 1e-3  # added to that of values: few images would have laws of no width
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,13 @@ def fit_causes(
         contexts: (C, K), the masks.
         options: weights of the penalties on cycles and edges; there is a step for three of its `abduction_steps`.
         seed: seed of the random starts.
+
+    The module stays as it is if no fit is finite.
     """
     # on the CPU: the matrices are too small for other devices
     moments, contexts = Moments.of(values.cpu(), labels.cpu()), contexts.cpu()
+    moments = replace(moments, second=moments.second + _LEAST_VARIANCE * torch.eye(moments.second.shape[1]))
+    sparsity = options.sparsity_weight + (_SPARSITY if context_module.config.graph is None else 0.0)
     starts = _starts(CausalModel(context_module), seed)
     weights, buffers = torch.func.stack_module_state(starts)
 
@@ -108,11 +113,7 @@ def fit_causes(
         misfit, cycles, edges = torch.vmap(
             lambda *state: torch.func.functional_call(starts[0], state, (moments, contexts))
         )(weights, buffers)
-        return (
-            misfit
-            + options.acyclicity_weight * acyclicity_weight * cycles
-            + (_SPARSITY + options.sparsity_weight) * edges
-        )
+        return misfit + options.acyclicity_weight * acyclicity_weight * cycles + sparsity * edges
 
     steps = max(1, round(_STEPS_SHARE * options.abduction_steps))
     optimizer = torch.optim.Adam(weights.values(), lr=_LEARNING_RATE)
@@ -122,8 +123,9 @@ def fit_causes(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    best = losses(1.0).nan_to_num(nan=math.inf).argmin()
-    CausalModel(context_module).load_state_dict({name: weight[best] for name, weight in weights.items()})
+    loss, best = losses(1.0).nan_to_num(nan=math.inf).min(dim=0)
+    if loss.isfinite():
+        CausalModel(context_module).load_state_dict({name: weight[best] for name, weight in weights.items()})
 
 
 def _starts(model: CausalModel, seed: int) -> list[CausalModel]:
@@ -133,7 +135,9 @@ def _starts(model: CausalModel, seed: int) -> list[CausalModel]:
     with torch.no_grad():
         for number, start in enumerate(starts[1:]):
             allowed = start.causal.allowed
-            for blocks in start.causal.parameters():
+            for name, blocks in start.causal.named_parameters():
                 noise = torch.randn(blocks.shape, generator=generator) * allowed[:, : blocks.shape[1], None, None]
-                blocks.copy_(_RANDOM_SCALE * noise if number > 0 else torch.zeros_like(blocks))
+                # contexts need not tell what all of a reduced form's `blocks_do` are; those stay zero
+                is_random = number > 0 and name != "blocks_do"
+                blocks.copy_(_RANDOM_SCALE * noise if is_random else torch.zeros_like(blocks))
     return starts

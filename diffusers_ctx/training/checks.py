@@ -108,7 +108,7 @@ def _check_streaming(config: TrainingConfig) -> None:
         changes.append("leave out `validation_images`: what they hold out, the stream would show again")
     if data.max_train_samples is not None:
         changes.append("give `streaming_concept_images` in the place of `max_train_samples`")
-    if config.context.posterior_encoder not in (None, "vae"):
+    if config.context.posterior_encoder != "vae":
         changes.append("set `posterior_encoder` to vae: features are made once of images that stay")
     if changes:
         raise ValueError(f"With `streaming`, {'; '.join(changes)}.")

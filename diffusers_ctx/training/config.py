@@ -99,7 +99,9 @@ class ContextConfig:
     matching_weight: float = _option(50.0, "Weight of the match of the noise in each context to its prior.")
     generation_weight: float = _option(500.0, "Weight of the match of decoded prior noise in each context to images.")
     acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
-    sparsity_weight: float = _option(0.0, "Weight of the group lasso on the edges of the causal layer.")
+    sparsity_weight: float = _option(
+        0.0, "Weight of the group lasso on the edges of the causal layer; fits of a learned graph add 0.03 to it."
+    )
     abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
     abduction_batch_size: int = _option(336, "Images per such step, all contexts together.")
     abduction_learning_rate: float = _option(

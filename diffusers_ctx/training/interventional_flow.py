@@ -201,7 +201,11 @@ class _Attempt:
             progress.update()
         if scores:
             self.score = fmean(scores[-_JUDGED_STEPS:])
-        fit_causes(self.module, self.values(), self.codes.labels, self.contexts, self.options, self.seed)
+        values = self.values()
+        if not values.isfinite().all():
+            self.score = -math.inf
+            return
+        fit_causes(self.module, values, self.codes.labels, self.contexts, self.options, self.seed)
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:

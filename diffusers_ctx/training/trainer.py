@@ -83,8 +83,8 @@ class ContextTrainer:
 
     def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
         check_backbone(pipeline)
-        check_options(config, pipeline.vae_scale_factor)
         config = with_posterior_encoder(config, pipeline)
+        check_options(config, pipeline.vae_scale_factor)
         self._image_features = create_image_features(config, pipeline)
         schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config = with_unfreezing(config, schedule)

@@ -206,6 +206,8 @@ def test_weights_on_disk_are_not_taken_for_what_is_left_in_memory(pipeline, grou
         return
     with pytest.raises(ValueError, match="without `offload_to_disk_path`"):
         images(pipeline)
+    with pytest.raises(ValueError, match="without `offload_to_disk_path`"):
+        pipeline.save_context_adapter(tmp_path / "adapter")
 
 
 def test_a_unet_offloaded_layer_by_layer_gives_the_same(pipeline):

@@ -83,9 +83,33 @@ def test_a_given_graph_is_kept():
     assert torch.equal(module.causal.blocks[..., 0, 0] != 0, module.causal.allowed.bool())
 
 
-def test_it_is_the_same_with_the_same_seed():
-    values, labels = _world(_module(), n=200)
-    fitted = [_module() for _ in range(2)]
+@pytest.mark.parametrize("options", [{}, {"noise_dim": 3, "concept_dim": 3}, {"causal_form": "reduced_form"}])
+def test_it_is_the_same_with_the_same_seed(options):
+    torch.manual_seed(1)
+    labels = torch.arange(4).repeat_interleave(50)
+    values = torch.randn(200, *_module(**options).noise_shape) + labels[:, None, None]
+    fitted = [_module(**options) for _ in range(2)]
     for module in fitted:
         fit_causes(module, values, labels, CONTEXTS, ContextConfig(abduction_steps=60), seed=3)
-    torch.testing.assert_close(fitted[0].causal.blocks, fitted[1].causal.blocks, atol=0, rtol=0)
+    first, second = (module.state_dict() for module in fitted)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    unfitted = _module(**options).state_dict()
+    assert not torch.equal(first["mechanism.bias_do"], unfitted["mechanism.bias_do"])
+
+
+def test_fewer_images_than_dimensions_keep_laws_of_some_width():
+    module = _module(noise_dim=2, concept_dim=2)
+    values, labels = torch.randn(8, *module.noise_shape), torch.arange(4).repeat_interleave(2)
+    fit_causes(module, values, labels, CONTEXTS, ContextConfig(), seed=0)
+    noise, _ = module.noise_of(values, CONTEXTS)
+    own = noise[torch.arange(8), labels]
+    assert own.isfinite().all() and own.abs().max() < 10
+    assert torch.linalg.svdvals(module.mechanism.weight_obs).min() > 0.01
+
+
+def test_values_that_are_not_finite_leave_the_module_as_it_is():
+    module = _module()
+    values, labels = _world(_module(), n=10)
+    fit_causes(module, values.log(), labels, CONTEXTS, ContextConfig(abduction_steps=6), seed=0)
+    unfitted = _module().state_dict()
+    assert all(torch.equal(weight, unfitted[name]) for name, weight in module.state_dict().items())

@@ -165,9 +165,9 @@ def test_mechanisms_are_those_that_fit_the_values():
     values = learn_values(module, codes, contexts, options, seed=0, show_progress=False)
     noise = torch.cat([module.noise_of(values[labels == row], contexts[[row]])[0][:, 0] for row in range(2)])
     for row in range(2):
-        own = noise.view(2, -1, 2)[row]
-        torch.testing.assert_close(own.mean(dim=0), torch.zeros(2), atol=0.1, rtol=0)
-        torch.testing.assert_close(own[:, 0].std(), torch.ones(()), atol=0.1, rtol=0)
+        night = noise.view(2, -1, 2)[row, :, 0]
+        torch.testing.assert_close(night.mean(), torch.zeros(()), atol=0.01, rtol=0)
+        torch.testing.assert_close(night.std(), torch.ones(()), atol=0.01, rtol=0)
 
 
 def test_it_depends_on_the_seed_and_on_nothing_else():

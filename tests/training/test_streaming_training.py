@@ -225,6 +225,7 @@ def refuses(options, tmp_path):
         ),
         ({"cache_latents": True}, "With `streaming`, leave out `cache_latents`"),
         ({"posterior_encoder": "unet"}, "With `streaming`, set `posterior_encoder` to vae"),
+        ({"posterior_encoder_model": "clip"}, "With `streaming`, set `posterior_encoder` to vae"),
         ({"validation_images": 1}, "With `streaming`, leave out `validation_images`"),
         ({"max_train_samples": 3}, "give `streaming_concept_images` in the place of `max_train_samples`"),
         ({"streaming_concept_images": 0}, "`streaming_concept_images` is 0; it must be 1 or more"),
