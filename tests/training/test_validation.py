@@ -63,7 +63,8 @@ def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
             with torch.no_grad():
                 one = [held_out.mean[0, [row]], held_out.masks[[row]], conditions, noise[[row]]]
-                expected.append(trainer.objective(*one, torch.tensor([timestep]), nothing).item())
+                features = held_out.features[0, [row]]
+                expected.append(trainer.objective(*one, torch.tensor([timestep]), nothing, features).item())
         assert losses[context] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
