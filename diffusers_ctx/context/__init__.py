@@ -1,6 +1,6 @@
 from .causal import ReducedForm, Structural
 from .interventions import Interventions, intervention_mask
-from .module import ContextModule, log_standard_normal
+from .module import ContextModule, inverse_mechanisms, log_standard_normal
 from .posterior import GaussianPosterior
 
 
@@ -11,5 +11,6 @@ __all__ = [
     "ReducedForm",
     "Structural",
     "intervention_mask",
+    "inverse_mechanisms",
     "log_standard_normal",
 ]

@@ -158,13 +158,9 @@ class ContextModule(ModelMixin, ConfigMixin):
     def noise_of(self, values: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise (B, C, N, d) that node values (B, N, d) come from in each of C contexts (C, K), and `log |det dz/dc|`
         (C,) of that map; there must be no expressive layers."""
-        masks = masks.to(values)
-        weight, bias = self.mechanism.coefficients(masks)
-        unmix = self.causal.inverse_matrix(masks)
-        e = torch.einsum("cij,bj->bci", unmix, values.flatten(1)).unflatten(-1, values.shape[1:])
-        z = torch.einsum("cnij,bcnj->bcni", torch.linalg.inv(weight), e - bias)
-        log_volume = torch.linalg.slogdet(unmix).logabsdet - torch.linalg.slogdet(weight).logabsdet.sum(dim=1)
-        return z, log_volume
+        matrix, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, masks.to(values))
+        z = torch.einsum("cij,bj->bci", matrix, values.flatten(1)) - shift
+        return z.unflatten(-1, values.shape[1:]), log_volume.sum(dim=1)
 
     def read_values(self, latents: torch.Tensor) -> torch.Tensor:
         """Most likely values (B, N, d_c) of the nodes, read off latents (B, C, h, w) by an inverse posterior."""
@@ -179,24 +175,39 @@ class ContextModule(ModelMixin, ConfigMixin):
     ) -> GaussianPosterior:
         """Takes a Gaussian over values `c`, (B, N, d) each, through the inverse of causal layer and mechanisms.
 
-        With `e = M(m)^-1 c` and `z = A(m)^-1 (e - a(m))` affine, the result is Gaussian again. Since `c` does not
+        That map is affine, so the result is Gaussian again. Since `c` does not
         depend on the context, the shift between contexts can only be explained by the mechanisms: it cannot hide in
         the noise.
         """
-        weight, bias = map(at_least_single, self.mechanism.coefficients(mask))
-        unmix = at_least_single(self.causal.inverse_matrix(mask))
-        e = (unmix @ mean.flatten(1)[..., None])[..., 0].view_as(mean)
-        inverse_weight = torch.linalg.inv(weight)
-        z = (inverse_weight @ (e - bias)[..., None])[..., 0]
-        batch, nodes, dim = mean.shape
-        factor = (inverse_weight @ unmix.view(batch, nodes, dim, nodes * dim)).flatten(1, 2)
-        factor = factor * (0.5 * log_variance).exp().flatten(1)[:, None, :]
-        log_volume = (
-            0.5 * log_variance.sum(dim=-1)
-            - torch.linalg.slogdet(weight).logabsdet
-            + torch.linalg.slogdet(unmix).logabsdet[:, None] / nodes
-        )
-        return GaussianPosterior(z, factor, log_volume)
+        matrix, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, mask)
+        z = (matrix @ mean.flatten(1)[..., None])[..., 0] - shift
+        factor = matrix * (0.5 * log_variance).exp().flatten(1)[:, None, :]
+        return GaussianPosterior(z.view_as(mean), factor, 0.5 * log_variance.sum(dim=-1) + log_volume)
+
+
+def inverse_mechanisms(
+    mechanism: MechanismLayer, causal: ReducedForm | Structural, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The map from node values back to the noise that they come from, where there are no expressive layers.
+
+    With `e = M(m)^-1 c` and `z = A(m)^-1 (e - a(m))` it is affine, `z = L c - s`.
+
+    Args:
+        mechanism: has `A` and `a`.
+        causal: has `M`.
+        mask: (B, K).
+
+    Returns:
+        `L` (B, N d, N d), `s` (B, N d) and each node's share of `log |det L|` (B, N), in single precision at least.
+    """
+    weight, bias = map(at_least_single, mechanism.coefficients(mask))
+    unmix = at_least_single(causal.inverse_matrix(mask))
+    inverse_weight = torch.linalg.inv(weight)
+    batch, nodes, dim = bias.shape
+    matrix = (inverse_weight @ unmix.view(batch, nodes, dim, nodes * dim)).flatten(1, 2)
+    shift = (inverse_weight @ bias[..., None]).flatten(1)
+    log_volume = torch.linalg.slogdet(unmix).logabsdet[:, None] / nodes - torch.linalg.slogdet(weight).logabsdet
+    return matrix, shift, log_volume
 
 
 def log_standard_normal(noise: torch.Tensor) -> torch.Tensor:

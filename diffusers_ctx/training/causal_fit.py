@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..context import ContextModule
+from ..context import ContextModule, inverse_mechanisms
 from .config import ContextConfig
 
 
@@ -66,18 +66,13 @@ class CausalModel(nn.Module):
         r"""Mean over images of `-log p(c | m)`, with equally much weight for each of the contexts (C, K); and what
         cycles and edges are penalised by.
 
-        With `z = L c - a`, `L = A(m)^-1 M(m)^-1` and `a = A(m)^-1 a(m)`, the first is, up to a constant,
-        `1/2 (tr(L S L^T) - 2 a^T L \mu + a^T a) - log |det L|` for mean `\mu` and second moment `S` of a context.
+        With `z = L c - s` of `inverse_mechanisms`, the first is, up to a constant,
+        `1/2 (tr(L S L^T) - 2 s^T L \mu + s^T s) - log |det L|` for mean `\mu` and second moment `S` of a context.
         """
-        weight, bias = self.mechanism.coefficients(contexts)
-        inverse_weight = torch.linalg.inv(weight)
-        count, nodes, dim = bias.shape
-        unmix = self.causal.inverse_matrix(contexts)
-        whiten = (inverse_weight @ unmix.view(count, nodes, dim, nodes * dim)).flatten(1, 2)
-        shift = (inverse_weight @ bias[..., None]).flatten(1)
+        whiten, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, contexts)
         spread = torch.einsum("cij,cjk,cik->c", whiten, moments.second, whiten)
         squares = spread - 2 * torch.einsum("ci,cij,cj->c", shift, whiten, moments.mean) + shift.square().sum(dim=1)
-        likelihood = torch.linalg.slogdet(whiten).logabsdet - squares / 2
+        likelihood = log_volume.sum(dim=1) - squares / 2
         return -likelihood.mean(), self.causal.acyclicity(), self.causal.group_lasso()
 
 

@@ -83,6 +83,13 @@ def figures_of(folder: Path) -> dict:
     return {name: results[name] for name in ("contexts", "concept", "composition", "gap", "counterfactuals", "graph")}
 
 
+def numbers_in(figures: dict | list | float) -> list:
+    """All that is in nested figures, in their order."""
+    if isinstance(figures, dict):
+        figures = list(figures.values())
+    return [number for entry in figures for number in numbers_in(entry)] if isinstance(figures, list) else [figures]
+
+
 def read(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
@@ -185,11 +192,14 @@ def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
 
 
 def test_two_processes_that_go_on_find_what_one_did(results, resumed):
+    """But for rounding: a batch is divided between them, and so numbers may be added up in another order."""
     assert json.loads((resumed / "results.json").read_text())["num_processes"] == 2
-    assert figures_of(resumed) == figures_of(results)
-    before, after = ({k: v for k, v in files_in(x).items() if k.endswith(".png")} for x in (results, resumed))
-    assert before.keys() == after.keys()
-    assert [name for name in before if before[name] != after[name]] == []
+    assert numbers_in(figures_of(resumed)) == pytest.approx(numbers_in(figures_of(results)), abs=1e-4)
+    before, after = ({path.relative_to(x) for path in x.rglob("*.png")} for x in (results, resumed))
+    assert before == after
+    for name in before:
+        former, latter = (np.asarray(Image.open(x / name), dtype=int) for x in (results, resumed))
+        assert np.abs(former - latter).max() <= 1, name
 
 
 def test_images_that_are_there_are_not_made_again(script, results, adapter, held_out, options):
