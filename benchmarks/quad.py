@@ -52,7 +52,7 @@ def rows(dependent: bool) -> dict[str, Method]:
     forms: dict[str, dict[str, Any]] = {
         "": {},
         "-graph": {"graph": list(TRUE_GRAPH) if dependent else []},
-        "-reduced": {"causal_form": "reduced_form", "posterior_encoder": "vae"},  # beside `ours-latents`
+        "-reduced": {"causal_form": "reduced_form"},
     }
     ours = {
         f"{'ours' if mode == 'lora' else mode}{suffix}": ContextAdapter(mode, ContextConfig(**form))
