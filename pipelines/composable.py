@@ -64,6 +64,7 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
         interventions: Interventions | Sequence[Interventions] = None,
         exogenous_noise: torch.Tensor | None = None,
         context_guidance_scale: float = 1.0,
+        match_prompt: bool = False,
         **kwargs,
     ) -> ComposablePipelineOutput | tuple:
         r"""Generates images under interventions.
@@ -77,6 +78,9 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
                 drawn from `generator`, or from torch's own on the CPU, if not given.
             context_guidance_scale (`float`): exaggerates (above 1) or weakens (below 1) the contrast between the
                 interventions and the observational context; 1 costs nothing.
+            match_prompt (`bool`): draws noise that goes with the prompt, where it is drawn here: what an image without
+                interventions would be described by. By default noise is drawn without a look at the prompt, and where
+                the two contradict one another, either may win.
 
         Returns:
             [`ComposablePipelineOutput`], or if `return_dict` is `False` a tuple of images, safety flags and, with a
@@ -111,7 +115,9 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             **kwargs,
         )
-        return self._generate(super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale)
+        return self._generate(
+            super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale, match_prompt
+        )
 
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         text, _ = self.encode_prompt(captions, self._execution_device, 1, do_classifier_free_guidance=False)

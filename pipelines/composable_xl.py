@@ -38,6 +38,7 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
         interventions: Interventions | Sequence[Interventions] = None,
         exogenous_noise: torch.Tensor | None = None,
         context_guidance_scale: float = 1.0,
+        match_prompt: bool = False,
         **kwargs,
     ) -> ComposablePipelineOutput | tuple:
         r"""Generates images under interventions.
@@ -52,7 +53,9 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         arguments |= arguments.pop("kwargs")
-        return self._generate(super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale)
+        return self._generate(
+            super().__call__, arguments, interventions, exogenous_noise, context_guidance_scale, match_prompt
+        )
 
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         device = self._execution_device

@@ -17,12 +17,21 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
-from diffusers_ctx.adapter import ContextAdapterLoaderMixin, refuse_weights_on_disk, weights_at_hand, with_context
+from diffusers_ctx.adapter import (
+    ContextAdapterLoaderMixin,
+    lora_detached,
+    refuse_weights_on_disk,
+    weights_at_hand,
+    with_context,
+)
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
 from diffusers_ctx.context import ContextModule, Interventions, intervention_mask
 
 from .guidance import context_guidance
 from .inversion import denoise, evenly_spaced_timesteps, invert
+
+
+_CANDIDATES = 64  # of exogenous noise, of which the prompt chooses
 
 
 @dataclass
@@ -70,10 +79,11 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         interventions: Interventions | Sequence[Interventions],
         exogenous_noise: torch.Tensor | None,
         context_guidance_scale: float,
+        match_prompt: bool,
     ) -> ComposablePipelineOutput | tuple:
         """Calls the plain pipeline with `arguments`, all of its own, under interventions."""
         if self.context_module is None:
-            if interventions or exogenous_noise is not None:
+            if interventions or exogenous_noise is not None or match_prompt or context_guidance_scale != 1:
                 self._require_context_module()
             return _with_noise(plain_call(**arguments), None) if arguments["return_dict"] else plain_call(**arguments)
         if arguments["ip_adapter_image"] is not None or arguments["ip_adapter_image_embeds"] is not None:
@@ -83,7 +93,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         num_prompts = _number_of_prompts(arguments["prompt"], arguments["prompt_embeds"])
         images_per_prompt = arguments["num_images_per_prompt"]
         mask = intervention_mask(interventions, self.concepts, num_prompts).repeat_interleave(images_per_prompt, dim=0)
-        noise = self.prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise)
+        captions = None
+        if match_prompt and exogenous_noise is not None:
+            raise ValueError(
+                "`match_prompt` says how to draw `exogenous_noise`, which is given; leave out one of them."
+            )
+        if match_prompt:
+            captions = self._captions_of(arguments["prompt"], arguments["prompt_embeds"])
+            captions = captions.repeat_interleave(images_per_prompt, dim=0)
+        noise = self.prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
         tokens = self._context_tokens(noise, mask)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         arguments = arguments | {"ip_adapter_image_embeds": [torch.cat([tokens] * (2 if guided else 1))]}
@@ -151,8 +169,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         num_images: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
         exogenous_noise: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The concepts' noise (num_images, N, d_z): checked if given, else drawn, without advancing a `generator`.
+
+        Args:
+            num_images: how many images.
+            generator: what to draw with, one for all or one each; torch's own on the CPU if there is none.
+            exogenous_noise: the noise, if it is known.
+            captions: (num_images, D) from `embed_captions`, of what is drawn; by default everything.
 
         Raises:
             ValueError: if the given noise has another shape, or there are several generators but not one per image.
@@ -165,13 +190,32 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                     f" adapter need {shape}."
                 )
             return exogenous_noise
-        if isinstance(generator, list):
-            if len(generator) != num_images:
-                raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
-            return torch.cat([_draw_apart((1, *shape[1:]), one) for one in generator])
-        if generator is None:
-            return torch.randn(shape)
-        return _draw_apart(shape, generator)
+        if captions is None:
+            return _draw_apart(shape, generator)
+        # candidates, and a number each to choose by
+        numbers = _draw_apart((num_images, _CANDIDATES, shape[1] * shape[2] + 1), generator)
+        candidates, uniform = numbers[..., :-1].unflatten(-1, shape[1:]), torch.special.ndtr(numbers[..., -1])
+        with self._module_at_hand() as (module, device):
+            return module.choose_noise(candidates.to(device), captions.to(device), uniform.to(device)).cpu()
+
+    @torch.no_grad()
+    def embed_captions(self, captions: list[str]) -> torch.Tensor:
+        """What noise is drawn by that goes with captions: the mean (B, D) of what the pretrained text encoders say."""
+        with ExitStack() as stack:
+            for text_encoder in self.text_encoders.values():
+                stack.enter_context(lora_detached(text_encoder))
+            return self.encode_captions(captions)["text"].float().mean(dim=1)
+
+    def _captions_of(self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings (B, D) of prompts."""
+        if prompt_embeds is not None:
+            return prompt_embeds.float().mean(dim=1)
+        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+        captions = self.embed_captions(prompts)
+        if not all(prompts):
+            with self._module_at_hand() as (module, _):  # no prompt says as much as the average one: nothing
+                captions[[not text for text in prompts]] = module.require_captions().mean.to(captions)
+        return captions
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
@@ -349,12 +393,21 @@ def _number_of_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tens
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def _draw_apart(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _draw_apart(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
     """Standard normal noise that depends on the generator's state but leaves it as it is.
 
-    The copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
+    A copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
     that the diffusion noise is made of.
+
+    Raises:
+        ValueError: if there are several generators, but not one for each row.
     """
+    if generator is None:
+        return torch.randn(shape)
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} images.")
+        return torch.cat([_draw_apart((1, *shape[1:]), one) for one in generator])
     copy = torch.Generator(device=generator.device)
     copy.set_state(generator.get_state())
     seed = torch.randint(2**62, (), generator=copy, device=generator.device).item()

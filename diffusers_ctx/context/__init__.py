@@ -1,3 +1,4 @@
+from .captions import CaptionLikelihood
 from .causal import ReducedForm, Structural
 from .interventions import Interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
@@ -5,6 +6,7 @@ from .posterior import GaussianPosterior
 
 
 __all__ = [
+    "CaptionLikelihood",
     "ContextModule",
     "GaussianPosterior",
     "Interventions",

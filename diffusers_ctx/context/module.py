@@ -10,6 +10,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from .captions import CaptionLikelihood
 from .causal import ReducedForm, Structural, at_least_single
 from .layers import ExpressiveLayers, MechanismLayer, ReadOut
 from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
@@ -49,6 +50,7 @@ class ContextModule(ModelMixin, ConfigMixin):
             `"clip"` for features, see [`~adapter.image_features`]. Every method says latents for either.
         posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
+        caption_dim (`int`, *optional*): width of captions' embeddings, where noise can be drawn that goes with one.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -78,6 +80,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_encoder: str = "vae",
         posterior_encoder_model: str | None = None,
         posterior_feature_size: int | None = None,
+        caption_dim: int | None = None,
     ):
         super().__init__()
         _check_concepts(concepts, obs_context)
@@ -103,6 +106,9 @@ class ContextModule(ModelMixin, ConfigMixin):
             self.head = GaussianHead(self.encoder.out_dim + num_concepts, 4 * posterior_width, num_nodes, noise_dim)
         else:
             raise ValueError(f"Unknown posterior_type '{posterior_type}'; choose 'inverse' or 'amortized'.")
+        self.captions = None
+        if caption_dim is not None:
+            self.captions = CaptionLikelihood(num_nodes * concept_dim, caption_dim)
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -126,6 +132,37 @@ class ContextModule(ModelMixin, ConfigMixin):
         """Tokens (B, N, T, token_dim), from noise (B, N, d_z) and a mask (B, K) in [0, 1]."""
         z = z.to(self.dtype)
         return self.read_out(self.concept_values(z, mask.to(z)))
+
+    def choose_noise(self, candidates: torch.Tensor, captions: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Noise (B, N, d_z) of what captions (B, D) describe, from M candidates (B, M, N, d_z) drawn from the prior.
+
+        Sampling with importance resampling, for `p(z | t)` in proportion to `p(z) p(t | c(z))`. The values are those
+        of the observational context: a caption describes what an intervention is then done to, so that noise does not
+        depend on the intervention.
+
+        Args:
+            candidates: standard normal.
+            captions: their embeddings, see [`~context.captions.CaptionLikelihood`]; the average one says nothing.
+            uniform: (B, M), uniform numbers in (0, 1) to choose by.
+
+        Raises:
+            ValueError: if the module cannot know what captions say.
+        """
+        likelihood = self.require_captions()
+        z = candidates.flatten(0, 1).to(self.dtype)
+        values = self.concept_values(z, z.new_zeros(len(z), len(self.config.concepts)))
+        scores = likelihood(values.unflatten(0, uniform.shape), captions).float()
+        gumbel = -(-uniform.log()).log()  # the largest sum is a draw with the scores as log-weights
+        return candidates[torch.arange(len(candidates)), (scores + gumbel).argmax(dim=1)]
+
+    def require_captions(self) -> CaptionLikelihood:
+        """What the module knows of captions; it raises a `ValueError` if there is no such part of it."""
+        if self.captions is None:
+            raise ValueError(
+                "This context adapter was trained without learning what captions say; train it anew, or leave out"
+                " `match_prompt`."
+            )
+        return self.captions
 
     def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
         """The posterior of the noise, given latents (B, C, h, w) and the mask (B, K) of the context they came from.

@@ -31,6 +31,7 @@ from .accelerator import create_accelerator
 from .averaging import averaged, create_average
 from .backbone import learning_text_encoders, prepare_backbone
 from .caption_cache import CaptionCache
+from .caption_fit import fit_captions
 from .checkpoints import (
     checkpoint_step,
     choose_checkpoint,
@@ -163,7 +164,10 @@ class ContextTrainer:
 
     def _learn_concepts(self) -> dict[str, float]:
         """The first part of training; its last figures."""
-        return learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
+        figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
+        embed, seed = self.pipeline.embed_captions, self.config.optimization.seed
+        fit_captions(self.accelerator, self.context_module, self.latents, embed, seed)
+        return figures
 
     # what is set up before training
 

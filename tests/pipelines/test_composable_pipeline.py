@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import attach_random_module, make_components
+from conftest import attach_random_module, make_components, make_context_module
 from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.pipelines.guidance import context_guidance
 from diffusers_ctx.training.latents import ImageTransform
 
@@ -60,6 +61,68 @@ def test_exogenous_noise_goes_in_and_comes_out(pipeline):
     np.testing.assert_array_equal(first.images, again.images)
     other = sample(pipeline, interventions=["snow"], exogenous_noise=first.exogenous_noise + 1)
     assert np.abs(first.images - other.images).max() > 1e-3
+
+
+@pytest.fixture
+def told_pipeline(plain_pipeline) -> ComposablePipeline:
+    """A pipeline whose context module has something to say of captions."""
+    attach_context_module(plain_pipeline.unet, make_context_module(caption_dim=32))
+    captions = plain_pipeline.context_module.captions
+    captions.standardize(plain_pipeline.embed_captions([PROMPT, "a picture of a square", "snow"]))
+    return plain_pipeline
+
+
+def test_noise_that_matches_the_prompt_is_that_of_candidates_chosen_by_it(told_pipeline):
+    prompts, module = [PROMPT, "a picture of a square"], told_pipeline.context_module
+    outputs = []
+    for names in ([], ["snow"]):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        arguments = {"generator": generators, "match_prompt": True, "interventions": names}
+        outputs.append(sample(told_pipeline, prompts, **arguments))
+    assert torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
+    embedded = told_pipeline.encode_prompt(prompts, "cpu", 1, False)[0].mean(dim=1)
+    assert torch.equal(told_pipeline.embed_captions(prompts), embedded)
+    for row, seed in enumerate((3, 4)):
+        drawn = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)).item()
+        numbers = torch.randn(1, 64, 5 * 4 + 1, generator=torch.Generator().manual_seed(drawn))[0]
+        z = numbers[:, :-1].view(64, 5, 4)
+        with torch.no_grad():
+            values = module.concept_values(z, torch.zeros(64, 3))
+            scores = module.captions(values[None], embedded[row : row + 1])[0]
+        uniform = torch.distributions.Normal(0, 1).cdf(numbers[:, -1])
+        gumbel = torch.distributions.Gumbel(0.0, 1.0).icdf(uniform)
+        assert torch.equal(outputs[0].exogenous_noise[row], z[(scores + gumbel).argmax()])
+
+
+def test_prompts_may_come_encoded_and_none_says_nothing(told_pipeline):
+    embedded = told_pipeline.encode_prompt([PROMPT], "cpu", 1, False)[0]
+    noise = [
+        sample(told_pipeline, prompt, match_prompt=True, **arguments).exogenous_noise
+        for prompt, arguments in ((PROMPT, {}), (None, {"prompt_embeds": embedded}))
+    ]
+    assert torch.equal(*noise)
+    module = told_pipeline.context_module
+    unsaid = sample(told_pipeline, "", match_prompt=True).exogenous_noise
+    with torch.no_grad():
+        module.captions.captions.weight.zero_()
+    assert torch.equal(unsaid, sample(told_pipeline, PROMPT, match_prompt=True).exogenous_noise)
+    assert not torch.equal(unsaid, noise[0])
+    twice = sample(told_pipeline, match_prompt=True, num_images_per_prompt=2).exogenous_noise
+    assert twice.shape == (2, 5, 4) and not torch.equal(twice[0], twice[1])
+
+
+def test_a_prompt_cannot_be_matched_where_nothing_is_drawn_or_known(told_pipeline):
+    noise = torch.zeros(1, 5, 4)
+    with pytest.raises(ValueError, match="leave out one of them"):
+        sample(told_pipeline, match_prompt=True, exogenous_noise=noise)
+    told_pipeline.unload_context_adapter()
+    with pytest.raises(ValueError, match="load_context_adapter"):
+        sample(told_pipeline, match_prompt=True)
+
+
+def test_adapters_that_do_not_know_captions_say_so(pipeline):
+    with pytest.raises(ValueError, match="without learning what captions say; train it anew, or leave out"):
+        sample(pipeline, match_prompt=True)
 
 
 def test_the_generator_gives_the_plain_pipelines_latents(pipeline):

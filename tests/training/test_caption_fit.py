@@ -1,0 +1,67 @@
+"""Learning what captions say, on images whose captions depend on a node."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from diffusers_ctx import ContextModule
+from diffusers_ctx.training.caption_fit import fit_captions
+from diffusers_ctx.training.latents import ContextLatents
+
+
+CAPTIONS = ["dark", "bright"]
+
+
+def embed(captions: list[str]) -> torch.Tensor:
+    return torch.tensor([[1.0, 0.0, 5.0] if caption == "dark" else [0.0, 1.0, 5.0] for caption in captions])
+
+
+def make_latents(n: int, captions: list[str] | None = None) -> tuple[ContextModule, ContextLatents]:
+    """Images in a module's own words: captions say whether the second node, as it is read, is above zero."""
+    torch.manual_seed(0)
+    module = ContextModule(["night"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1, caption_dim=3)
+    latents, masks = torch.randn(1, n, 4, 8, 8), torch.arange(n)[:, None] % 2.0
+    with torch.no_grad():
+        module.head.layers[-1].weight.mul_(30)  # values that differ from image to image
+        told = module.read_values(latents[0])[:, 1, 0]
+        threshold = told.median()
+    captions = captions or [CAPTIONS[int(value > threshold)] for value in told]
+    geometry = torch.zeros(1, n, 6)
+    return module, ContextLatents(latents, torch.zeros_like(latents), masks, ["obs"] * n, captions, geometry)
+
+
+def test_it_learns_what_captions_depend_on():
+    module, latents = make_latents(600)
+    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    with torch.no_grad():
+        values = module.read_values(latents.mean[0])
+        dark, bright = (module.captions(values[None], embed([caption]))[0] for caption in CAPTIONS)
+    is_bright = torch.tensor([caption == "bright" for caption in latents.captions])
+    right = (dark.log_softmax(0) < bright.log_softmax(0)) == is_bright
+    assert right.float().mean() > 0.85
+
+
+@pytest.mark.parametrize("captions", [["dark"] * 600, None])
+def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
+    module, latents = make_latents(100 if captions is None else 600, captions)
+    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    with torch.no_grad():
+        scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
+    assert scores.abs().max() == 0
+
+
+def test_captions_that_depend_on_nothing_are_learned_by_heart_for_a_short_while_alone():
+    module, latents = make_latents(600, CAPTIONS * 300)
+    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    with torch.no_grad():
+        scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
+    assert scores.std(dim=1).max() < 0.2
+
+
+def test_it_is_the_same_with_the_same_seed():
+    weights = []
+    for _ in range(2):
+        module, latents = make_latents(300)
+        fit_captions(Accelerator(cpu=True), module, latents, embed, seed=1)
+        weights.append(module.captions.captions.weight.clone())
+    assert torch.equal(*weights) and weights[0].abs().max() > 0
