@@ -69,6 +69,7 @@ class EvaluationConfig:
         "Folder or Hub id of the CLIP model that the adapter's posterior sees, if any; by default as it names it.",
     )
     caption_column: str = _option("text", "The column of captions in metadata files; captions are the prompts.")
+    skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
     max_samples: int | None = _option(None, "At most this many samples per context; by default half its images.")
     num_counterfactuals: int = _option(32, "Observational images that counterfactuals are made of; 0 leaves them out.")
     num_inference_steps: int = _option(50, "Denoising steps.")
@@ -109,7 +110,12 @@ class Evaluation:
         adapter_config = read_adapter_config(folder)
         self.obs_context = adapter_config["obs_context"]
         self.base = config.pretrained_model_name_or_path or recorded_base(adapter, adapter_config)
-        self.dataset = load_context_dataset(data, obs_context=self.obs_context, text_column=config.caption_column)
+        self.dataset = load_context_dataset(
+            data,
+            obs_context=self.obs_context,
+            text_column=config.caption_column,
+            skip_unreadable=config.skip_unreadable,
+        )
         self.contexts = split_held_out(
             self.dataset["context"], adapter_config["concepts"], self.obs_context, config.max_samples, config.seed
         )
@@ -343,9 +349,10 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 def require_libraries() -> None:
     """Before hours of sampling, and not after."""
-    missing = [name for name in ("ot", "matplotlib") if importlib.util.find_spec(name) is None]
+    packages = {"ot": "POT", "matplotlib": "matplotlib"}
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"The evaluation needs {missing}; install them with `pip install diffusers-ctx[eval]`.")
+        raise ImportError(f"The evaluation needs {missing}; run `pip install {' '.join(missing)}`.")
 
 
 def main() -> None:

@@ -6,8 +6,7 @@ at once. The observational context, in which nobody intervened, has a name of it
 
 from __future__ import annotations
 
-import csv
-import json
+import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,12 @@ import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
+from .folder_captions import check_root, read_captions
+from .listing import listed
+
 
 _DEFAULT_TEXT_COLUMN = "text"
 _DATA_FILES = {".parquet", ".arrow", ".tar"}  # a folder that holds one of these is `datasets.load_dataset`'s to read
-_NAMED_IN_MESSAGES = 20
 
 
 def interventions_of(context: str, obs_context: str = "obs") -> tuple[str, ...]:
@@ -38,10 +39,11 @@ def interventions_of(context: str, obs_context: str = "obs") -> tuple[str, ...]:
     if context == obs_context:
         return ()
     concepts = tuple(context.split("+"))
-    if "" in concepts or obs_context in concepts or len(set(concepts)) < len(concepts):
+    spaced = any(concept != concept.strip() for concept in concepts)
+    if "" in concepts or obs_context in concepts or len(set(concepts)) < len(concepts) or spaced:
         raise ValueError(
-            f"The context {context!r} does not name its interventions; write each concept once, joined by '+', as in "
-            f"'night+snow', and without {obs_context!r}."
+            f"The context {context!r} does not name its interventions; write each concept once, joined by '+' without "
+            f"spaces, as in 'night+snow', and without {obs_context!r}."
         )
     return concepts
 
@@ -144,8 +146,8 @@ def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_c
     contexts = sorted(contexts)
     if obs_context not in contexts:
         raise ValueError(
-            f"There is no observational context {obs_context!r}; found {contexts}. Add its images under that name, or "
-            "give the name that they have as `obs_context`."
+            f"There is no observational context {obs_context!r}; found {contexts}. Add its images under that name, "
+            "or, in training, give the name that they have as `obs_context` (`--obs_context`)."
         )
     known = concepts_of(contexts, obs_context)
     if not known:
@@ -154,6 +156,7 @@ def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_c
             "was intervened on, named after the concept."
         )
     _check_one_name_each(contexts, obs_context)
+    _check_spelling(known, contexts)
     if concepts is None:
         return contexts
     repeated = sorted({concept for concept in concepts if list(concepts).count(concept) > 1})
@@ -178,6 +181,22 @@ def _check_one_name_each(contexts: list[str], obs_context: str) -> None:
         other = named.setdefault(frozenset(interventions_of(context, obs_context)), context)
         if other != context:
             raise ValueError(f"The contexts {other!r} and {context!r} have the same interventions; merge them.")
+
+
+def _check_spelling(concepts: list[str], contexts: list[str]) -> None:
+    """Refuses concepts that only capitals tell apart, and warns of those that occur in compositions alone."""
+    spelled: dict[str, str] = {}
+    for concept in concepts:
+        other = spelled.setdefault(concept.casefold(), concept)
+        if other != concept:
+            raise ValueError(f"The concepts {other!r} and {concept!r} differ in capitals alone; spell them the same.")
+    for concept in concepts:
+        if concept not in contexts:
+            alike = difflib.get_close_matches(concept, set(concepts) & set(contexts), n=1)
+            question = f"; is it {alike[0]!r}, misspelled?" if alike else "."
+            warnings.warn(
+                f"The concept {concept!r} has no context of its own, only compositions{question}", stacklevel=4
+            )
 
 
 def _rows(contexts: list[str], kept: list[str], limit: int | None, seed: int) -> list[int]:
@@ -220,6 +239,7 @@ def context_folders(root: Path) -> list[str]:
             f"Images lie directly in {root}, so their context is unknown: {listed([path.name for path in stray])}. "
             "Move each into a sub-folder named after its context, such as 'obs'."
         )
+    check_root(root)
     return [path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.relative_to(root))]
 
 
@@ -231,45 +251,12 @@ def read_folders(root: Path, contexts: list[str], text_column: str) -> Dataset:
         images = _images_among(folder, folder.rglob("*"))
         if not images:
             raise ValueError(f"The folder {folder} holds no images; put the context's images there or remove it.")
-        captions = _read_captions(folder, images, text_column)
+        captions = read_captions(folder, images, text_column)
         columns["image"] += map(str, images)
         columns["context"] += [context] * len(images)
         columns["text"] += [captions.get(image, "") for image in images]
     features = Features({"image": Image(mode="RGB"), "context": Value("string"), "text": Value("string")})
     return Dataset.from_dict(columns, features=features)
-
-
-def _read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Path, str]:
-    """Captions by image, from the folder's metadata file if it has one."""
-    files = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
-    if not files:
-        return {}
-    if len(files) > 1:
-        raise ValueError(f"{folder} has both {files[0].name} and {files[1].name}; keep one.")
-    entries = _read_metadata(files[0])
-    lacking = [name for name in ("file_name", text_column) if any(name not in entry for entry in entries)]
-    if lacking:
-        raise ValueError(
-            f"{files[0]} lacks {lacking} (it has {list(entries[0])}); add them, or name the captions with "
-            "`text_column`."
-        )
-    captions = {folder / entry["file_name"]: entry[text_column] or "" for entry in entries}
-    unknown = sorted(captions.keys() - set(images))
-    if unknown:
-        raise ValueError(f"{files[0]} names images that are not there: {listed(list(map(str, unknown)))}; correct it.")
-    return captions
-
-
-def _read_metadata(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            if file.suffix == ".csv":
-                return list(csv.DictReader(lines))
-            return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); write it in UTF-8, JSON with one object a line."
-        ) from error
 
 
 # A dataset with columns
@@ -322,7 +309,7 @@ def wanted_columns(
     if missing:
         raise ValueError(
             f"The dataset has no column {missing}, only {columns}; name its columns with `image_column`, "
-            "`context_column` and `text_column`."
+            "`context_column` and `text_column` (`--caption_column`)."
         )
     if not isinstance(table.features[image_column], Image):
         raise ValueError(
@@ -364,7 +351,10 @@ def _readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> 
         [f"{_name(encoded[row], row)} ({defect})" for row, defect in broken.items()]
     )
     if not skip_unreadable:
-        raise ValueError(f"{message}. Repair or remove them, or pass `skip_unreadable=True` to leave them out.")
+        raise ValueError(
+            f"{message}. Repair or remove them, or pass `skip_unreadable=True` (`--skip_unreadable`) to leave them"
+            " out."
+        )
     readable = [row for row in rows if row not in broken]
     contexts = list(dataset["context"])
     emptied = sorted({contexts[row] for row in broken} - {contexts[row] for row in readable})
@@ -399,9 +389,3 @@ def _defect(image: dict[str, Any] | None) -> str | None:
 
 def _name(example: dict[str, Any], row: int) -> str:
     return (example["image"] or {}).get("path") or f"row {row}, context {example['context']!r}"
-
-
-def listed(names: list[str]) -> str:
-    """Some names for a message, and how many more there are."""
-    more = len(names) - _NAMED_IN_MESSAGES
-    return ", ".join(names[:_NAMED_IN_MESSAGES]) + (f" and {more} more" if more > 0 else "")

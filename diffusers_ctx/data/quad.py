@@ -142,7 +142,7 @@ def contexts(concepts: Iterable[str] = CONCEPTS) -> dict[str, tuple[str, ...]]:
     return {"obs": ()} | {name: (name,) for name in concepts}
 
 
-def write_folders(root: str | Path, n: int, seed: int, dependent: bool = True) -> Path:
+def write_folders(root: str | Path, n: int, seed: int = 0, dependent: bool = True) -> Path:
     """Writes `root/<context>/*.png` with a `metadata.csv` of captions each: the input a user of one's own data has.
 
     Args:

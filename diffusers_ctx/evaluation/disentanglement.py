@@ -186,6 +186,4 @@ def _require_sklearn() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "DCI and MIG need scikit-learn; install it with `pip install diffusers-ctx[eval]`."
-        ) from error
+        raise ImportError("DCI and MIG need scikit-learn; run `pip install scikit-learn`.") from error

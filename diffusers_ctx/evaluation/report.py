@@ -167,9 +167,7 @@ def draw_strengths(strengths: np.ndarray, names: Sequence[str]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "Drawing the graph needs matplotlib; install it with `pip install diffusers-ctx[eval]`."
-        ) from error
+        raise ImportError("Drawing the graph needs matplotlib; run `pip install matplotlib`.") from error
     size = 2 + 0.4 * len(names)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()

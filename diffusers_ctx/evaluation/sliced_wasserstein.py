@@ -133,7 +133,5 @@ def _pot() -> ModuleType:
     try:
         import ot
     except ImportError as error:
-        raise ImportError(
-            "The sliced Wasserstein distance needs POT; install it with `pip install diffusers-ctx[eval]`."
-        ) from error
+        raise ImportError("The sliced Wasserstein distance needs POT; run `pip install POT`.") from error
     return ot

@@ -35,6 +35,7 @@ def render_model_card(
     results: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     pictures: Sequence[str] | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """The model card of the adapter with this config.
 
@@ -42,7 +43,7 @@ def render_model_card(
     shown.
 
     Args:
-        config: the adapter's config; `license` in it, if there, is the licence that its author gave the adapter.
+        config: the adapter's config.
         repo_id: repository that the adapter goes to.
         results: what was measured: `dataset` (one line that names the images), `metrics` (name to context to figure)
             and `references` (likewise; figures of something other than the adapter, such as real against real, which
@@ -50,6 +51,7 @@ def render_model_card(
         training: how it was trained, as far as known: `command` (a list of arguments), `seed`, `commit`, `machine`,
             `versions` and `hyperparameters` (mappings).
         pictures: file names, relative to the adapter's folder, of the pictures to show.
+        license: the licence that its author gives the adapter, as the Hub calls it, such as `apache-2.0`.
 
     Raises:
         ValueError: if `results` or `training` has a key that the card would leave out, or figures and no `dataset`.
@@ -65,7 +67,7 @@ def render_model_card(
     adapter_argument = repo_id or "path/to/this/folder"
     columns = {**results.get("metrics", {}), **results.get("references", {})}
     content = _template().render(
-        metadata=_metadata(config, base_model, repo_id, results).to_yaml(),
+        metadata=_metadata(config, base_model, repo_id, results, license).to_yaml(),
         marker=_MARKER,
         title=repo_id or "Context adapter: " + ", ".join(concepts),
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a local checkpoint",
@@ -79,7 +81,7 @@ def render_model_card(
         softer={concepts[0]: 0.5},
         mode=config["mode"],
         injection=config.get("injection"),
-        license=config.get("license"),
+        license=license,
         pictures=pictures or [],
         command=training.get("command"),
         details=_details(training),
@@ -121,11 +123,15 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _metadata(
-    config: Mapping[str, Any], base_model: str | None, repo_id: str | None, results: Mapping[str, Any]
+    config: Mapping[str, Any],
+    base_model: str | None,
+    repo_id: str | None,
+    results: Mapping[str, Any],
+    license: str | None,
 ) -> ModelCardData:
     evaluation = list(_evaluation(results))
     return ModelCardData(
-        license=config.get("license"),
+        license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=base_model,

@@ -188,7 +188,7 @@ def _check_origin(config: dict[str, Any], path: Path) -> None:
     if version > FORMAT_VERSION:
         raise AdapterError(
             f"{path} has format version {version}, and this diffusers_ctx reads up to {FORMAT_VERSION}: upgrade "
-            "diffusers_ctx with `pip install --upgrade diffusers-ctx`."
+            "diffusers_ctx."
         )
 
 

@@ -115,14 +115,15 @@ def test_captions_from_csv_and_jsonl(photos):
     (photos / "obs" / "metadata.csv").write_text('file_name,text\nc.png,"a street, in Lisbon"\na.png,NA\n')
     lines = [{"file_name": "y.png", "text": "é"}, {"file_name": "x.png", "text": None}]
     (photos / "snow" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    dataset = load_context_dataset(photos)
+    with pytest.warns(UserWarning, match=r"1 of 3 images have no caption in .*metadata.csv.*: b.png"):
+        dataset = load_context_dataset(photos)
     # a metadata file neither drops images that it does not name nor folders that have none
     assert list(dataset["context"]) == ["night", "obs", "obs", "obs", "snow", "snow"]
     assert list(dataset["text"]) == ["", "NA", "", "a street, in Lisbon", "", "é"]
 
 
 def test_captions_under_another_name(photos):
-    (photos / "obs" / "metadata.csv").write_text("file_name,caption\na.png,a street\n")
+    (photos / "obs" / "metadata.csv").write_text("file_name,caption\na.png,a street\nb.png,\nc.png,\n")
     assert load_context_dataset(photos, text_column="caption")["text"][1] == "a street"
     with pytest.raises(ValueError, match=r"metadata.csv lacks \['text'\] .*'caption'.*`text_column`"):
         load_context_dataset(photos)
@@ -135,6 +136,15 @@ def test_captions_under_another_name(photos):
         ({"metadata.csv": "file_name,text\nz.png,t\n"}, r"metadata.csv names images that are not there: .*z.png"),
         ({"metadata.jsonl": "{'file_name': 'a.png'}\n"}, "metadata.jsonl cannot be read"),
         ({"metadata.csv": "file_name,text\n", "metadata.jsonl": ""}, "both metadata.csv and metadata.jsonl"),
+        ({"metadata.csv": "file_name,text\na.png,t\na.png,u\n"}, "names images more than once: a.png"),
+        ({"metadata.csv": "file_name,text\na.png,a street, at night\n"}, r"Row 1 of .* has more fields .*quotes"),
+        ({"metadata.csv": "file_name,text\na.png,t\nb.png\n"}, r"Row 2 of .* has fewer fields"),
+        ({"metadata.csv": "file_name,text\n"}, "metadata.csv names no image; fill it, or remove it"),
+        (
+            {"a.txt": "a street"},
+            r"Text files beside images are not read .*a.txt; write captions into",
+        ),
+        ({"../metadata.csv": "file_name,text\nobs/a.png,t\n"}, "lies beside the contexts' folders"),
     ],
 )
 def test_metadata_files_that_are_wrong(photos, files, message):
@@ -156,6 +166,26 @@ def test_folder_names_that_confuse_the_datasets_library(tmp_path):
     assert shades_of(dataset) == list(shades.values())[:3]
 
 
+@pytest.mark.parametrize(
+    "context, message",
+    [
+        ("night + snow", "joined by '\\+' without spaces"),
+        ("Night", "'Night' and 'night' differ in capitals alone"),
+    ],
+)
+def test_contexts_whose_names_make_concepts_of_slips(photos, context, message):
+    write(photos, {context: ["a.png"]})
+    with pytest.raises(ValueError, match=message):
+        load_context_dataset(photos)
+
+
+def test_a_concept_that_occurs_in_compositions_alone_may_be_a_slip(photos):
+    write(photos, {"nihgt+snow": ["a.png"]})
+    with pytest.warns(UserWarning, match="'nihgt' has no context of its own, only compositions; is it 'night', missp"):
+        load_context_dataset(photos)
+
+
+@pytest.mark.filterwarnings("ignore:The concept 'fog' has no context of its own")
 def test_contexts_of_several_interventions(photos):
     write(photos, {"night+snow": ["a.png"], "fog+snow": ["a.png"]})
     dataset = load_context_dataset(photos)

@@ -175,5 +175,5 @@ def test_an_unknown_correlation():
 @pytest.mark.parametrize("metric", METRICS[:2])
 def test_scikit_learn_is_optional(metric, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers-ctx\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         metric(factors(20), factors(20))

@@ -148,5 +148,5 @@ def test_the_heat_map_shows_every_strength_at_its_place():
 
 def test_matplotlib_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers-ctx\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         draw_strengths(np.zeros((1, 1)), ["night"])

@@ -175,5 +175,5 @@ def test_pot_is_optional(monkeypatch):
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "set()"
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers-ctx\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install POT"):
         sliced_wasserstein_distance(random_images(2, 0), random_images(2, 0))

@@ -28,7 +28,7 @@ def table_below(card: ModelCard, heading: str) -> list[list[str]]:
 
 
 def test_metadata():
-    card = render_model_card(CONFIG | {"license": "apache-2.0"}, repo_id="ada/weather")
+    card = render_model_card(CONFIG, repo_id="ada/weather", license="apache-2.0")
     assert card.data.to_dict() == {
         "license": "apache-2.0",
         "library_name": "diffusers",
@@ -44,7 +44,7 @@ def test_a_licence_that_nobody_gave_is_not_invented():
     card = render_model_card(CONFIG)
     assert "license" not in card.data.to_dict()
     assert "named no licence" in card.text
-    assert "named no licence" not in render_model_card(CONFIG | {"license": "mit"}).text
+    assert "named no licence" not in render_model_card(CONFIG, license="mit").text
 
 
 def test_a_saved_card_reads_back_the_same(tmp_path):

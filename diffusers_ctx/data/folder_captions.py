@@ -1,0 +1,103 @@
+"""Captions of a folder's images, from the metadata file beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .listing import listed
+
+
+_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+def read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Path, str]:
+    """Captions by image, from the folder's metadata file if it has one; it warns where that lacks some images.
+
+    Raises:
+        ValueError: if the file cannot be read, lacks a column, names an image twice or one that is not there, or
+            captions lie where nobody looks for them.
+    """
+    files = [folder / name for name in _FILES if (folder / name).is_file()]
+    if not files:
+        _check_no_text_files(images)
+        return {}
+    if len(files) > 1:
+        raise ValueError(f"{folder} has both {files[0].name} and {files[1].name}; keep one.")
+    entries = _read_metadata(files[0])
+    lacking = [name for name in ("file_name", text_column) if any(name not in entry for entry in entries)]
+    if lacking:
+        raise ValueError(
+            f"{files[0]} lacks {lacking} (it has {list(entries[0])}); add them, or name the captions with "
+            "`text_column` (`--caption_column`)."
+        )
+    named = [folder / entry["file_name"] for entry in entries]
+    repeated = sorted(path.name for path, count in Counter(named).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{files[0]} names images more than once: {listed(repeated)}; keep one caption of each.")
+    unknown = sorted(set(named) - set(images))
+    if unknown:
+        raise ValueError(f"{files[0]} names images that are not there: {listed(list(map(str, unknown)))}; correct it.")
+    if len(named) < len(images):
+        without = [path.name for path in images if path not in set(named)]
+        warnings.warn(
+            f"{len(without)} of {len(images)} images have no caption in {files[0]}, and so an empty one: "
+            f"{listed(without)}.",
+            stacklevel=4,
+        )
+    return {path: entry[text_column] or "" for path, entry in zip(named, entries)}
+
+
+def check_root(root: Path) -> None:
+    """Refuses captions that lie in a folder of contexts, and not in those of the contexts.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    for name in _FILES:
+        if (root / name).exists():
+            raise ValueError(
+                f"{root / name} lies beside the contexts' folders, where it is not read; write one into each context's"
+                " folder, with names of files in it."
+            )
+
+
+def _check_no_text_files(images: list[Path]) -> None:
+    texts = [path.with_suffix(".txt") for path in images if path.with_suffix(".txt").exists()]
+    if texts:
+        raise ValueError(
+            f"Text files beside images are not read as captions: {listed(list(map(str, texts)))}; write captions into"
+            f" {texts[0].with_name('metadata.csv')} (file_name,text), or remove the files to train without."
+        )
+
+
+def _read_metadata(file: Path) -> list[dict[str, Any]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            if file.suffix == ".csv":
+                entries: list[dict[str, Any]] = list(csv.DictReader(lines))
+            else:
+                entries = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); write it in UTF-8, JSON with one object a line."
+        ) from error
+    if not entries:
+        raise ValueError(f"{file} names no image; fill it, or remove it to train without captions.")
+    if file.suffix == ".csv":
+        _check_fields(file, entries)
+    return entries
+
+
+def _check_fields(file: Path, entries: list[dict[str, Any]]) -> None:
+    """A reader of CSV has a surplus of fields under `None`, and `None` for those that lack."""
+    for row, entry in enumerate(entries, start=1):
+        if None in entry or None in entry.values():
+            raise ValueError(
+                f"Row {row} of {file} has {'more' if None in entry else 'fewer'} fields than the header names columns"
+                f" ({list(entry.values())}); put captions that have a comma in double quotes."
+            )
