@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from measure import AGAIN_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift
+from measure import AGAIN_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift, shape_met
 from methods.setting import device, in_batches
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import read_attributes
 from diffusers_ctx.evaluation.report import measure_context
-
-
-_SHAPE = quad.FACTORS.index("shape")
 
 
 def pooled(images_per_context: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -51,11 +48,10 @@ def sample_pooled(
 def measure_base(folder: str, images_per_context: int, num_inference_steps: int) -> dict[str, Any]:
     """Distance to real images, share of samples with the prompt's shape, and drift of the attributes' laws."""
     samples, real, again, captions = sample_pooled(folder, images_per_context, num_inference_steps)
-    named = np.array([next(i for i, name in enumerate(quad.SHAPES) if name in caption) for caption in captions])
     values, real_values, again_values = (read_attributes(images).values for images in (samples, real, again))
     figures = measure_context(samples, real, again)
     for suffix, read in (("", values), ("_real", again_values)):
-        figures[f"shape_met{suffix}"] = float(np.mean(np.rint(3 * read[:, _SHAPE]) == named))
+        figures[f"shape_met{suffix}"] = shape_met(read, captions)
         figures[f"drift{suffix}"] = attribute_drift(read, real_values)
     return figures
 

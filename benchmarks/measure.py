@@ -124,5 +124,11 @@ def attribute_drift(values: np.ndarray, reference: np.ndarray, moved: Collection
     return float(np.mean(distances)) if distances else None
 
 
+def shape_met(values: np.ndarray, captions: Sequence[str]) -> float:
+    """Share of attributes (n, 8) whose shape is the one that the first n captions name."""
+    named = [next(index for index, name in enumerate(quad.SHAPES) if name in caption) for caption in captions]
+    return float(np.mean(np.rint(3 * values[:, quad.FACTORS.index("shape")]) == named[: len(values)]))
+
+
 def _as_lists(matrix: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(entry) else round(float(entry), 4) for entry in row] for row in matrix]

@@ -229,7 +229,11 @@ class ContextAdapter:
 
 
 def adapter_sampler(
-    pipeline: ComposablePipeline, num_inference_steps: int, told: bool = True, noise: bool = True
+    pipeline: ComposablePipeline,
+    num_inference_steps: int,
+    told: bool = True,
+    noise: bool = True,
+    match_prompt: bool = False,
 ) -> Sampler:
     """Samples of a pipeline with an adapter; `told` and `noise` as in `ContextAdapter`."""
 
@@ -240,6 +244,7 @@ def adapter_sampler(
                 prompts,
                 interventions=list(interventions) if told else [],
                 exogenous_noise=None if noise else torch.zeros(shape),
+                match_prompt=match_prompt,
                 generator=generator,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=1.0,

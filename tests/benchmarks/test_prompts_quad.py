@@ -1,0 +1,29 @@
+"""The script that holds samples against their prompts, run as a user does, and what it counts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from measure import shape_met
+
+from diffusers_ctx import embedded_adapter
+
+
+def test_shapes_that_are_the_captions_are_counted():
+    captions = ["a picture of a circle", "a picture of a square", "a picture of an ellipse", "a picture of a triangle"]
+    values = np.zeros((3, 8))
+    values[:, 6] = [0, 1 / 3, 2 / 3]
+    values[:, 5] = 1
+    assert shape_met(values, captions) == 2 / 3
+
+
+def test_it_prints_shares_with_matching_noise_and_without():
+    script = Path(__file__).parents[2] / "benchmarks" / "prompts_quad.py"
+    command = [sys.executable, script, embedded_adapter("quad"), "--n", "24", "--combinations", "quad4"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    real, plain, matching = run.stdout.splitlines()
+    assert float(real.split()[-1]) > 0.9
+    shares = [float(line.split()[2].rstrip(",")) for line in (plain, matching)]
+    assert all(0 <= share <= 1 for share in shares) and shares[0] != shares[1]
