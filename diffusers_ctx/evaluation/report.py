@@ -224,5 +224,6 @@ _COLUMNS: dict[str, Callable[[Figures], str]] = {
 _LEGEND = (
     "Each context's held-out images are split in two halves of n. SWD: sliced Wasserstein distance of n samples to the"
     " first half; floor: that of the second half to the first, which samples of the true law would have; debiased: the"
-    " SWD without the floor; KID: kernel distance, of expectation 0 for samples of the true law. Lower is better."
+    " SWD without the floor; KID: kernel distance, of expectation 0 for samples of the true law, on the features that"
+    " were chosen (by default the autoencoder's latents, not to be held against published figures). Lower is better."
 )
