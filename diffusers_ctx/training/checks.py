@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -31,24 +32,39 @@ logger = logging.getLogger(__name__)
 _KEPT_BY_OPTIMIZER = {"adamw": 2, "adamw_8bit": 0.5, "prodigy": 4}
 _SMALLEST = {
     "rank": 1,
+    "max_train_samples": 1,
     "validation_images": 0,
     "streaming_concept_images": 1,
     "streaming_shuffle_buffer": 1,
     "resolution": 1,
+    "num_hidden_factors": 0,
     "noise_dim": 1,
     "tokens_per_concept": 1,
+    "expressive_depth": 0,
+    "kl_weight": 0,
     "kl_warmup_steps": 1,
+    "contrastive_weight": 0,
+    "matching_weight": 0,
+    "generation_weight": 0,
+    "acyclicity_weight": 0,
+    "sparsity_weight": 0,
     "abduction_steps": 2,  # the contrast goes first, alone
     "abduction_batch_size": 1,
+    "seed": 0,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "num_train_epochs": 1,
     "max_train_steps": 1,
+    "lr_warmup_steps": 0,
+    "adam_weight_decay": 0,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,
     "validation_steps": 1,
     "num_validation_images": 1,
 }
+_ABOVE_ZERO = ("abduction_learning_rate", "learning_rate", "snr_gamma", "adam_epsilon", "max_grad_norm")
+_SHARES = ("proportion_empty_prompts", "ema_decay")
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
@@ -58,14 +74,7 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         ValueError: if an option cannot work.
         ImportError: if an option needs a package that is not installed.
     """
-    options = options_of(config)
-    for name, smallest in _SMALLEST.items():
-        if options[name] is not None and options[name] < smallest:
-            raise ValueError(f"`{name}` is {options[name]}; it must be {smallest} or more.")
-    if not 0 <= config.data.proportion_empty_prompts <= 1:
-        raise ValueError(
-            f"`proportion_empty_prompts` is {config.data.proportion_empty_prompts}; it is a share in [0, 1]."
-        )
+    _check_ranges(options_of(config))
     if (config.data.resolution or 0) % vae_scale_factor:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"
@@ -95,6 +104,22 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
     schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
     if config.optimization.lr_scheduler not in schedules:
         raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
+
+
+def _check_ranges(options: dict[str, Any]) -> None:
+    """Checks numbers that training would take, and then learn nothing from, or the opposite."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        # asked in such a way that `nan` is refused too
+        if name in _SMALLEST and not value >= _SMALLEST[name]:
+            raise ValueError(f"`{name}` is {value}; it must be {_SMALLEST[name]} or more.")
+        if name in _ABOVE_ZERO and not value > 0:
+            raise ValueError(f"`{name}` is {value}; it must be above 0.")
+        if name in _SHARES and not 0 <= value <= 1:
+            raise ValueError(f"`{name}` is {value}; it is a share in [0, 1].")
+        if name in _BELOW_ONE and not 0 <= value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be in [0, 1).")
 
 
 def _check_streaming(config: TrainingConfig) -> None:

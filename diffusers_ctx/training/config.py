@@ -128,7 +128,7 @@ class OptimizationConfig:
     adam_beta2: float = _option(0.999, "β2 of the optimizer.")
     adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.")
     adam_epsilon: float = _option(1e-8, "ε of the optimizer.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; `inf` leaves them as they are.")
     use_ema: bool = _option(False, "Save a moving average of the weights that learn, and validate with it.")
     ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.")
     mixed_precision: str | None = _option(None, "`no`, `fp16` or `bf16`; by default what Accelerate is set to.")
