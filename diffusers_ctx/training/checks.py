@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ..data import context_mask
@@ -100,10 +99,6 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
             f"`report_to` is '{config.output.report_to}', and no tracker of that name is installed; install it, or"
             f" choose one of {trackers}."
         )
-    # piecewise_constant takes rules that no option gives
-    schedules = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-    if config.optimization.lr_scheduler not in schedules:
-        raise ValueError(f"Unknown lr_scheduler '{config.optimization.lr_scheduler}'; choose one of {schedules}.")
 
 
 def _check_ranges(options: dict[str, Any]) -> None:

@@ -119,7 +119,9 @@ class OptimizationConfig:
     learning_rate: float = _option(1e-4, "Peak learning rate.")
     scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
     lr_scheduler: str = _option("constant", "A learning-rate schedule of diffusers.")
-    lr_warmup_steps: int = _option(500, "Warm-up steps of the schedule.")
+    lr_warmup_steps: int | None = _option(
+        None, "Warm-up steps of the schedule, by default 500; the schedule `constant` has none."
+    )
     snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.")
     timestep_sampling: str = _option("uniform", "How timesteps are drawn: `uniform`, `logit_normal` or `high_noise`.")
     noise_offset: float = _option(0.0, "Scale of an offset per image and channel that is added to the noise.")

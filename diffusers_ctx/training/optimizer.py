@@ -1,4 +1,4 @@
-"""The optimizers that training can use."""
+"""The optimizers and learning-rate schedules that training can use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from .config import OptimizationConfig
 
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
+# piecewise_constant takes rules that no option gives
+SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+_WARM_UP_STEPS = 500
 
 
 def create_optimizer(
@@ -43,15 +48,29 @@ def create_optimizer(
     return _import("prodigyopt").Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **shared)
 
 
+def create_schedule(optimizer: torch.optim.Optimizer, options: OptimizationConfig, steps: int) -> LambdaLR:
+    """The learning rate over a run of so many steps."""
+    warm_up = _WARM_UP_STEPS if options.lr_warmup_steps is None else options.lr_warmup_steps
+    return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
+
+
 def check_optimizer(options: OptimizationConfig) -> None:
-    """Checks that the optimizer is known and installed.
+    """Checks that the optimizer is known and installed, and the schedule known and what was asked for.
 
     Raises:
-        ValueError: if it is unknown, or Prodigy is given a learning rate that is meant for another one.
-        ImportError: if the package that it is in is not installed.
+        ValueError: if one is unknown, Prodigy is given a learning rate that is meant for another one, or a schedule
+            would ignore its warm-up.
+        ImportError: if the package that the optimizer is in is not installed.
     """
     if options.optimizer not in OPTIMIZERS:
         raise ValueError(f"Unknown optimizer '{options.optimizer}'; choose one of {list(OPTIMIZERS)}.")
+    if options.lr_scheduler not in SCHEDULES:
+        raise ValueError(f"Unknown lr_scheduler '{options.lr_scheduler}'; choose one of {SCHEDULES}.")
+    if options.lr_scheduler == "constant" and options.lr_warmup_steps:
+        raise ValueError(
+            f"`lr_warmup_steps` is {options.lr_warmup_steps}, and the schedule `constant` has no warm-up; set"
+            " `lr_scheduler` to constant_with_warmup, or leave the warm-up out."
+        )
     if options.optimizer == "prodigy":
         _import("prodigyopt")
         if options.learning_rate < 0.1:

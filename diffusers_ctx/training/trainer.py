@@ -14,7 +14,6 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
@@ -54,7 +53,7 @@ from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
-from .optimizer import create_optimizer
+from .optimizer import create_optimizer, create_schedule
 from .posterior_input import create_image_features, with_posterior_encoder
 from .preparation import count_steps, create_context_module, load_images
 from .record import deciding_options, options_of, training_record
@@ -238,12 +237,7 @@ class ContextTrainer:
         self._learning = adapter_parameters + self._backbone_parameters
         start_moments(self.optimizer)
         # not prepared: Accelerate would step it once per process
-        self.schedule = get_scheduler(
-            options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=self.max_train_steps,
-        )
+        self.schedule: Any = create_schedule(optimizer, options, self.max_train_steps)  # rates may be tensors
         self.accelerator.register_for_checkpointing(self.schedule)
         self.ema = create_average(self._learning, options)
         if self.ema is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ctx.training.config import OptimizationConfig
-from diffusers_ctx.training.optimizer import check_optimizer, create_optimizer
+from diffusers_ctx.training.optimizer import check_optimizer, create_optimizer, create_schedule
 
 from .conftest import create_trainer
 
@@ -41,6 +41,15 @@ def test_adamw_has_the_options_hyperparameters():
     defaults = create_optimizer([parameter()], options, 0.02).defaults
     assert (defaults["lr"], defaults["betas"]) == (0.02, (0.8, 0.9))
     assert (defaults["weight_decay"], defaults["eps"]) == (0.3, 1e-5)
+
+
+@pytest.mark.parametrize(("warm_up", "steps"), [(None, 500), (0, 0), (10, 10)])
+def test_schedules_but_the_constant_one_warm_up(warm_up, steps):
+    options = OptimizationConfig(lr_scheduler="constant_with_warmup", lr_warmup_steps=warm_up)
+    check_optimizer(options)
+    optimizer = create_optimizer([parameter()], options, 1.0)
+    (rate,) = create_schedule(optimizer, options, 1000).lr_lambdas
+    assert [rate(step) for step in (steps // 2, steps)] == [0.5 if steps else 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("name", "package"), [("adamw_8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])

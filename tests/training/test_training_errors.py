@@ -119,6 +119,7 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"injection": "text"}, "Unknown injection 'text'; choose one of .*'prompt'"),
         ({"timestep_sampling": "high"}, "Unknown timestep_sampling 'high'; choose one of .*'high_noise'"),
         ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'; choose one of .*'cosine'"),
+        ({"lr_warmup_steps": 5}, "`lr_warmup_steps` is 5, and .* `constant` has no .*to constant_with_warmup"),
         ({"lr_scheduler": "piecewise_constant"}, "Unknown lr_scheduler 'piecewise_constant'"),
         ({"report_to": "notebook"}, "`report_to` is 'notebook', and no tracker .* choose one of .*'tensorboard'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
