@@ -21,7 +21,6 @@ from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
 from .noise import TIMESTEP_SAMPLING
 from .objective import PREDICTION_TYPES
-from .optimizer import check_optimizer
 from .record import options_of
 
 
@@ -92,7 +91,6 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         raise ValueError(f"Unknown injection '{config.model.injection}'; choose one of {list(INJECTIONS)}.")
     if config.data.streaming:
         _check_streaming(config)
-    check_optimizer(config.optimization)
     trackers = ["none", "all", *map(str, get_available_trackers())]
     if config.output.report_to not in trackers:  # Accelerate would leave it out and go on
         raise ValueError(

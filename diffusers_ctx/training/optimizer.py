@@ -54,12 +54,17 @@ def create_schedule(optimizer: torch.optim.Optimizer, options: OptimizationConfi
     return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
 
 
-def check_optimizer(options: OptimizationConfig) -> None:
-    """Checks that the optimizer is known and installed, and the schedule known and what was asked for.
+def check_optimizer(options: OptimizationConfig, learning_rate: float) -> None:
+    """Checks that the optimizer is known and installed, the schedule known and what was asked for, and that both take
+    their options.
+
+    Args:
+        options: names both and their hyperparameters.
+        learning_rate: the peak that they will be made with.
 
     Raises:
-        ValueError: if one is unknown, Prodigy is given a learning rate that is meant for another one, or a schedule
-            would ignore its warm-up.
+        ValueError: if one is unknown or refuses an option, Prodigy is given a learning rate that is meant for another
+            one, or a schedule would ignore its warm-up.
         ImportError: if the package that the optimizer is in is not installed.
     """
     if options.optimizer not in OPTIMIZERS:
@@ -71,15 +76,15 @@ def check_optimizer(options: OptimizationConfig) -> None:
             f"`lr_warmup_steps` is {options.lr_warmup_steps}, and the schedule `constant` has no warm-up; set"
             " `lr_scheduler` to constant_with_warmup, or leave the warm-up out."
         )
-    if options.optimizer == "prodigy":
-        _import("prodigyopt")
-        if options.learning_rate < 0.1:
-            raise ValueError(
-                f"`learning_rate` is {options.learning_rate}: Prodigy finds the learning rate itself, and this is a"
-                " factor to it; set it to 1."
-            )
-    if options.optimizer == "adamw_8bit":
-        _import("bitsandbytes")
+    try:
+        create_schedule(create_optimizer([nn.Parameter(torch.zeros(1))], options, learning_rate), options, steps=1)
+    except ValueError as error:
+        raise ValueError(f"The optimizer or its schedule cannot work with these options: {error}.") from error
+    if options.optimizer == "prodigy" and options.learning_rate < 0.1:
+        raise ValueError(
+            f"`learning_rate` is {options.learning_rate}: Prodigy finds the learning rate itself, and this is a"
+            " factor to it; set it to 1."
+        )
 
 
 def _import(name: str) -> ModuleType:

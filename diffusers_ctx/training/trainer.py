@@ -53,7 +53,7 @@ from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
-from .optimizer import create_optimizer, create_schedule
+from .optimizer import check_optimizer, create_optimizer, create_schedule
 from .posterior_input import create_image_features, with_posterior_encoder
 from .preparation import count_steps, create_context_module, load_images
 from .record import deciding_options, options_of, training_record
@@ -91,6 +91,7 @@ class ContextTrainer:
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = create_accelerator(config)
+        check_optimizer(config.optimization, self._learning_rate)
         check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
         self._images = open_images(config) if config.data.streaming else None
@@ -221,11 +222,8 @@ class ContextTrainer:
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         caption_encoder = CaptionEncoder(self.pipeline) if self._text_encoders else None
         objective = DiffusionObjective(unet, self.context_module, scheduler, options.snr_gamma, caption_encoder)
-        learning_rate = options.learning_rate
-        if options.scale_lr:
-            learning_rate *= self._global_batch_size * options.gradient_accumulation_steps
         learning = [p for part in split_parameters(unet, self._text_encoders) for p in part]
-        optimizer = create_optimizer(learning, options, learning_rate)
+        optimizer = create_optimizer(learning, options, self._learning_rate)
         loader = None
         if self.stream is None:
             loader = DataLoader(
@@ -262,6 +260,13 @@ class ContextTrainer:
     @property
     def _global_batch_size(self) -> int:
         return self.config.optimization.train_batch_size * self.accelerator.num_processes
+
+    @property
+    def _learning_rate(self) -> float:
+        """The peak."""
+        options = self.config.optimization
+        scale = self._global_batch_size * options.gradient_accumulation_steps if options.scale_lr else 1
+        return options.learning_rate * scale
 
     # training
 

@@ -23,7 +23,7 @@ def parameter() -> torch.nn.Parameter:
 def test_each_one_minimises(name, package, learning_rate):
     pytest.importorskip(package)
     options = OptimizationConfig(optimizer=name, learning_rate=learning_rate, adam_weight_decay=0.0)
-    check_optimizer(options)
+    check_optimizer(options, learning_rate)
     weight = parameter()
     optimizer = create_optimizer([weight], options, learning_rate)
     losses = []
@@ -46,7 +46,7 @@ def test_adamw_has_the_options_hyperparameters():
 @pytest.mark.parametrize(("warm_up", "steps"), [(None, 500), (0, 0), (10, 10)])
 def test_schedules_but_the_constant_one_warm_up(warm_up, steps):
     options = OptimizationConfig(lr_scheduler="constant_with_warmup", lr_warmup_steps=warm_up)
-    check_optimizer(options)
+    check_optimizer(options, 1.0)
     optimizer = create_optimizer([parameter()], options, 1.0)
     (rate,) = create_schedule(optimizer, options, 1000).lr_lambdas
     assert [rate(step) for step in (steps // 2, steps)] == [0.5 if steps else 1.0, 1.0]
@@ -66,3 +66,13 @@ def test_options_that_cannot_work_are_refused(options):
     pytest.importorskip("prodigyopt")
     with pytest.raises(ValueError, match="set it to 1"):
         create_trainer(options | {"optimizer": "prodigy", "learning_rate": 1e-4})
+
+
+def test_what_the_schedule_refuses_is_found_before_anything_is_encoded(options, tmp_path):
+    changes = {"lr_scheduler": "polynomial", "learning_rate": 5e-8}  # which ends at 1e-7
+    with pytest.raises(ValueError, match=r"The optimizer or its schedule cannot work .* must be smaller than initial"):
+        create_trainer(options | changes)
+    assert not (tmp_path / "adapter").exists()
+    trainer = create_trainer(options | changes | {"scale_lr": True})  # by the batch size of 4
+    trainer._prepare_training()
+    assert trainer.schedule.get_last_lr() == [pytest.approx(2e-7)]
