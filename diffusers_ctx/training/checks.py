@@ -133,15 +133,22 @@ def _check_streaming(config: TrainingConfig) -> None:
 
 
 def check_backbone(pipeline: DiffusionPipeline) -> None:
-    """Checks that the pipeline tells its UNet what this one asks for.
+    """Checks that the pipeline tells its UNet what this one asks for, and that it sees latents and nothing else.
 
     Raises:
-        ValueError: if the checkpoint is of Stable Diffusion XL and the pipeline is not, or the other way round.
+        ValueError: if the checkpoint is of Stable Diffusion XL and the pipeline is not, or the other way round; or the
+            UNet takes another number of channels than the autoencoder makes.
     """
     asks, tells = pipeline.unet.config.addition_embed_type == "text_time", hasattr(pipeline, "text_encoder_2")
     if asks != tells:
         script = f"train_context_text_to_image{'_sdxl' if asks else ''}.py"
         raise ValueError(f"The checkpoint is {'' if asks else 'not '}of Stable Diffusion XL; train it with {script}.")
+    takes, makes = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if takes != makes:  # inpainting: 9 for 4
+        raise ValueError(
+            f"The checkpoint's UNet takes {takes} channels, and its autoencoder makes {makes}: it sees more than an"
+            " image's latents, as for inpainting; choose a text-to-image checkpoint."
+        )
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:

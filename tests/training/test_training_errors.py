@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import parse_training_config
@@ -141,6 +142,15 @@ def test_options_that_cannot_work(refuses, changes, message):
 
 def test_half_precision_without_a_gpu(refuses):
     refuses(ValueError, "fp16 needs a GPU; on a CPU set `mixed_precision` to bf16 or no", mixed_precision="fp16")
+
+
+def test_a_base_whose_unet_sees_more_than_latents(refuses, base_model, tmp_path):
+    pipeline = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
+    inpainting = dict(pipeline.unet.config) | {"in_channels": 9}
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(inpainting))
+    pipeline.save_pretrained(tmp_path / "inpainting")
+    message = "UNet takes 9 channels, and its autoencoder makes 4: .* choose a text-to-image checkpoint"
+    refuses(ValueError, message, pretrained_model_name_or_path=str(tmp_path / "inpainting"))
 
 
 def test_a_folder_that_cannot_be_written_to(refuses, tmp_path):
