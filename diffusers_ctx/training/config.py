@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -211,23 +212,45 @@ def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
         read = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
-        return TrainingConfig(*map(_read_numbers, read(arguments[0])))
+        return TrainingConfig(*map(_as_annotated, read(arguments[0])))
     return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
 
 
-def _read_numbers(group: Any) -> Any:
-    """Turns what YAML takes for text, such as `1e-4` without a dot, into the numbers that options are.
+def _as_annotated(group: Any) -> Any:
+    """Options from a file, which may hold values of any type.
 
     Raises:
-        ValueError: if a number's text is none.
+        ValueError: if one is not of its option's type.
     """
-    for name, kind in get_type_hints(type(group)).items():
+    for name, annotation in get_type_hints(type(group)).items():
+        kind = next(kind for kind in _KINDS if annotation in (kind, kind | None))
         value = getattr(group, name)
-        number = next((x for x in (int, float) if kind in (x, x | None)), None)
-        if isinstance(value, str) and number is not None:
-            try:
-                setattr(group, name, number(value))
-            except ValueError:
-                kinds = {int: "an integer", float: "a number"}
-                raise ValueError(f"`{name}` is {value!r}; give {kinds[number]}.") from None
+        if value is not None or annotation == kind:
+            setattr(group, name, _as_kind(name, value, kind))
     return group
+
+
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text, in quotes if it looks like something else",
+    list[str]: "a list of texts",
+}
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    if name == "mixed_precision" and value is False:  # what YAML takes `no` for
+        return "no"
+    if kind == list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+    elif type(value) is kind:
+        return value
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind in (int, float) and isinstance(value, str):  # what YAML takes `1e-4`, without a dot, for
+        with suppress(ValueError):
+            return kind(value)
+    raise ValueError(f"`{name}` is {value!r}; give {_KINDS[kind]}.")

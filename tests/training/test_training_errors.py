@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import parse_training_config
+from diffusers_ctx.training import TrainingConfig, parse_training_config
+from diffusers_ctx.training.record import options_of
 
 from .conftest import create_trainer, files_in
 
@@ -254,25 +255,49 @@ def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
     assert files_in(tmp_path / "adapter") == {}
 
 
-@pytest.mark.parametrize("text", ["1e-4", "0.0001"])
-def test_numbers_of_a_yaml_file_are_numbers(tmp_path, text):
-    file = tmp_path / "options.yaml"
-    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\nlearning_rate: {text}\n")
-    assert parse_training_config([str(file)]).optimization.learning_rate == 1e-4
+def parse_yaml(folder: Path, line: str) -> TrainingConfig:
+    file = folder / "options.yaml"
+    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\n{line}\n")
+    return parse_training_config([str(file)])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("learning_rate: 0.0001", "learning_rate", 1e-4),
+        ("snr_gamma: 5", "snr_gamma", 5.0),
+        ("max_train_steps: null", "max_train_steps", None),
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: bf16", "mixed_precision", "bf16"),
+        ("random_flip: true", "random_flip", True),
+        ("concepts: night", "concepts", ["night"]),
+        ("concepts: [night, snow]", "concepts", ["night", "snow"]),
+        ("validation_interventions: night+snow", "validation_interventions", ["night+snow"]),
+    ],
+)
+def test_values_of_a_yaml_file(tmp_path, line, name, value):
+    read = options_of(parse_yaml(tmp_path, line))[name]
+    assert read == value and type(read) is type(value)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("learning_rate: fast", "`learning_rate` is 'fast'; give a number"),
+        ("learning_rate: true", "`learning_rate` is True; give a number"),
         ("max_train_steps: 1e3", "`max_train_steps` is '1e3'; give an integer"),
+        ("train_batch_size: 3.0", "`train_batch_size` is 3.0; give an integer"),
+        ("train_batch_size: null", "`train_batch_size` is None; give an integer"),
+        ("random_flip: 'false'", "`random_flip` is 'false'; give true or false"),
+        ("dataset_config_name: 2024", "`dataset_config_name` is 2024; give text, in quotes"),
+        ("concepts: [night, no]", r"`concepts` is \['night', False\]; give a list of texts"),
+        ("concepts: 3", "`concepts` is 3; give a list of texts"),
     ],
 )
-def test_text_of_a_yaml_file_in_a_numbers_place(tmp_path, line, message):
-    file = tmp_path / "options.yaml"
-    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\n{line}\n")
+def test_values_of_a_yaml_file_that_are_not_of_their_options_type(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
-        parse_training_config([str(file)])
+        parse_yaml(tmp_path, line)
 
 
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
