@@ -42,13 +42,13 @@ class BenchmarkTrainer(ContextTrainer):
         self.setting = setting
         super().__init__(config, ComposablePipeline.from_pretrained(setting.base))
 
-    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
         image_features = self._image_features
         self._features_digest = None if image_features is None else image_features.digest()
         if image_features is None:
             return self.setting.latents()
         if self.config.context.posterior_encoder != "unet":
-            return super()._encode(dataset)
+            return super()._encode(dataset, seed)
         latents = self.setting.latents()
 
         def make_features() -> dict[str, torch.Tensor]:  # they depend on latents alone
@@ -81,8 +81,8 @@ class BenchmarkTrainer(ContextTrainer):
 class PooledTrainer(BenchmarkTrainer):
     """Is not told which image is of which context."""
 
-    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        latents = super()._encode(dataset)
+    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
+        latents = super()._encode(dataset, seed)
         return replace(latents, masks=torch.zeros_like(latents.masks))
 
 
@@ -116,8 +116,8 @@ class GivenNoiseTrainer(BenchmarkTrainer):
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
         return GivenNoiseModule.from_config(super()._create_context_module(concepts).config)
 
-    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        latents = super()._encode(dataset)
+    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
+        latents = super()._encode(dataset, seed)
         self.noise = self._given_noise(latents.contexts)
         return latents
 

@@ -159,7 +159,7 @@ class AdapterRun(ContextTrainer):
         self.pipeline.unet.train()
         self.numbered_batches = self._batches(0)
 
-    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
+    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
         return self.setting.latents(self.pipeline.vae, self.contestant.cached)
 
     @property

@@ -112,7 +112,7 @@ class ContextConfig:
 
 @dataclass
 class OptimizationConfig:
-    seed: int = _option(0, "Seed of everything random.")
+    seed: int = _option(0, "Seed of everything random, but for what is held out.")
     train_batch_size: int = _option(16, "Images per step and process.")
     gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
     num_train_epochs: int = _option(100, "Epochs, unless max_train_steps is given.")

@@ -68,10 +68,11 @@ class DiffusionObjective(nn.Module):
         exogenous: torch.Tensor,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
+        """The weighted mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
         if self.caption_encoder is not None:
             conditions = self.caption_encoder(**conditions)
-        return self.losses(latents, mask, conditions, noise, timesteps, exogenous, features).mean()
+        losses = self.losses(latents, mask, conditions, noise, timesteps, exogenous, features)
+        return (losses * self._weights(timesteps)).mean()
 
     def losses(
         self,
@@ -83,7 +84,7 @@ class DiffusionObjective(nn.Module):
         exogenous: torch.Tensor,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Each image's loss (B,).
+        """Each image's loss (B,), without the weights of training.
 
         Args:
             latents: (B, C, h, w).
@@ -100,7 +101,7 @@ class DiffusionObjective(nn.Module):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, **with_context(conditions, tokens)).sample
         losses = F.mse_loss(prediction.float(), self._target(latents, noise, timesteps).float(), reduction="none")
-        return losses.mean(dim=(1, 2, 3)) * self._weights(timesteps)
+        return losses.mean(dim=(1, 2, 3))
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction_type = self.scheduler.config.prediction_type

@@ -60,7 +60,7 @@ from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .streamed_batches import StreamedBatches, open_images, take_concept_images
 from .tracking import start_trackers, track_step
-from .validation import Validator
+from .validation import HELD_OUT_SEED, Validator
 
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ class ContextTrainer:
         start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0
         check_free_disk(self.output_dir, config, learned, pipeline.unet, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
-        self.latents = self._encode(dataset)
-        held_out_latents = self._encode(held_out) if len(held_out) else None
+        self.latents = self._encode(dataset, config.optimization.seed)
+        held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
         self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
         self._encode_captions = pipeline.encode_captions
         if config.data.cache_latents and not self._text_encoders:
@@ -178,8 +178,8 @@ class ContextTrainer:
 
     def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
         """Images to train on, and images to validate on."""
-        held_out = self.config.data.validation_images
-        return tuple(map(dataset.select, hold_out(dataset["context"], held_out, self.config.optimization.seed)))
+        rows = hold_out(dataset["context"], self.config.data.validation_images, HELD_OUT_SEED)
+        return tuple(map(dataset.select, rows))
 
     def _create_context_module(self, concepts: list[str]) -> ContextModule:
         return create_context_module(self.config, self.pipeline, concepts, self._image_features, self._resolution)
@@ -199,8 +199,9 @@ class ContextTrainer:
             return None
         return create_repository(output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token)
 
-    def _encode(self, dataset: datasets.Dataset) -> ContextLatents:
-        data, seed = self.config.data, self.config.optimization.seed
+    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
+        """Latents of images, whose places of random crops have this seed."""
+        data = self.config.data
         # what one process has kept, the others find
         with self.accelerator.local_main_process_first() if data.cache_latents else nullcontext():
             return encode_images(
