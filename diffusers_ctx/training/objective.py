@@ -114,10 +114,12 @@ class DiffusionObjective(nn.Module):
         raise ValueError(f"Unknown prediction type '{prediction_type}'.")
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Loss weights (B,): min(SNR, γ), divided by what the prediction type weighs already."""
+        """Loss weights (B,): min(SNR, γ), divided by what the prediction type weighs already; 1 where SNR is zero."""
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         snr = compute_snr(self.scheduler, timesteps)
         clipped = snr.clamp(max=self.snr_gamma)
         divisors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-        return clipped / divisors[self.scheduler.config.prediction_type]
+        weights = clipped / divisors[self.scheduler.config.prediction_type]
+        # as in the code of Hang et al.: 0 would leave unlearned the pure noise that sampling starts from
+        return torch.where(snr > 0, weights, 1.0)

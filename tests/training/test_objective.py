@@ -62,7 +62,7 @@ def signal_levels(zero_snr: bool) -> np.ndarray:
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr"),
-    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", True)],
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", True), ("epsilon", True)],
 )
 def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, zero_snr, snr_gamma):
     scheduler = make_scheduler(prediction_type, zero_snr)
@@ -92,7 +92,7 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
         }[prediction_type]
         snr = a**2 / s**2
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
-        weight = 1 if snr_gamma is None else min(snr, snr_gamma) / divisor
+        weight = 1 if snr_gamma is None or snr == 0 else min(snr, snr_gamma) / divisor
         losses.append(weight * (prediction - target).square().mean().item())
     assert loss == pytest.approx(np.mean(losses), rel=2e-3)
     assert min(losses) >= 0 and np.ptp(losses) > 0.01 * max(losses)
