@@ -89,6 +89,11 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         )
     if config.model.injection not in INJECTIONS:
         raise ValueError(f"Unknown injection '{config.model.injection}'; choose one of {list(INJECTIONS)}.")
+    if config.output.validation_interventions and config.output.validation_prompt is None:
+        raise ValueError(
+            "`validation_interventions` says what to draw, and nothing is drawn without a prompt; give a"
+            " `validation_prompt`, or leave them out."
+        )
     if config.data.streaming:
         _check_streaming(config)
     trackers = ["none", "all", *map(str, get_available_trackers())]

@@ -125,8 +125,18 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"lr_scheduler": "piecewise_constant"}, "Unknown lr_scheduler 'piecewise_constant'"),
         ({"report_to": "notebook"}, "`report_to` is 'notebook', and no tracker .* choose one of .*'tensorboard'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
-        ({"validation_interventions": ["night+sleet"]}, "`validation_interventions` .*'sleet'; known are .*'snow'"),
-        ({"validation_interventions": ["night+"]}, "`validation_interventions` .*'night[+]'"),
+        (
+            {"validation_interventions": ["night+sleet"], "validation_prompt": "a street"},
+            "`validation_interventions` .*'sleet'; known are .*'snow'",
+        ),
+        (
+            {"validation_interventions": ["night+"], "validation_prompt": "a street"},
+            "`validation_interventions` .*'night[+]'",
+        ),
+        (
+            {"validation_interventions": ["night+snow"], "validation_images": 1},
+            "nothing is drawn without a prompt; give a `validation_prompt`",
+        ),
         ({"posterior_encoder": "dino"}, "Unknown posterior_encoder 'dino'; choose one of .*'clip'"),
         ({"posterior_encoder": "unet", "mode": "full"}, "In mode full the UNet changes.*choose mode frozen or lora"),
         ({"posterior_encoder": "clip"}, "no image encoder of its own; name a CLIP model by `posterior_encoder_model`"),
