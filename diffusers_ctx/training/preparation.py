@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -31,6 +33,14 @@ def load_images(config: TrainingConfig) -> datasets.Dataset:
         max_samples_per_context=data.max_train_samples,
         seed=config.optimization.seed,
     )
+
+
+def describe_images(images: datasets.Dataset, concepts: Sequence[str]) -> str:
+    """A line about what was found: the contexts, how many images and captions each has, and the concepts."""
+    contexts = list(images["context"])
+    captions = Counter(context for context, caption in zip(contexts, images["text"]) if caption)
+    found = [f"{name} {count} ({captions[name]})" for name, count in sorted(Counter(contexts).items())]
+    return f"Images (captions) by context: {', '.join(found)}. Concepts: {', '.join(concepts)}."
 
 
 def create_context_module(

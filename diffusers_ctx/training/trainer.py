@@ -55,7 +55,7 @@ from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
 from .optimizer import check_optimizer, create_optimizer, create_schedule
 from .posterior_input import create_image_features, with_posterior_encoder
-from .preparation import count_steps, create_context_module, load_images
+from .preparation import count_steps, create_context_module, describe_images, load_images
 from .record import deciding_options, options_of, training_record
 from .sharding import gather_weights, start_moments, whole
 from .streamed_batches import StreamedBatches, open_images, take_concept_images
@@ -95,10 +95,13 @@ class ContextTrainer:
         check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
         self._images = open_images(config) if config.data.streaming else None
-        dataset, held_out = self._split(self._load_dataset())
+        found = self._load_dataset()
+        dataset, held_out = self._split(found)
         self.context_module = self._create_context_module(
             config.data.concepts or concepts_of(dataset.unique("context"), config.data.obs_context)
         )
+        if self.accelerator.is_main_process:
+            print(describe_images(found, self.concepts), flush=True)
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = count_steps(config, len(self.sampler), self._global_batch_size)

@@ -42,6 +42,13 @@ def test_the_same_options_unspoilt_are_accepted(options):
     assert trainer.max_train_steps == 2 and len(trainer.latents) == 18
 
 
+def test_what_was_found_is_printed(options, own_photos, capsys):
+    (own_photos / "snow" / "metadata.csv").unlink()
+    create_trainer(options | {"concepts": ["snow", "night"], "validation_images": 1})
+    line = "Images (captions) by context: night 6 (6), obs 7 (7), snow 5 (0). Concepts: snow, night.\n"
+    assert line in capsys.readouterr().out
+
+
 # data
 
 
