@@ -9,7 +9,8 @@ from .attention import (
     weights_at_hand,
     with_context,
 )
-from .loader import LORA_ADAPTER, ContextAdapterLoaderMixin
+from .loader import ContextAdapterLoaderMixin
+from .lora import LORA_ADAPTER
 
 
 __all__ = [

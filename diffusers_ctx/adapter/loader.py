@@ -5,19 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
-from diffusers.utils import delete_adapter_layers, logging, recurse_remove_peft_layers
+from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers.utils import logging
 from huggingface_hub import CommitInfo
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..context import ContextModule
 from ..hub import (
@@ -43,36 +39,22 @@ from .attention import (
     set_context_scale,
 )
 from .format import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
+from .lora import LORA_ADAPTER, ContextLoraMixin
 
 
 logger = logging.get_logger(__name__)
 
-LORA_ADAPTER = "context"  # the name that PEFT knows the adapter's own LoRA by
 
-
-class ContextAdapterLoaderMixin:
+class ContextAdapterLoaderMixin(ContextLoraMixin):
     """Gives a pipeline with a `unet` and a `scheduler` the methods of a context adapter."""
 
-    unet: UNet2DConditionModel
     scheduler: Any
     config: Any
-    components: dict[str, Any]
-    load_lora_weights: Callable[..., None]
-    save_lora_weights: Callable[..., None]
 
     @property
     def context_module(self) -> ContextModule | None:
         """The context module that is loaded, or `None`."""
         return attached_context_module(self.unet)
-
-    @property
-    def text_encoders(self) -> dict[str, PreTrainedModel]:
-        """The text encoders that there are, by their names."""
-        return {
-            name: model
-            for name, model in self.components.items()
-            if name.startswith("text_encoder") and model is not None
-        }
 
     @property
     def concepts(self) -> list[str]:
@@ -211,10 +193,7 @@ class ContextAdapterLoaderMixin:
         detach_context_module(self.unet)
         if plain_scheduler is not None:
             self.scheduler = plain_scheduler
-        for model in self._context_lora_models.values():
-            delete_adapter_layers(model, LORA_ADAPTER)
-            if not _loras_of(model):
-                recurse_remove_peft_layers(model)  # deleting the last one has left its empty layers behind
+        self._delete_context_lora()
 
     def load_ip_adapter(self, *args, **kwargs) -> None:
         """Loads an IP-Adapter, which takes the place that a context adapter needs.
@@ -227,15 +206,6 @@ class ContextAdapterLoaderMixin:
                 "A context adapter is loaded in the place of an IP-Adapter; call `unload_context_adapter()` first."
             )
         super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
-
-    def unload_lora_weights(self) -> None:
-        """Removes all LoRAs, as diffusers does; an adapter that came with one has to be loaded again.
-
-        Raises:
-            ValueError: if the adapter's has been fused into the weights, which would stay as they are.
-        """
-        self._check_unfused()
-        super().unload_lora_weights()  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
         """Weighs the context tokens in the cross-attention, and the adapter's LoRAs: 1 as trained, 0 the plain model.
@@ -333,54 +303,6 @@ class ContextAdapterLoaderMixin:
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."
             )
         return module
-
-    def _check_unfused(self) -> None:
-        if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
-            raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
-
-    def _load_context_lora(self, folder: Path) -> None:
-        models = self._lora_models
-        active = {name: model.active_adapters() if _loras_of(model) else [] for name, model in models.items()}
-        try:
-            self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
-        except Exception as error:  # diffusers and PEFT raise many types, and name no file
-            raise AdapterError(
-                f"{folder / LORA_WEIGHTS_NAME} does not fit the base model ({error}); save or download the adapter"
-                " again."
-            ) from error
-        for name, model in self._context_lora_models.items():
-            model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
-        attached_adapter(self.unet).has_lora = True
-
-    def _save_context_lora(self, folder: Path) -> None:
-        arguments: dict[str, Any] = {}
-        for name, model in self._context_lora_models.items():
-            state = get_peft_model_state_dict(model, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
-            metadata = model.peft_config[LORA_ADAPTER].to_dict()  # its α, for one
-            arguments[f"{name}_lora_layers"] = state
-            # without the base model's folder, which is nobody else's
-            arguments[f"{name}_lora_adapter_metadata"] = metadata | {"base_model_name_or_path": None}
-        self.save_lora_weights(str(folder), **arguments)
-
-    @property
-    def _lora_models(self) -> dict[str, Any]:
-        """The models that can have a LoRA, by their names."""
-        return {"unet": self.unet} | self.text_encoders
-
-    @property
-    def _context_lora_models(self) -> dict[str, Any]:
-        """Those that have the adapter's own."""
-        return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
-
-    @property
-    def _context_lora_layers(self) -> list[BaseTunerLayer]:
-        """Every layer of theirs that a LoRA has a part in."""
-        modules = (module for model in self._context_lora_models.values() for module in model.modules())
-        return [module for module in modules if isinstance(module, BaseTunerLayer)]
-
-
-def _loras_of(model: nn.Module) -> dict[str, Any]:
-    return getattr(model, "peft_config", {})
 
 
 @contextmanager

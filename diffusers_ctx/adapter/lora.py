@@ -1,0 +1,104 @@
+"""The LoRAs that come with a context adapter, beside those of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..hub import LORA_WEIGHTS_NAME, AdapterError
+from .attention import attached_adapter
+
+
+LORA_ADAPTER = "context"  # the name that PEFT knows the adapter's own LoRA by
+
+
+class ContextLoraMixin:
+    """Gives a pipeline of diffusers with a `unet` what a context adapter does with LoRAs."""
+
+    unet: UNet2DConditionModel
+    components: dict[str, Any]
+    load_lora_weights: Callable[..., None]
+    save_lora_weights: Callable[..., None]
+
+    @property
+    def text_encoders(self) -> dict[str, PreTrainedModel]:
+        """The text encoders that there are, by their names."""
+        return {
+            name: model
+            for name, model in self.components.items()
+            if name.startswith("text_encoder") and model is not None
+        }
+
+    def unload_lora_weights(self) -> None:
+        """Removes all LoRAs, as diffusers does; an adapter that came with one has to be loaded again.
+
+        Raises:
+            ValueError: if the adapter's has been fused into the weights, which would stay as they are.
+        """
+        self._check_unfused()
+        super().unload_lora_weights()  # type: ignore[misc]
+
+    def _check_unfused(self) -> None:
+        if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
+            raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
+
+    def _load_context_lora(self, folder: Path) -> None:
+        models = self._lora_models
+        active = {name: model.active_adapters() if _loras_of(model) else [] for name, model in models.items()}
+        try:
+            self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
+        except Exception as error:  # diffusers and PEFT raise many types, and name no file
+            raise AdapterError(
+                f"{folder / LORA_WEIGHTS_NAME} does not fit the base model ({error}); save or download the adapter"
+                " again."
+            ) from error
+        for name, model in self._context_lora_models.items():
+            model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
+        attached_adapter(self.unet).has_lora = True
+
+    def _save_context_lora(self, folder: Path) -> None:
+        arguments: dict[str, Any] = {}
+        for name, model in self._context_lora_models.items():
+            state = get_peft_model_state_dict(model, adapter_name=LORA_ADAPTER, unwrap_compiled=True)
+            metadata = model.peft_config[LORA_ADAPTER].to_dict()  # its α, for one
+            arguments[f"{name}_lora_layers"] = state
+            # without the base model's folder, which is nobody else's
+            arguments[f"{name}_lora_adapter_metadata"] = metadata | {"base_model_name_or_path": None}
+        self.save_lora_weights(str(folder), **arguments)
+
+    def _delete_context_lora(self) -> None:
+        for model in self._context_lora_models.values():
+            delete_adapter_layers(model, LORA_ADAPTER)
+            if not _loras_of(model):
+                recurse_remove_peft_layers(model)  # deleting the last one has left its empty layers behind
+
+    @property
+    def _lora_models(self) -> dict[str, Any]:
+        """The models that can have a LoRA, by their names."""
+        return {"unet": self.unet} | self.text_encoders
+
+    @property
+    def _context_lora_models(self) -> dict[str, Any]:
+        """Those that have the adapter's own."""
+        return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
+
+    @property
+    def _context_lora_layers(self) -> list[BaseTunerLayer]:
+        """Every layer of theirs that a LoRA has a part in."""
+        return [layer for model in self._context_lora_models.values() for layer in _lora_layers(model)]
+
+
+def _loras_of(model: nn.Module) -> dict[str, Any]:
+    return getattr(model, "peft_config", {})
+
+
+def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
