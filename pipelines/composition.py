@@ -328,6 +328,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         """The context module and the device that its weights are on while this is open."""
         module, device = self._require_context_module(), self._execution_device
         refuse_weights_on_disk(self.unet)
+        self._warn_of_inactive_lora()
         with weights_at_hand(module, device):
             yield module, device
 

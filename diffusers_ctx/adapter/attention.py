@@ -52,12 +52,14 @@ class AttachedAdapter:
         prediction_type: what the UNet predicts with it, in that case.
         trained_full: whether the UNet learned as a whole together with it.
         has_lora: whether LoRAs came with it.
+        warned_of_lora: whether it has been said that they are switched off.
     """
 
     plain_scheduler: Any = None
     prediction_type: str | None = None
     trained_full: bool = False
     has_lora: bool = False
+    warned_of_lora: bool = False
 
 
 class ContextProjection(nn.Module):

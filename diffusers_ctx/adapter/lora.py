@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
+from diffusers.utils import delete_adapter_layers, logging, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -17,6 +17,8 @@ from ..hub import LORA_WEIGHTS_NAME, AdapterError
 from .attention import attached_adapter
 
 
+logger = logging.get_logger(__name__)
+
 LORA_ADAPTER = "context"  # the name that PEFT knows the adapter's own LoRA by
 
 
@@ -25,7 +27,6 @@ class ContextLoraMixin:
 
     unet: UNet2DConditionModel
     components: dict[str, Any]
-    load_lora_weights: Callable[..., None]
     save_lora_weights: Callable[..., None]
 
     @property
@@ -36,6 +37,15 @@ class ContextLoraMixin:
             for name, model in self.components.items()
             if name.startswith("text_encoder") and model is not None
         }
+
+    def load_lora_weights(self, *args, **kwargs) -> None:
+        """Loads a LoRA as diffusers does, which leaves it alone active in the models that it is for. The context
+        adapter's own stays active beside it, with its weight."""
+        active = [model for model in self._context_lora_models.values() if LORA_ADAPTER in _active_loras(model)]
+        super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+        for model in active:
+            if LORA_ADAPTER not in _active_loras(model):
+                model.set_adapter([*_active_loras(model), LORA_ADAPTER])
 
     def unload_lora_weights(self) -> None:
         """Removes all LoRAs, as diffusers does; an adapter that came with one has to be loaded again.
@@ -50,9 +60,22 @@ class ContextLoraMixin:
         if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
             raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
 
+    def _warn_of_inactive_lora(self) -> None:
+        """Says once that the adapter's own LoRA is switched off, as `set_adapters` and `disable_lora` do it."""
+        adapter = attached_adapter(self.unet)
+        layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
+        if adapter.warned_of_lora or all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+            return
+        logger.warning(
+            "The context adapter's own LoRA is not active, and interventions do not do what was learned; call"
+            f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act, and after'
+            " `disable_lora()` first `enable_lora()`."
+        )
+        adapter.warned_of_lora = True
+
     def _load_context_lora(self, folder: Path) -> None:
         models = self._lora_models
-        active = {name: model.active_adapters() if _loras_of(model) else [] for name, model in models.items()}
+        active = {name: _active_loras(model) for name, model in models.items()}
         try:
             self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
@@ -98,6 +121,15 @@ class ContextLoraMixin:
 
 def _loras_of(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "peft_config", {})
+
+
+def _active_loras(model: nn.Module) -> list[str]:
+    layers = _lora_layers(model)
+    return list(layers[0].active_adapters) if layers else []
+
+
+def _acting_loras(layer: BaseTunerLayer) -> list[str]:
+    return layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters)
 
 
 def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
