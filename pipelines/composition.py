@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -234,8 +235,9 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         """The exogenous noise (B, N, d_z) that explains images: the mean of the posterior.
 
         Args:
-            image: one image or several, as PIL images, arrays or tensors. PIL images are fitted to the size that the
-                adapter was trained on, as in training; arrays and tensors stay as they are.
+            image: one image or several, as PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W). PIL images are
+                fitted to the size that the adapter was trained on, as in training; arrays and tensors keep their size.
+                Their values lie in [0, 1], and those of integers in 0 to 255.
             factual: the interventions under which they came about; none if they are observational.
         """
         pixels = self._preprocess(image)
@@ -353,6 +355,10 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         side = self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
 
         def fit(entry: Any) -> Any:
+            if isinstance(entry, np.ndarray) and np.issubdtype(entry.dtype, np.integer):
+                return entry.astype(np.float32) / 255
+            if isinstance(entry, torch.Tensor) and not entry.is_floating_point():
+                return entry.float() / 255
             if not isinstance(entry, Image):
                 return entry
             return ImageOps.fit(ImageOps.exif_transpose(entry).convert("RGB"), (side, side), Resampling.LANCZOS)

@@ -338,7 +338,9 @@ def test_pictures_arrays_and_tensors_are_taken(pipeline):
     array = np.rint(array * 255) / 255
     tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
     picture = pipeline.image_processor.numpy_to_pil(array)
-    noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0])]
+    integers = [np.rint(array * 255).astype(np.uint8), (tensor * 255).round().to(torch.uint8)]
+    integers += [list(integers[0]), integers[1].long()]
+    noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0], *integers)]
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
 
