@@ -130,16 +130,15 @@ def check_unoccupied(unet: UNet2DConditionModel) -> None:
     Raises:
         ValueError: if another adapter is there.
     """
+    if has_context_module(unet):
+        raise ValueError("The UNet already has a context adapter; call `unload_context_adapter()` first.")
     if unet.encoder_hid_proj is not None:
-        raise ValueError(
-            "The UNet already has an IP-Adapter or a context adapter; call `unload_ip_adapter()` or"
-            " `unload_context_adapter()` first."
-        )
+        raise ValueError("The UNet already has an IP-Adapter; call `unload_ip_adapter()` first.")
 
 
 def detach_context_module(unet: UNet2DConditionModel) -> None:
     """Takes the context module and its attention weights off `unet`, which is then as it was; without one, nothing."""
-    if not _projections(unet):
+    if not has_context_module(unet):
         return
     unet.set_attn_processor(_plain_processors(unet.attn_processors))
     if getattr(unet, "original_attn_processors", None) is not None:  # `unfuse_qkv_projections` would bring ours back
@@ -153,7 +152,7 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
     """While it is open, `unet` is the plain model; afterwards it carries its context module again, if it had one."""
     processors, projection = unet.attn_processors, unet.encoder_hid_proj
     kind = unet.config.encoder_hid_dim_type
-    attached = bool(_projections(unet))
+    attached = has_context_module(unet)
     detach_context_module(unet)
     try:
         yield
@@ -164,6 +163,11 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
             unet.config.encoder_hid_dim_type = kind
             for part in (projection, *_context_processors(unet)):
                 _bring(part, unet.conv_in.weight.device)
+
+
+def has_context_module(unet: UNet2DConditionModel) -> bool:
+    """Whether one was attached to `unet`, whatever has been done to its attention processors since."""
+    return bool(_projections(unet))
 
 
 def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:

@@ -34,6 +34,7 @@ from .attention import (
     check_unoccupied,
     context_module_detached,
     detach_context_module,
+    has_context_module,
     lora_detached,
     refuse_weights_on_disk,
     set_context_scale,
@@ -206,6 +207,13 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
                 "A context adapter is loaded in the place of an IP-Adapter; call `unload_context_adapter()` first."
             )
         super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def unload_ip_adapter(self) -> None:
+        """Unloads an IP-Adapter, or a context adapter in its place: diffusers would leave half of that behind."""
+        if has_context_module(self.unet):
+            self.unload_context_adapter()
+        else:
+            super().unload_ip_adapter()  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
         """Weighs the context tokens in the cross-attention, and the adapter's LoRAs: 1 as trained, 0 the plain model.

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.adapter import attach_context_module
+from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module
 
 
 PROMPTS = ["a picture of a circle", "a square", "a picture of a red triangle and an ellipse, very far away"]
@@ -321,9 +321,20 @@ def test_an_ip_adapter_and_a_context_adapter_exclude_each_other(adapted, plain_p
         adapted.load_ip_adapter({}, subfolder="", weight_name="")
     np.testing.assert_array_equal(images(adapted), expected)
     image_prompts = attach_image_prompts(plain_pipeline.unet)
-    with pytest.raises(ValueError, match="unload_ip_adapter"):
+    with pytest.raises(ValueError, match=r"has an IP-Adapter; call `unload_ip_adapter"):
         attach_context_module(plain_pipeline.unet, context_module)
     assert np.isfinite(images(plain_pipeline, ip_adapter_image_embeds=image_prompts)).all()
+    plain_pipeline.unload_ip_adapter()
+    np.testing.assert_array_equal(images(plain_pipeline), images(make_pipeline()))
+    with pytest.raises(ValueError, match=r"has a context adapter; call `unload_context_adapter"):
+        attach_context_module(adapted.unet, context_module)
+
+
+def test_unloading_an_ip_adapter_unloads_a_context_adapter_as_a_whole(adapted):
+    add_lora(adapted, LORA_ADAPTER)
+    adapted.unload_ip_adapter()
+    assert adapted.context_module is None and not adapted.get_active_adapters()
+    np.testing.assert_array_equal(images(adapted), images(make_pipeline()))
 
 
 # LoRA beside the adapter
