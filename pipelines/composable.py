@@ -69,7 +69,8 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
     ) -> ComposablePipelineOutput | tuple:
         r"""Generates images under interventions.
 
-        Takes every argument of [`StableDiffusionPipeline.__call__`], and
+        Takes every argument of [`StableDiffusionPipeline.__call__`], and those below. By default, `height` and `width`
+        are what the adapter was trained at, or those of `latents`.
 
         Args:
             interventions: concepts to intervene on: a list of names, a mapping from names to strengths in [0, 1], or

@@ -44,7 +44,8 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
         r"""Generates images under interventions.
 
         Takes every argument of [`StableDiffusionXLPipeline.__call__`], and those of [`ComposablePipeline.__call__`]
-        that are named here.
+        that are named here. By default, `height` and `width` are what the adapter was trained at, or those of
+        `latents`.
 
         Raises:
             ValueError: if a concept is unknown, a shape does not fit, or interventions are given without an adapter.

@@ -91,6 +91,8 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             raise ValueError(
                 "A context adapter is loaded in the place of an IP-Adapter; unload it to pass its images."
             )
+        if arguments["latents"] is None:
+            arguments |= {side: arguments[side] or self.training_resolution for side in ("height", "width")}
         num_prompts = _number_of_prompts(arguments["prompt"], arguments["prompt_embeds"])
         images_per_prompt = arguments["num_images_per_prompt"]
         mask = intervention_mask(interventions, self.concepts, num_prompts).repeat_interleave(images_per_prompt, dim=0)
@@ -112,6 +114,11 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
             output = plain_call(**arguments)
         return _with_noise(output, noise) if arguments["return_dict"] else (*output, noise)
+
+    @property
+    def training_resolution(self) -> int:
+        """Height and width, in pixels, of the images that the adapter was trained on."""
+        return self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
 
     def image_features(self, encoder: str) -> ImageFeatures | None:
         """What a posterior sees of images; `None` if it sees their latents.
@@ -352,7 +359,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
 
     def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1]; PIL images are brought to the adapter's size as `ImageTransform` does it."""
-        side = self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
+        side = self.training_resolution
 
         def fit(entry: Any) -> Any:
             if isinstance(entry, np.ndarray) and np.issubdtype(entry.dtype, np.integer):

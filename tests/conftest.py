@@ -120,7 +120,9 @@ def make_text_config(tokenizer: CLIPTokenizer, width: int, **options) -> CLIPTex
 def make_context_module(token_dim: int = 32, **options) -> ContextModule:
     """A context module of the tiny pipeline, with random weights all through."""
     torch.manual_seed(1)
-    module = ContextModule(CONCEPTS, token_dim=token_dim, posterior_width=8, posterior_sample_size=16, **options)
+    module = ContextModule(
+        CONCEPTS, **{"token_dim": token_dim, "posterior_width": 8, "posterior_sample_size": 16} | options
+    )
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     for weight in (module.mechanism.weight_obs, module.mechanism.weight_do):

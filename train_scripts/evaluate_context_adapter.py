@@ -123,8 +123,7 @@ class Evaluation:
         # samples take the place of the second half, which gives the floor
         self.prompts = {name: [self.captions[row] for row in x.again] for name, x in self.contexts.items()}
         self.pipeline = self._load_pipeline(getattr(diffusers_ctx, pipeline_name(adapter_config)))
-        latent_size = self.pipeline.context_module.config.posterior_sample_size
-        self.resolution = latent_size * self.pipeline.vae_scale_factor  # that of training
+        self.resolution = self.pipeline.training_resolution
         self.observational = self.contexts[self.obs_context].real[: config.num_counterfactuals]
         self.settings = self._settings([folder / name for name in adapter_files(adapter_config)])
         check_settings(self.output_dir, self.settings)
@@ -233,8 +232,6 @@ class Evaluation:
         """One image (H, W, 3) uint8 for each prompt, from the noise of its key."""
         output = self.pipeline(
             prompts,
-            height=self.resolution,
-            width=self.resolution,
             interventions=list(self.contexts[context].interventions),
             generator=[keyed_generator(f"{self.config.seed}/{key}") for key in keys],
             num_inference_steps=self.config.num_inference_steps,

@@ -103,7 +103,9 @@ def _digest(models: Iterable[nn.Module]) -> str:
     return hashlib.sha256(b"".join(beginning.tobytes() for beginning in beginnings)).hexdigest()[:16]
 
 
-def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int, images: int) -> dict[str, Any]:
+def training_record(
+    config: TrainingConfig, accelerator: Accelerator, steps: int, images: int, resolution: int
+) -> dict[str, Any]:
     """How an adapter was trained, as its model card tells it; see [`~hub.render_model_card`]."""
     options = config.optimization
     per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
@@ -115,6 +117,7 @@ def training_record(config: TrainingConfig, accelerator: Accelerator, steps: int
         "hyperparameters": {
             "steps": steps,
             "batch size": per_step,
+            "resolution": resolution,
             "learning rate": options.learning_rate,
             "mixed precision": accelerator.mixed_precision,
             "causal form": config.context.causal_form,

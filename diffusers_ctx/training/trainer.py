@@ -419,7 +419,8 @@ class ContextTrainer:
         mode = self.config.model.mode
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
-        record = training_record(self.config, self.accelerator, self.max_train_steps, len(self.latents))
+        steps, images = self.max_train_steps, len(self.latents)
+        record = training_record(self.config, self.accelerator, steps, images, self._resolution)
         self.pipeline.save_context_adapter(
             self.output_dir, mode=mode, card={"repo_id": self.repo_id, "training": record}
         )

@@ -55,6 +55,16 @@ def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
     assert not torch.equal(outputs[0].exogenous_noise, sample(pipeline, seed=1).exogenous_noise)
 
 
+def test_images_have_the_size_that_the_adapter_was_trained_on(plain_pipeline):
+    attach_context_module(plain_pipeline.unet, make_context_module(posterior_sample_size=12))
+    assert plain_pipeline.training_resolution == 24
+    assert sample(plain_pipeline).images.shape == (1, 24, 24, 3)
+    assert sample(plain_pipeline, height=40).images.shape == (1, 40, 24, 3)
+    assert sample(plain_pipeline, latents=torch.zeros(1, 4, 10, 18)).images.shape == (1, 20, 36, 3)
+    plain_pipeline.unload_context_adapter()
+    assert sample(plain_pipeline).images.shape == (1, 32, 32, 3)
+
+
 def test_exogenous_noise_goes_in_and_comes_out(pipeline):
     first = sample(pipeline, interventions=["snow"])
     again = sample(pipeline, interventions=["snow"], exogenous_noise=first.exogenous_noise)

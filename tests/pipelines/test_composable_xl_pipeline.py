@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import attach_random_module, make_pipeline, make_xl_pipeline
+from conftest import attach_random_module, make_context_module, make_pipeline, make_xl_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from diffusers_ctx import ComposableXLPipeline
+from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.hub import AdapterError
 
 
@@ -49,6 +50,15 @@ def test_interventions_change_images_and_compose(pipeline, guidance_scale):
     for one in range(4):
         for other in range(one):
             assert np.abs(outputs[one].images - outputs[other].images).max() > 1e-3
+
+
+def test_images_have_the_size_that_the_adapter_was_trained_on():
+    pipeline = make_xl_pipeline()
+    attach_context_module(pipeline.unet, make_context_module(posterior_sample_size=12))
+    images = sample(pipeline).images
+    assert images.shape == (1, 24, 24, 3)
+    told = {"height": 24, "width": 24, "original_size": (24, 24), "target_size": (24, 24)}
+    np.testing.assert_array_equal(images, sample(pipeline, **told).images)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -139,6 +139,7 @@ def test_the_record_of_the_run_is_true_and_runs_again(run):
     card = (run.output_dir / "README.md").read_text()
     assert "accelerate launch .../train_context_text_to_image.py --pretrained_model_name_or_path" in card
     assert "| steps | `6` |" in card and "| batch size | `8` |" in card and "| images | `18` |" in card
+    assert "| resolution | `32` |" in card
     assert f"# {REPO}\n" in card and f'pipe.load_context_adapter("{REPO}")' in card
     record = run.output_dir / "training_config.json"
     given = parse_training_config(
