@@ -1,9 +1,12 @@
 """What comes with the library loads and fits together."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
+from diffusers_ctx.adapter.format import public_name
 from diffusers_ctx.data import quad
 
 
@@ -35,6 +38,15 @@ def test_the_embedded_adapter_composes_on_the_embedded_base():
     for interventions in (["quad4"], ["quad1", "quad4"]):
         assert (top_right(interventions) - expected).abs().max() < 0.12
     assert (top_right([]) - expected).abs().max() > 0.2
+
+
+def test_the_embedded_base_has_one_name_however_its_folder_is_spelled(monkeypatch):
+    folder = Path(embedded_base())
+    for place, spelling in ((folder.parent, "quad-base"), (folder.parents[1], "assets/quad-base/"), (folder, ".")):
+        monkeypatch.chdir(place)
+        assert public_name(spelling) == "embedded_base()"
+    monkeypatch.chdir(folder.parent)
+    assert public_name("quad-context") == "quad-context"
 
 
 def test_an_adapter_that_there_is_not():

@@ -52,7 +52,7 @@ def public_name(base_model: str | None) -> str | None:
     """The base model's name as an adapter may tell it to others: of a local folder, the last part alone."""
     if base_model is None:
         return None
-    if Path(base_model) == Path(embedded_base()):
+    if Path(base_model).resolve() == Path(embedded_base()).resolve():
         return "embedded_base()"
     return Path(base_model).name if Path(base_model).exists() else base_model
 

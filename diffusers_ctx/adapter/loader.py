@@ -119,9 +119,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         except Exception:
             self.unload_context_adapter()
             raise
-        if config["mode"] == "full" and Path(self.config.get("_name_or_path") or "") != Path(
-            pretrained_model_name_or_path
-        ):
+        own_base = Path(self.config.get("_name_or_path") or "").resolve()
+        if config["mode"] == "full" and own_base != Path(pretrained_model_name_or_path).resolve():
             logger.warning(
                 f"This context adapter was trained together with its UNet; load the pipeline from"
                 f" '{pretrained_model_name_or_path}' as well."

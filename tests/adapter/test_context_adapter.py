@@ -117,6 +117,17 @@ def test_an_adapter_of_mode_full_is_saved_again_as_one(plain_pipeline, saved_ada
     assert mode_of(fresh_pipeline, "third") == "frozen"
 
 
+def test_an_adapter_of_mode_full_asks_for_its_own_pipeline_alone(plain_pipeline, tmp_path, monkeypatch, caplog):
+    attach_random_module(plain_pipeline)
+    plain_pipeline.save_pretrained(tmp_path / "full")
+    plain_pipeline.save_context_adapter(tmp_path / "full", mode="full")
+    monkeypatch.chdir(tmp_path)
+    ComposablePipeline.from_pretrained("full").load_context_adapter(tmp_path / "full")
+    assert "load the pipeline from" not in caplog.text
+    make_pipeline().load_context_adapter("full")
+    assert "load the pipeline from 'full' as well" in caplog.text
+
+
 def test_a_loaded_adapter_of_mode_full_is_pushed_with_its_pipeline(
     plain_pipeline, fresh_pipeline, tmp_path, monkeypatch
 ):

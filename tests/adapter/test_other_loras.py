@@ -1,6 +1,5 @@
 """LoRAs of the user's own beside an adapter's: both act, unless one is switched off, which is said."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,10 @@ from diffusers_ctx.adapter import LORA_ADAPTER
 
 
 INACTIVE = r'set_adapters(["context", ...])'
+
+
+def missed(caplog) -> list[str]:
+    return [message for message in caplog.messages if INACTIVE in message]
 
 
 def sample(pipeline) -> np.ndarray:
@@ -50,14 +53,7 @@ def style(tmp_path) -> Path:
     return tmp_path / "style"
 
 
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    """What is logged, which the loggers of diffusers keep to themselves."""
-    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    return lambda: [record.getMessage() for record in caplog.records]
-
-
-def test_a_lora_that_is_loaded_leaves_the_adapters_active_with_its_weight(pipeline, style, messages):
+def test_a_lora_that_is_loaded_leaves_the_adapters_active_with_its_weight(pipeline, style, caplog):
     pipeline.set_context_scale(0.5)
     pipeline.load_lora_weights(style, adapter_name="style")
     assert pipeline.unet.active_adapters() == ["style", LORA_ADAPTER]
@@ -70,7 +66,7 @@ def test_a_lora_that_is_loaded_leaves_the_adapters_active_with_its_weight(pipeli
     pipeline.set_adapters(["style", LORA_ADAPTER], [1.0, 0.5])
     pipeline.fuse_lora()
     sample(pipeline)
-    assert not [message for message in messages() if INACTIVE in message]
+    assert not missed(caplog)
 
 
 def test_an_adapters_lora_that_was_switched_off_stays_so(pipeline, style):
@@ -82,10 +78,10 @@ def test_an_adapters_lora_that_was_switched_off_stays_so(pipeline, style):
 
 @pytest.mark.parametrize("switch_off", ["set_adapters", "disable_lora"])
 @pytest.mark.parametrize("use", ["sample", "abduct"])
-def test_an_adapters_lora_that_is_not_active_is_missed_once(pipeline, style, messages, switch_off, use):
+def test_an_adapters_lora_that_is_not_active_is_missed_once(pipeline, style, caplog, switch_off, use):
     pipeline.load_lora_weights(style, adapter_name="style")
     sample(pipeline)
-    assert not [message for message in messages() if INACTIVE in message]
+    assert not missed(caplog)
     if switch_off == "set_adapters":
         pipeline.set_adapters(["style"])
     else:
@@ -95,4 +91,4 @@ def test_an_adapters_lora_that_is_not_active_is_missed_once(pipeline, style, mes
             sample(pipeline)
         else:
             pipeline.abduct(torch.zeros(1, 3, 32, 32))
-    assert len([message for message in messages() if INACTIVE in message]) == 1
+    assert len(missed(caplog)) == 1
