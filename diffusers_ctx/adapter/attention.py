@@ -27,6 +27,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..context import ContextModule
 from ..hub import INJECTIONS
@@ -64,6 +65,8 @@ class AttachedAdapter:
 
 class ContextProjection(nn.Module):
     """Holds the context module where the UNet expects an image projection; its tokens need no projection."""
+
+    guard: RemovableHandle
 
     def __init__(self, context_module: ContextModule):
         super().__init__()
@@ -112,16 +115,14 @@ def attach_context_module(
         raise ValueError("The UNet's weights are put away; call `enable_sequential_cpu_offload()` after loading.")
     context_module.to(unet.conv_in.weight)  # its device and data type
     if injection == "prompt":
-        unet.encoder_hid_proj = PromptProjection(context_module)
-        unet.config.encoder_hid_dim_type = "text_image_proj"
+        _place_projection(unet, PromptProjection(context_module), "text_image_proj")
         return
     processors = {
         name: _context_processor(unet, name, processor, context_module) if _is_cross_attention(name) else processor
         for name, processor in unet.attn_processors.items()
     }
     unet.set_attn_processor(processors)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ContextProjection(context_module)])
-    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    _place_projection(unet, MultiIPAdapterImageProjection([ContextProjection(context_module)]), "ip_image_proj")
 
 
 def check_unoccupied(unet: UNet2DConditionModel) -> None:
@@ -143,6 +144,7 @@ def detach_context_module(unet: UNet2DConditionModel) -> None:
     unet.set_attn_processor(_plain_processors(unet.attn_processors))
     if getattr(unet, "original_attn_processors", None) is not None:  # `unfuse_qkv_projections` would bring ours back
         unet.original_attn_processors = _plain_processors(unet.original_attn_processors)
+    _projections(unet)[0].guard.remove()
     unet.encoder_hid_proj = None
     unet.config.encoder_hid_dim_type = None
 
@@ -159,8 +161,7 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
     finally:
         if attached:
             unet.set_attn_processor(dict(processors))
-            unet.encoder_hid_proj = projection
-            unet.config.encoder_hid_dim_type = kind
+            _place_projection(unet, projection, kind)
             for part in (projection, *_context_processors(unet)):
                 _bring(part, unet.conv_in.weight.device)
 
@@ -296,6 +297,21 @@ def _bring(part: nn.Module, device: torch.device) -> None:
     meanwhile, and would take a part that it has left behind for one that has come along."""
     if device.type != "meta":  # layers that `enable_sequential_cpu_offload` has put away stay where they are
         part.to(device)
+
+
+def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: str) -> None:
+    unet.encoder_hid_proj = projection
+    unet.config.encoder_hid_dim_type = kind
+    _projections(unet)[0].guard = unet.register_forward_pre_hook(_require_tokens, with_kwargs=True)
+
+
+def _require_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Pipelines that know nothing of a context adapter would fail deep inside diffusers, and name no mend."""
+    if has_context_module(unet) and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
+        raise ValueError(
+            "A context adapter is on this UNet, and nobody passes its tokens; use `ComposablePipeline` or"
+            " `ComposableXLPipeline`, or call `unload_context_adapter()` first."
+        )
 
 
 def _projections(unet: UNet2DConditionModel) -> list[ContextProjection]:

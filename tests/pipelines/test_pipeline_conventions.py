@@ -244,6 +244,8 @@ def test_context_tokens_reach_other_pipelines_as_image_prompts(adapted):
     tokens = adapted.context_module(output.exogenous_noise, mask).detach()
     embeds = {"ip_adapter_image_embeds": [torch.cat([tokens, tokens])]}
     stock = StableDiffusionPipeline.from_pipe(adapted)
+    with pytest.raises(ValueError, match=r"use `ComposablePipeline`.*or call `unload_context_adapter\(\)` first"):
+        images(stock)
     np.testing.assert_allclose(images(stock, **embeds), output.images, atol=1e-5)
     image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(adapted)
     assert image_to_image(PROMPTS[0], image=output.images, num_inference_steps=4, **embeds).images
