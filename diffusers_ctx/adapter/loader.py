@@ -169,6 +169,11 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
         `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with the noise
         schedule that it learned with."""
+        if has_context_module(self.unet) and not Path(save_directory, CONFIG_NAME).exists():
+            logger.warning(
+                "The pipeline is saved without its context adapter; call `save_context_adapter` or"
+                " `push_context_adapter` for that as well."
+            )
         scheduler, adapter = self.scheduler, attached_adapter(self.unet)
         if adapter.plain_scheduler is not None and not adapter.trained_full:
             self.scheduler = adapter.plain_scheduler
@@ -273,11 +278,17 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             commit_message: message of the commit.
             create_pr: whether to open a pull request.
             card: further arguments of the model card, see `save_context_adapter`.
+
+        Raises:
+            ValueError: if no adapter is loaded.
+            LocalTokenNotFoundError: if there is no token.
+            PermissionError: if the Hub does not accept the token.
+            ConnectionError: if the Hub cannot be reached.
         """
         with TemporaryDirectory() as folder:
+            self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
             if attached_adapter(self.unet).trained_full:
                 self.save_pretrained(folder)
-            self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
             return push_adapter_folder(
                 folder,
                 repo_id,

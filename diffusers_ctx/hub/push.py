@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from huggingface_hub import CommitInfo, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
 from .validation import CARD_NAME, LIBRARY, LORA_WEIGHTS_NAME, AdapterError, adapter_files, validate_adapter_folder
 
@@ -52,6 +52,7 @@ def push_adapter_folder(
             pipeline of an adapter of mode `full` is.
         LocalTokenNotFoundError: if there is no token.
         PermissionError: if the Hub does not accept the token.
+        ConnectionError: if the Hub cannot be reached.
     """
     files = files_to_push(folder)
     api = _api(token)
@@ -81,6 +82,7 @@ def create_repository(repo_id: str, *, token: str | None = None, private: bool |
     Raises:
         LocalTokenNotFoundError: if there is no token.
         PermissionError: if the Hub does not accept the token, or does not let it write there.
+        ConnectionError: if the Hub cannot be reached.
     """
     api = _api(token)
     name = _create(api, repo_id, private)
@@ -136,13 +138,15 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 @contextmanager
 def _refused(repo_id: str) -> Iterator[None]:
-    """Says what to do where the Hub does not let a token in."""
+    """Says what to do where the Hub does not let a token in, or is not there."""
     try:
         yield
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
         raise PermissionError(f"The Hub does not let this token write to {repo_id}. {_LOGIN}.") from error
+    except (HTTPError, OSError) as error:  # of the HTTP library, which versions of the client differ in
+        raise ConnectionError(f"The Hub was not reached ({error}). Push to {repo_id} again while online.") from error
 
 
 def _api(token: str | None) -> HfApi:

@@ -417,13 +417,13 @@ class ContextTrainer:
         if not self.accelerator.is_main_process:
             return
         mode = self.config.model.mode
-        if mode == "full":  # the adapter belongs to the UNet that learned with it
-            self.pipeline.save_pretrained(self.output_dir)
         steps, images = self.max_train_steps, len(self.latents)
         record = training_record(self.config, self.accelerator, steps, images, self._resolution)
         self.pipeline.save_context_adapter(
             self.output_dir, mode=mode, card={"repo_id": self.repo_id, "training": record}
         )
+        if mode == "full":  # the adapter belongs to the UNet that learned with it
+            self.pipeline.save_pretrained(self.output_dir)
         (self.output_dir / "training_config.json").write_text(json.dumps(options_of(self.config), indent=2) + "\n")
         if self.repo_id is not None:
             push_adapter_folder(self.output_dir, self.repo_id, token=self.config.output.hub_token)

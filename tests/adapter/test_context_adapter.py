@@ -119,8 +119,9 @@ def test_an_adapter_of_mode_full_is_saved_again_as_one(plain_pipeline, saved_ada
 
 def test_an_adapter_of_mode_full_asks_for_its_own_pipeline_alone(plain_pipeline, tmp_path, monkeypatch, caplog):
     attach_random_module(plain_pipeline)
-    plain_pipeline.save_pretrained(tmp_path / "full")
     plain_pipeline.save_context_adapter(tmp_path / "full", mode="full")
+    plain_pipeline.save_pretrained(tmp_path / "full")
+    assert "without its context adapter" not in caplog.text
     monkeypatch.chdir(tmp_path)
     ComposablePipeline.from_pretrained("full").load_context_adapter(tmp_path / "full")
     assert "load the pipeline from" not in caplog.text
@@ -259,7 +260,7 @@ def test_a_compiled_unet_loads_saves_and_unloads(plain_pipeline, fresh_pipeline,
 
 
 @pytest.mark.parametrize("lora", [None, "style", LORA_ADAPTER])
-def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, lora):
+def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, caplog, lora):
     """Without the layers of a LoRA, whose names a plain model does not know."""
     expected = sample(plain_pipeline)
     attach_random_module(plain_pipeline)
@@ -268,6 +269,7 @@ def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, lor
         add_lora(plain_pipeline, lora, "text_encoder", ("q_proj", "v_proj"))
     adapted = sample(plain_pipeline, interventions=["snow"])
     plain_pipeline.save_pretrained(str(tmp_path))
+    assert "call `save_context_adapter` or `push_context_adapter`" in caplog.text
     np.testing.assert_array_equal(sample(plain_pipeline, interventions=["snow"]), adapted)
     stock = DiffusionPipeline.from_pretrained(str(tmp_path))
     assert type(stock) is StableDiffusionPipeline

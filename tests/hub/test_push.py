@@ -159,6 +159,17 @@ def test_a_repository_that_can_only_be_read_is_refused_before_training(hub, tmp_
     assert refused["error"] == "PermissionError" and "write to stranger/weather" in refused["message"]
 
 
+def test_a_hub_that_is_not_reached_is_one_clear_error(hub, adapter, tmp_path):
+    hub.stop()
+    calls = (PUSH, {"folder": adapter, "repo_id": REPO, "token": TOKEN}), (CREATE, {"repo_id": REPO, "token": TOKEN})
+    for outcome in (
+        *call(hub, tmp_path / "home", *calls),
+        *call(hub, tmp_path / "home", *calls, HF_HUB_OFFLINE="1"),
+    ):
+        assert outcome["error"] == "ConnectionError"
+        assert f"Push to {REPO} again while online" in outcome["message"]
+
+
 def test_an_adapter_of_mode_full_takes_its_pipeline_along(tmp_path):
     folder = write_adapter(tmp_path / "full", mode="full")
     with pytest.raises(AdapterError, match=r"model_index\.json.*save_pretrained"):
