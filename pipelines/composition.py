@@ -95,7 +95,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             arguments |= {side: arguments[side] or self.training_resolution for side in ("height", "width")}
         num_prompts = _number_of_prompts(arguments["prompt"], arguments["prompt_embeds"])
         images_per_prompt = arguments["num_images_per_prompt"]
-        mask = intervention_mask(interventions, self.concepts, num_prompts).repeat_interleave(images_per_prompt, dim=0)
+        mask = self._mask(interventions, num_prompts).repeat_interleave(images_per_prompt, dim=0)
         captions = None
         if match_prompt and exogenous_noise is not None:
             raise ValueError(
@@ -188,10 +188,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             captions: (num_images, D) from `embed_captions`, of what is drawn; by default everything.
 
         Raises:
-            ValueError: if the given noise has another shape, or there are several generators but not one per image.
+            ValueError: if the given noise is no tensor or has another shape, or there are several generators but not
+                one per image.
         """
         shape = (num_images, *self._require_context_module().noise_shape)
         if exogenous_noise is not None:
+            if not isinstance(exogenous_noise, torch.Tensor):
+                raise ValueError(
+                    f"`exogenous_noise` is of {type(exogenous_noise)}; pass a `torch.Tensor` of shape {shape}."
+                )
             if exogenous_noise.shape != shape:
                 raise ValueError(
                     f"`exogenous_noise` has the shape {tuple(exogenous_noise.shape)}; {num_images} images of this"
@@ -278,8 +283,10 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             return_dict: whether to return a [`ComposablePipelineOutput`].
 
         Raises:
-            ValueError: if no adapter is loaded, a concept is unknown, or shapes do not fit.
+            ValueError: if no adapter is loaded, a concept is unknown, shapes do not fit, or there is no step.
         """
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be 1 or more.")
         pixels = self._preprocess(image)
         latents = self._encode_images(pixels)
         noise = self._abduct(pixels, latents, factual)
@@ -295,7 +302,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         timesteps = evenly_spaced_timesteps(self.scheduler.config.num_train_timesteps, num_inference_steps)
 
         def model_under(context):
-            tokens = self._context_tokens(noise, intervention_mask(context, self.concepts, len(latents)))
+            tokens = self._context_tokens(noise, self._mask(context, len(latents)))
 
             def model(x, t):
                 return self.unet(x.to(tokens.dtype), t, **with_context(conditions, tokens), return_dict=False)[0]
@@ -320,6 +327,10 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
+    def _mask(self, interventions: Interventions | Sequence[Interventions], num_rows: int) -> torch.Tensor:
+        config = self._require_context_module().config
+        return intervention_mask(interventions, config.concepts, num_rows, config.obs_context)
+
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with self._module_at_hand() as (module, device):
             return module(noise.to(device), mask.to(device))
@@ -327,7 +338,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     def _abduct(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
     ) -> torch.Tensor:
-        mask = intervention_mask(factual, self.concepts, len(latents))
+        mask = self._mask(factual, len(latents))
         seen = self._seen_by_posterior(pixels, latents)
         with self._module_at_hand() as (module, device):
             return module.abduct(seen.to(device), mask.to(device)).mean

@@ -276,13 +276,16 @@ def set_context_scale(unet: UNet2DConditionModel, scale: float) -> None:
     """Weighs the attention to context tokens: 1 as trained, 0 the plain model.
 
     Raises:
-        ValueError: if the tokens are in the prompt, where they are or are not, and the scale is neither 0 nor 1.
+        ValueError: if the scale is negative, or the tokens are in the prompt, where they are or are not, and it is
+            neither 0 nor 1.
     """
     if injection_of(unet) == "prompt":
         if scale not in (0, 1):
             raise ValueError(f"Tokens in the prompt have no weight: the scale can be 0 or 1, not {scale}.")
         unet.encoder_hid_proj.is_on = scale == 1
         return
+    if not scale >= 0:
+        raise ValueError(f"The scale is {scale}; it must be 0 or more.")
     for processor in _cross_attention_processors(unet).values():
         processor.scale = [float(scale)]
 

@@ -225,8 +225,9 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         A UNet that learned as a whole (mode `full`) stays what it learned to be.
 
         Raises:
-            ValueError: if no adapter is loaded, its tokens are in the prompt and the scale is neither 0 nor 1, its
-                LoRA has been fused, or it came with a noise schedule of its own and the scale is not 1.
+            ValueError: if no adapter is loaded, the scale is negative, its tokens are in the prompt and the scale is
+                neither 0 nor 1, its LoRA has been fused, or it came with a noise schedule of its own and the scale is
+                not 1.
         """
         self._require_context_module()
         self._check_unfused()

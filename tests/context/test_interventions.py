@@ -34,9 +34,18 @@ def test_masks(interventions, expected):
         ({"snow": 1.5}, r"\[0, 1\]"),
         ({"snow": -0.1}, r"\[0, 1\]"),
         ({"snow": float("nan")}, r"\[0, 1\]"),
+        ({"snow": "0.5"}, r"'snow' is '0\.5'; strengths are numbers"),
+        ({"snow": None}, "strengths are numbers"),
+        ("snow + fog", r"write \['snow', 'fog'\]"),
+        (3, "list or a mapping of concepts, and not 3"),
+        ([["snow"], 3], "list or a mapping of concepts, and not 3"),
+        ("clear", r"'clear' is the context without interventions.*write \[\] or None"),
+        (["clear"], r"write \[\] or None"),
+        ([{"clear": 1.0}, "snow"], r"write \[\] or None"),
+        ([["snow"], "clear"], r"write \[\] or None"),
         ([["snow"], ["fog"], ["night"]], "3 entries for 2 prompts"),
     ],
 )
 def test_mistakes_are_named(interventions, message):
     with pytest.raises(ValueError, match=message):
-        intervention_mask(interventions, CONCEPTS, 2)
+        intervention_mask(interventions, CONCEPTS, 2, obs_context="clear")

@@ -395,6 +395,8 @@ def test_half_precision_follows_the_unet(pipeline):
         ({"interventions": {"snow": 2.0}}, r"\[0, 1\]"),
         ({"interventions": [["snow"], ["fog"]]}, "2 entries for 1 prompts"),
         ({"exogenous_noise": torch.zeros(1, 2, 3)}, r"need \(1, 5, 4\)"),
+        ({"exogenous_noise": np.zeros((1, 5, 4))}, r"numpy.ndarray.*pass a `torch.Tensor` of shape \(1, 5, 4\)"),
+        ({"interventions": ["obs"]}, r"write \[\] or None"),
         ({"ip_adapter_image_embeds": [torch.zeros(1, 1, 32)]}, "IP-Adapter"),
         ({"generator": [torch.Generator() for _ in range(3)]}, "3 entries for 1 images"),
     ],
@@ -408,6 +410,19 @@ def test_mistakes_are_named(pipeline, arguments, message):
 def test_a_counterfactual_takes_one_prompt_or_one_each(pipeline):
     with pytest.raises(ValueError, match="3 entries for 2 images"):
         pipeline.counterfactual(torch.zeros(2, 3, 32, 32), prompt=["a", "b", "c"])
+
+
+def test_a_counterfactual_takes_a_step_at_least(pipeline):
+    with pytest.raises(ValueError, match="`num_inference_steps` is 0; it must be 1 or more"):
+        pipeline.counterfactual(torch.zeros(1, 3, 32, 32), num_inference_steps=0)
+
+
+@pytest.mark.parametrize("scale", [-1, float("nan")])
+def test_context_is_not_weighed_below_zero(pipeline, scale):
+    before = sample(pipeline, interventions=["snow"]).images
+    with pytest.raises(ValueError, match="it must be 0 or more"):
+        pipeline.set_context_scale(scale)
+    np.testing.assert_array_equal(sample(pipeline, interventions=["snow"]).images, before)
 
 
 def test_import_needs_no_network():
