@@ -162,7 +162,9 @@ class Evaluation:
         if encoder == "clip" and self.config.num_counterfactuals and (clip is not None or not has_own):
             pipeline.load_posterior_encoder(clip, cache_dir=self.config.cache_dir)
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.accelerator.device, dtype)
+        if any(model.dtype != dtype for model in models_of(pipeline)):  # any cast makes diffusers warn of it
+            pipeline.to(dtype)
+        return pipeline.to(self.accelerator.device)
 
     def _settings(self, adapter_files: list[Path]) -> dict[str, Any]:
         """All that the images depend on."""
@@ -335,9 +337,12 @@ def digest(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
+def models_of(pipeline: CompositionMixin) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
 def weights_of(pipeline: CompositionMixin) -> Iterable[torch.Tensor]:
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return (weight.float() for module in modules for weight in module.state_dict().values())
+    return (weight.float() for model in models_of(pipeline) for weight in model.state_dict().values())
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

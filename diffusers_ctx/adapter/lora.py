@@ -27,6 +27,9 @@ class ContextLoraMixin:
 
     unet: UNet2DConditionModel
     components: dict[str, Any]
+    lora_state_dict: Callable[..., Any]
+    load_lora_into_unet: Callable[..., None]
+    load_lora_into_text_encoder: Callable[..., None]
     save_lora_weights: Callable[..., None]
 
     @property
@@ -74,10 +77,9 @@ class ContextLoraMixin:
         adapter.warned_of_lora = True
 
     def _load_context_lora(self, folder: Path) -> None:
-        models = self._lora_models
-        active = {name: _active_loras(model) for name, model in models.items()}
+        active = {name: _active_loras(model) for name, model in self._lora_models.items()}
         try:
-            self.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=LORA_ADAPTER)
+            self._read_context_lora(folder)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
             raise AdapterError(
                 f"{folder / LORA_WEIGHTS_NAME} does not fit the base model ({error}); save or download the adapter"
@@ -86,6 +88,22 @@ class ContextLoraMixin:
         for name, model in self._context_lora_models.items():
             model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
         attached_adapter(self.unet).has_lora = True
+
+    def _read_context_lora(self, folder: Path) -> None:
+        """What `load_lora_weights` does, which warns of every model that the file has nothing for."""
+        state, alphas, metadata = self.lora_state_dict(
+            str(folder), weight_name=LORA_WEIGHTS_NAME, return_lora_metadata=True
+        )
+        trained = {key.partition(".")[0] for key in state}
+        if not trained <= set(self._lora_models):
+            raise ValueError(f"it is for {sorted(trained)}, and the models are {sorted(self._lora_models)}")
+        options: dict[str, Any] = {"network_alphas": alphas, "metadata": metadata, "adapter_name": LORA_ADAPTER}
+        options |= {"_pipeline": self, "low_cpu_mem_usage": True}
+        if "unet" in trained:
+            self.load_lora_into_unet(state, unet=self.unet, **options)
+        for name, model in self.text_encoders.items():
+            if name in trained:
+                self.load_lora_into_text_encoder(state, text_encoder=model, prefix=name, **options)
 
     def _save_context_lora(self, folder: Path) -> None:
         arguments: dict[str, Any] = {}

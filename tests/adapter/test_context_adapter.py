@@ -1,6 +1,7 @@
 """A context adapter on a pipeline: attached, saved, loaded, unloaded, beside LoRA, and refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -191,6 +192,16 @@ def test_unloading_leaves_a_lora_of_the_text_encoder(lora_adapter, fresh_pipelin
     fresh_pipeline.load_context_adapter(lora_adapter)
     fresh_pipeline.unload_context_adapter()
     np.testing.assert_array_equal(sample(fresh_pipeline), expected)
+
+
+@pytest.mark.parametrize("folder", ["lora_adapter", "text_lora_adapter"])
+def test_loras_are_loaded_without_a_word_of_models_that_have_none(
+    folder, fresh_pipeline, request, caplog, monkeypatch
+):
+    folder = request.getfixturevalue(folder)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    fresh_pipeline.load_context_adapter(folder)
+    assert not caplog.messages
 
 
 def test_the_adapters_lora_of_the_text_encoder_comes_and_goes(plain_pipeline, text_lora_adapter, fresh_pipeline):
