@@ -238,8 +238,16 @@ def refuse_weights_on_disk(unet: UNet2DConditionModel) -> None:
 
 @contextmanager
 def lora_detached(model: nn.Module) -> Iterator[None]:
-    """While it is open, `model` is without the layers of its LoRAs: they would rename the weights that are saved."""
+    """While it is open, `model` is without the layers of its LoRAs: they would rename the weights that are saved.
+
+    Raises:
+        ValueError: if LoRAs are fused into the weights, which would not be those of the base model.
+    """
     tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    if any(layer.merged for layer in tuned.values()):
+        raise ValueError(
+            "LoRAs are fused into the weights, and those of the base model are needed: call `unfuse_lora()` first."
+        )
     loaded = getattr(model, _LORA_LOADED, False)
     for name, layer in tuned.items():
         model.set_submodule(name, layer.get_base_layer())

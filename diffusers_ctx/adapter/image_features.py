@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -105,16 +104,9 @@ class UNetFeatures:
 
     @contextmanager
     def _as_pretrained(self) -> Iterator[None]:
-        models = (self.unet, *self.text_encoders)
-        for model in models:
-            if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
-                raise ValueError(
-                    "LoRAs are fused into the weights, and the adapter's posterior reads features of the base model:"
-                    " call `unfuse_lora()` first."
-                )
         with ExitStack() as stack:
             stack.enter_context(context_module_detached(self.unet))
-            for model in models:
+            for model in (self.unet, *self.text_encoders):
                 stack.enter_context(lora_detached(model))
             yield
 

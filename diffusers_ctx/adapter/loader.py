@@ -168,20 +168,24 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
         `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with the noise
-        schedule that it learned with."""
+        schedule that it learned with.
+
+        Raises:
+            ValueError: if LoRAs have been fused into the weights.
+        """
         if has_context_module(self.unet) and not Path(save_directory, CONFIG_NAME).exists():
             logger.warning(
                 "The pipeline is saved without its context adapter; call `save_context_adapter` or"
                 " `push_context_adapter` for that as well."
             )
-        scheduler, adapter = self.scheduler, attached_adapter(self.unet)
-        if adapter.plain_scheduler is not None and not adapter.trained_full:
-            self.scheduler = adapter.plain_scheduler
+        adapter = attached_adapter(self.unet)
         with ExitStack() as stack:
+            stack.enter_context(_restored(self, self.scheduler))
+            if adapter.plain_scheduler is not None and not adapter.trained_full:
+                self.scheduler = adapter.plain_scheduler
             stack.enter_context(context_module_detached(self.unet))
             for model in self._lora_models.values():
                 stack.enter_context(lora_detached(model))
-            stack.enter_context(_restored(self, scheduler))
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:

@@ -97,15 +97,19 @@ def test_an_adapter_without_its_lora_is_refused(folder, tmp_path):
     np.testing.assert_array_equal(sample(pipeline, interventions=["snow"]), whole)
 
 
-def test_a_fused_lora_cannot_be_unloaded_or_weighed(folder):
+def test_a_fused_lora_cannot_be_unloaded_weighed_or_saved_as_the_base(folder, tmp_path):
     pipeline = epsilon_pipeline()
     before = sample(pipeline)
     pipeline.load_context_adapter(folder)
     pipeline.fuse_lora()
-    uses = (pipeline.unload_context_adapter, lambda: pipeline.set_context_scale(0), pipeline.unload_lora_weights)
+    fused = sample(pipeline, interventions=["snow"])
+    uses = [pipeline.unload_context_adapter, lambda: pipeline.set_context_scale(0), pipeline.unload_lora_weights]
+    uses.append(lambda: pipeline.save_pretrained(tmp_path / "base"))
     for use in uses:
         with pytest.raises(ValueError, match=r"call `unfuse_lora\(\)` first"):
             use()
+        np.testing.assert_array_equal(sample(pipeline, interventions=["snow"]), fused)
+    assert not (tmp_path / "base").exists()
     pipeline.unfuse_lora()
     pipeline.unload_context_adapter()
     np.testing.assert_allclose(sample(pipeline), before, atol=1e-4)
