@@ -60,13 +60,13 @@ def train(args: argparse.Namespace) -> Path:
         ),
         OutputConfig(
             output_dir=str(args.output_dir / "adapter"),
-            checkpointing_steps=args.max_train_steps + 1,  # only where it is interrupted
+            checkpointing_steps=args.max_train_steps,  # beside that, where it is interrupted
             resume_from_checkpoint="latest",
         ),
     )
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
     adapter = ContextTrainer(config, pipeline).train()
-    for checkpoint in list_checkpoints(adapter):  # of an interruption; the next demo is a new one
+    for checkpoint in list_checkpoints(adapter):  # the next demo is a new one
         shutil.rmtree(checkpoint)
     return adapter
 

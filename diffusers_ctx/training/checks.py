@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,11 +13,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
+from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from ..data import context_mask
 from ..hub import INJECTIONS
+from ..pipelines import CompositionMixin
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
 from .noise import TIMESTEP_SAMPLING
@@ -243,43 +246,80 @@ def check_free_disk(
     folder: Path,
     config: TrainingConfig,
     learned: int,
-    unet: UNet2DConditionModel,
+    pipeline: CompositionMixin,
     accelerator: Accelerator,
     start: int,
     end: int,
 ) -> None:
-    """Checks that checkpoints fit where they are saved; warns where but the next ones would.
+    """Checks that checkpoints and the adapter fit where they are saved; warns where but the next checkpoints would.
 
     Args:
         folder: where they are saved.
         config: the run.
         learned: how many numbers will learn beside the concepts.
-        unet: the UNet, which checkpoints hold too where weights are in shards.
-        accelerator: says whether they are.
+        pipeline: the pipeline that learns, with its context adapter.
+        accelerator: says whether weights are in shards.
         start: the step that the run starts from.
         end: its last step.
 
     Raises:
-        OSError: if not even the next checkpoint fits, beside the one that it replaces.
+        OSError: if not even a checkpoint fits beside the one that it replaces, or the adapter beside the last one.
     """
-    options, output = config.optimization, config.output
-    # in float32: the weights, what the optimizer keeps of each, and the average
-    copies = 1 + _KEPT_BY_OPTIMIZER[options.optimizer] + options.use_ema
-    checkpoint = 4 * copies * learned
+    output = config.output
+    adapter, checkpoint = _size_of_adapter(config, learned, pipeline), _size_of_checkpoint(config, learned, pipeline)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        checkpoint += sum(parameter.numel() * parameter.element_size() for parameter in unet.parameters())
-    there = len([path for path in list_checkpoints(folder) if checkpoint_step(path) <= start])
-    new = end // output.checkpointing_steps - start // output.checkpointing_steps
+        checkpoint += _size(pipeline.unet)  # with the base model
+    steps = {*range(0, end, output.checkpointing_steps), end}
+    new = [checkpoint for step in steps if step > start]
+    there = [checkpoint for path in list_checkpoints(folder) if checkpoint_step(path) <= start]
     free = shutil.disk_usage(folder).free
-    if free < min(new, 1 if there else 2) * checkpoint:
+    if free < (least := _most_at_once(there, new, adapter, limit=1)):
         raise OSError(
-            f"A checkpoint takes {checkpoint / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free, too little for"
-            " one beside the one before it. Free some, choose another `output_dir`, or raise `checkpointing_steps`."
+            f"{folder} has {free / 1e9:.1f} GB free, and this run needs {least / 1e9:.1f} GB or more: a checkpoint"
+            f" takes {checkpoint / 1e9:.1f} GB, beside the one before it, and what is saved in the end takes"
+            f" {adapter / 1e9:.1f} GB. Free some, or choose another `output_dir`."
         )
-    limit = output.checkpoints_total_limit
-    more = new if limit is None else min(new, max(1, limit + 1 - there))
-    if free < more * checkpoint:
+    if free < _most_at_once(there, new, adapter, output.checkpoints_total_limit):
         logger.warning(
-            f"{new} checkpoints of {checkpoint / 1e9:.1f} GB do not fit into the {free / 1e9:.1f} GB that {folder} has"
-            " free; lower `checkpoints_total_limit`, or raise `checkpointing_steps`."
+            f"{len(new)} checkpoints of {checkpoint / 1e9:.1f} GB, and what is saved in the end, do not fit into the"
+            f" {free / 1e9:.1f} GB that {folder} has free; lower `checkpoints_total_limit`, or raise"
+            " `checkpointing_steps`."
         )
+
+
+def _size_of_adapter(config: TrainingConfig, learned: int, pipeline: CompositionMixin) -> float:
+    """Bytes of what is saved in the end: the adapter, and in mode full the pipeline that it belongs to."""
+    adapter = 4 * learned + _size_of_concepts(pipeline)
+    if config.model.mode != "full":
+        return adapter
+    models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+    return adapter + sum(_size(model) for model in models if model is not pipeline.unet)  # all of which learned
+
+
+def _size_of_checkpoint(config: TrainingConfig, learned: int, pipeline: CompositionMixin) -> float:
+    """Bytes of what learns, in float32, what the optimizer keeps of each number, the average, and the concepts."""
+    options = config.optimization
+    return 4 * (1 + _KEPT_BY_OPTIMIZER[options.optimizer] + options.use_ema) * learned + _size_of_concepts(pipeline)
+
+
+def _size_of_concepts(pipeline: CompositionMixin) -> int:
+    """Bytes of the context module without the read-out, which learns with the adapter."""
+    return _size(pipeline.context_module) - _size(pipeline.context_module.read_out)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
+
+
+def _most_at_once(there: Sequence[float], new: Sequence[float], adapter: float, limit: int | None) -> float:
+    """How much more is on the disk than before, at its worst, where each new checkpoint is written before the oldest
+    ones beyond `limit` are removed, and the adapter in the end."""
+    kept = deque(there)
+    used = most = 0.0
+    for checkpoint in new:
+        kept.append(checkpoint)
+        used += checkpoint
+        most = max(most, used)
+        while limit and len(kept) > limit:
+            used -= kept.popleft()
+    return max(most, used + adapter)

@@ -127,7 +127,7 @@ class ContextTrainer:
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0
-        check_free_disk(self.output_dir, config, learned, pipeline.unet, self.accelerator, start, self.max_train_steps)
+        check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset, config.optimization.seed)
         held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
@@ -294,11 +294,12 @@ class ContextTrainer:
                 figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
                 track_step(self.accelerator, figures, step)
                 stopping = stop.requested()
-                if step % output.checkpointing_steps == 0 or stopping:
-                    self._save_checkpoint(step)
-                if step % output.validation_steps == 0 or step == self.max_train_steps:
+                last = step == self.max_train_steps
+                if step % output.checkpointing_steps == 0 or last or stopping:
+                    self._save_checkpoint(step)  # first: what fails in validation must not take the steps with it
+                if step % output.validation_steps == 0 or last:
                     self._validate(step)
-                if stopping and step < self.max_train_steps:
+                if stopping and not last:
                     self._stop(step, stop.exit_code)
         progress.close()
 

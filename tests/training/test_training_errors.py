@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -14,6 +15,7 @@ from diffusers_ctx.training import TrainingConfig, parse_training_config
 from diffusers_ctx.training.record import options_of
 
 from .conftest import create_trainer, files_in
+from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
 @pytest.fixture
@@ -272,6 +274,21 @@ def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
     assert files_in(tmp_path / "adapter") == {}
 
 
+def test_a_validation_that_fails_in_the_end_takes_nothing_with_it(options, monkeypatch):
+    run = options | {"validation_prompt": "a street", "num_validation_images": 1}
+    undisturbed = weights_of(create_trainer(run | {"output_dir": options["output_dir"] + "-undisturbed"}).train())
+    trainer = create_trainer(run)
+    monkeypatch.setattr(trainer.pipeline.vae, "decode", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    got = weights_of(create_trainer(run | {"resume_from_checkpoint": "latest"}).train())
+    assert got.keys() == undisturbed.keys() and all(torch.equal(got[name], undisturbed[name]) for name in got)
+
+
+def out_of_memory(*arguments, **keywords):
+    raise RuntimeError("out of memory")
+
+
 def parse_yaml(folder: Path, line: str) -> TrainingConfig:
     file = folder / "options.yaml"
     file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\n{line}\n")
@@ -328,33 +345,69 @@ def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
 
 
 @pytest.fixture
-def a_checkpoint(options, tmp_path) -> int:
-    """Bytes of the tensors in a checkpoint: what learns, two moments of AdamW for each, and an average."""
-    options = options | {"unfreeze_after": 0.0, "max_train_steps": 1, "checkpointing_steps": 1}
-    saved = create_trainer(options | {"output_dir": str(tmp_path / "earlier")}).train() / "checkpoint-1"
-    state = torch.load(saved / "optimizer.bin", weights_only=True)["state"]
-    return 16 * sum(moments["exp_avg"].numel() for moments in state.values())
+def sizes(options, tmp_path) -> SimpleNamespace:
+    """Bytes of the tensors in a checkpoint (what learns, two moments of AdamW and an average of it, and the concepts),
+    and in what is saved in the end."""
+    options = options | {"unfreeze_after": 0.0, "max_train_steps": 1, "use_ema": True}
+    output_dir = create_trainer(options | {"output_dir": str(tmp_path / "earlier")}).train()
+    state = torch.load(output_dir / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"]
+    learned = sum(moments["exp_avg"].numel() for moments in state.values())
+    checkpoint = size_of(output_dir / "checkpoint-1" / "trained.safetensors") + 12 * learned
+    return SimpleNamespace(checkpoint=checkpoint, adapter=sum(size_of(output_dir / name) for name in ADAPTER_WEIGHTS))
 
 
-def test_a_full_disk_is_noticed_before(refuses, options, a_checkpoint, monkeypatch):
-    run = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * a_checkpoint - 1))
-    refuses(OSError, "A checkpoint takes .* GB free, too little for one beside the one before it. Free some", **run)
+def size_of(file: Path) -> int:
+    return sum(tensor.nbytes for tensor in safetensors.torch.load_file(file).values())
 
 
-def test_checkpoints_that_do_not_all_fit_are_warned_of(options, a_checkpoint, monkeypatch, caplog):
-    run = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * a_checkpoint))
-    create_trainer(options | run | {"checkpoints_total_limit": 1})
-    assert "do not fit" not in caplog.text
+@pytest.fixture
+def free(monkeypatch):
+    def have(size: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+
+    return have
+
+
+RUN = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
+
+
+def test_a_full_disk_is_noticed_before(refuses, sizes, free):
+    free(2 * sizes.checkpoint - 1)
+    refuses(OSError, "GB free, and this run needs .* GB or more: a checkpoint takes .* Free some, or choose", **RUN)
+
+
+def test_a_disk_that_is_full_in_the_end_is_noticed_before(refuses, options, sizes, free):
+    short = {"use_ema": True, "max_train_steps": 1}  # fewer steps than from one checkpoint to the next
+    free(sizes.checkpoint + sizes.adapter - 1)
+    refuses(OSError, "GB free, and this run needs", **short)
+    free(sizes.checkpoint + sizes.adapter)
+    create_trainer(options | short)
+
+
+def test_the_whole_pipeline_of_mode_full_needs_room_too(refuses, options, tmp_path, free):
+    run = {"mode": "full", "unfreeze_after": 0.0, "max_train_steps": 1}
+    folder = create_trainer(options | run | {"output_dir": str(tmp_path / "earlier")}).train()
+    learned = torch.load(folder / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"].values()
+    moments = 8 * sum(moments["exp_avg"].numel() for moments in learned)
+    needed = moments + sum(map(size_of, folder.rglob("*.safetensors")))  # the checkpoint's and the others
+    free(0.99 * needed)
+    refuses(OSError, "GB free, and this run needs", **run)
+    free(1.01 * needed)
     create_trainer(options | run)
+
+
+def test_checkpoints_that_do_not_all_fit_are_warned_of(options, sizes, free, caplog):
+    free(2 * sizes.checkpoint)
+    create_trainer(options | RUN | {"checkpoints_total_limit": 1})
+    assert "do not fit" not in caplog.text
+    create_trainer(options | RUN)
     assert "3 checkpoints of" in caplog.text and "do not fit into" in caplog.text
 
 
-def test_a_run_that_goes_on_needs_room_for_what_is_left(options, a_checkpoint, monkeypatch, caplog):
+def test_a_run_that_goes_on_needs_room_for_what_is_left(options, sizes, free, caplog):
     run = options | {"use_ema": True, "max_train_steps": 4, "checkpointing_steps": 2}
     (create_trainer(run).train() / "checkpoint-4").rename(Path(options["output_dir"]) / "set-aside")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=a_checkpoint))
+    free(sizes.checkpoint + sizes.adapter)
     create_trainer(run | {"resume_from_checkpoint": "latest"})
     assert "do not fit" not in caplog.text
     create_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6, "checkpoints_total_limit": 1})
