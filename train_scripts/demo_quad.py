@@ -60,7 +60,7 @@ def train(args: argparse.Namespace) -> Path:
         ),
         OutputConfig(
             output_dir=str(args.output_dir / "adapter"),
-            checkpointing_steps=args.max_train_steps,  # beside that, where it is interrupted
+            checkpointing_steps=args.max_train_steps,
             resume_from_checkpoint="latest",
         ),
     )

@@ -259,19 +259,19 @@ def check_free_disk(
         learned: how many numbers will learn beside the concepts.
         pipeline: the pipeline that learns, with its context adapter.
         accelerator: says whether weights are in shards.
-        start: the step that the run starts from.
+        start: the step that the run goes on from; -1 where it has the concepts to learn first.
         end: its last step.
 
     Raises:
         OSError: if not even a checkpoint fits beside the one that it replaces, or the adapter beside the last one.
     """
     output = config.output
-    adapter, checkpoint = _size_of_adapter(config, learned, pipeline), _size_of_checkpoint(config, learned, pipeline)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        checkpoint += _size(pipeline.unet)  # with the base model
-    steps = {*range(0, end, output.checkpointing_steps), end}
-    new = [checkpoint for step in steps if step > start]
-    there = [checkpoint for path in list_checkpoints(folder) if checkpoint_step(path) <= start]
+    first, checkpoint = (_size_of_checkpoint(step, config, learned, pipeline, accelerator) for step in (0, end))
+    due = sorted({*range(0, end, output.checkpointing_steps), end})
+    new = [checkpoint if step else first for step in due if step > start]
+    before = (step for step in map(checkpoint_step, list_checkpoints(folder)) if step <= start)
+    there = [checkpoint if step else first for step in before]
+    adapter = _size_of_adapter(config, learned, pipeline)
     free = shutil.disk_usage(folder).free
     if free < (least := _most_at_once(there, new, adapter, limit=1)):
         raise OSError(
@@ -296,10 +296,16 @@ def _size_of_adapter(config: TrainingConfig, learned: int, pipeline: Composition
     return adapter + sum(_size(model) for model in models if model is not pipeline.unet)  # all of which learned
 
 
-def _size_of_checkpoint(config: TrainingConfig, learned: int, pipeline: CompositionMixin) -> float:
+def _size_of_checkpoint(
+    step: int, config: TrainingConfig, learned: int, pipeline: CompositionMixin, accelerator: Accelerator
+) -> float:
     """Bytes of what learns, in float32, what the optimizer keeps of each number, the average, and the concepts."""
     options = config.optimization
-    return 4 * (1 + _KEPT_BY_OPTIMIZER[options.optimizer] + options.use_ema) * learned + _size_of_concepts(pipeline)
+    kept = _KEPT_BY_OPTIMIZER[options.optimizer] if step else 0  # from its first step on
+    size = 4 * (1 + kept + options.use_ema) * learned + _size_of_concepts(pipeline)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        size += _size(pipeline.unet)  # with the base model
+    return size
 
 
 def _size_of_concepts(pipeline: CompositionMixin) -> int:

@@ -143,7 +143,9 @@ class OutputConfig:
     output_dir: str = _option("context-adapter", "Folder for the adapter, its checkpoints and logs.")
     logging_dir: str = _option("logs", "Folder within output_dir for the trackers.")
     report_to: str = _option("tensorboard", "Tracker to report to, `all` or `none`.")
-    checkpointing_steps: int = _option(500, "Steps between checkpoints; the last step has one too.")
+    checkpointing_steps: int = _option(
+        500, "Steps between checkpoints; there is one before the first step, and one after the last, in any case."
+    )
     checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint's folder, or `latest`.")
     validation_prompt: str | None = _option(None, "Prompt of the validation images; none, no validation.")

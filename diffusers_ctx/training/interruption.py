@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -10,15 +11,22 @@ import torch
 from accelerate import Accelerator
 
 
+_ANSWER = (
+    b"\nThe run will stop when it has saved a checkpoint: after this step or, while it learns concepts, after them;"
+    b" a second Ctrl-C stops it at once.\n"
+)
+
+
 class StopSignals:
-    """Within its `with` block, SIGTERM and SIGINT ask the run to stop after its step.
+    """Within its `with` block, SIGTERM and SIGINT ask the run to stop when there is something to save: after its step,
+    or after it has learned the concepts. The answer says that.
 
     A second SIGINT stops it at once. A second SIGTERM does not: launchers pass it on to processes that the cluster has
     sent it to already. `accelerate launch` with a single process passes nothing on; send the signal to the training
     process, or start that with `python`. Outside the main thread, where Python has no signals, nothing is caught.
 
     Args:
-        accelerator: of the run; all its processes stop after the same step.
+        accelerator: of the run; all its processes stop after the same step, and the main one answers.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -48,6 +56,8 @@ class StopSignals:
         return 128 + self._agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._received and self.accelerator.is_main_process:
+            os.write(2, _ANSWER)  # a signal may come while Python's own streams are being written to
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])

@@ -126,7 +126,7 @@ class ContextTrainer:
             pipeline.set_context_scheduler(schedule)
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
-        start = checkpoint_step(self.checkpoint) if self.checkpoint is not None else 0
+        start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset, config.optimization.seed)
@@ -151,19 +151,24 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
-        start_trackers(self.accelerator, self._tracked_options())
-        if self.checkpoint is None:
-            self._learn_concepts()
-        self._prepare_training()
-        step = 0
-        if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
-            step = checkpoint_step(self.checkpoint)
-        self._run(step)
+        with StopSignals(self.accelerator) as stop:
+            start_trackers(self.accelerator, self._tracked_options())
+            self._run(self._begin(), stop)
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
         self.accelerator.end_training()
         return self.output_dir
+
+    def _begin(self) -> int:
+        """Learns the concepts, which the first checkpoint holds, or takes up a checkpoint; the step to go on from."""
+        if self.checkpoint is None:
+            self._learn_concepts()
+            self._prepare_training()
+            self._save_checkpoint(0)
+            return 0
+        self._prepare_training()
+        self.accelerator.load_state(str(self.checkpoint))
+        return checkpoint_step(self.checkpoint)
 
     def _learn_concepts(self) -> dict[str, float]:
         """The first part of training; its last figures."""
@@ -274,9 +279,11 @@ class ContextTrainer:
 
     # training
 
-    def _run(self, step: int) -> None:
+    def _run(self, step: int, stop: StopSignals) -> None:
         accumulation = self.config.optimization.gradient_accumulation_steps
         output = self.config.output
+        if stop.requested():
+            self._stop(step, stop.exit_code)
         progress = tqdm(
             initial=step,
             total=self.max_train_steps,
@@ -285,22 +292,20 @@ class ContextTrainer:
         )
         batches = self._batches(step * accumulation)
         self._set_training(True)
-        with StopSignals(self.accelerator) as stop:
-            while step < self.max_train_steps:
-                loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
-                step += 1
-                progress.update()
-                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
-                figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
-                track_step(self.accelerator, figures, step)
-                stopping = stop.requested()
-                last = step == self.max_train_steps
-                if step % output.checkpointing_steps == 0 or last or stopping:
-                    self._save_checkpoint(step)  # first: what fails in validation must not take the steps with it
-                if step % output.validation_steps == 0 or last:
-                    self._validate(step)
-                if stopping and not last:
-                    self._stop(step, stop.exit_code)
+        while step < self.max_train_steps:
+            loss = sum(self._train_on(*next(batches), step) for _ in range(accumulation)) / accumulation
+            step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
+            figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
+            track_step(self.accelerator, figures, step)
+            stopping, last = stop.requested(), step == self.max_train_steps
+            if step % output.checkpointing_steps == 0 or last or stopping:
+                self._save_checkpoint(step)  # first: what fails in validation must not take the steps with it
+            if step % output.validation_steps == 0 or last:
+                self._validate(step)
+            if stopping and not last:
+                self._stop(step, stop.exit_code)
         progress.close()
 
     def _save_checkpoint(self, step: int) -> None:
@@ -437,5 +442,4 @@ class ContextTrainer:
         }
 
     def _last_checkpoint(self) -> str:
-        last = find_checkpoint(self.output_dir, "latest")
-        return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        return f"the last checkpoint is {find_checkpoint(self.output_dir, 'latest') or self.checkpoint}"

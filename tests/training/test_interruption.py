@@ -41,14 +41,14 @@ def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
     )
 
 
-def start(options: dict) -> subprocess.Popen:
+def start(options: dict, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     # without the launcher, which would stand between the signal and the run
     environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         [sys.executable, SCRIPT, *flags(options)],
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         text=True,
     )
 
@@ -83,7 +83,23 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(base_model, pho
     finish_and_compare(options, undisturbed, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("moment", ["while a checkpoint is written", "between two", "before any"])
+def test_a_signal_while_the_concepts_are_learned_is_answered_and_heeded_after_them(
+    base_model, photos, undisturbed, tmp_path
+):
+    options = options_of(base_model, photos, tmp_path / "adapter") | {"report_to": "tensorboard"}
+    process = start(options, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "adapter" / "logs").exists, process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "Stopped by a signal after step 0; go on with" in output
+    assert errors.count("The run will stop when it has saved a checkpoint") == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "adapter")] == ["checkpoint-0"]
+    finish_and_compare(options, undisturbed, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "moment", ["while a checkpoint is written", "between two", "after the concepts are learned", "before any"]
+)
 def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment):
     folder = tmp_path / "adapter"
     process = start(options_of(base_model, photos, folder))
@@ -92,10 +108,14 @@ def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment)
     elif moment == "between two":
         wait_for(lambda: (folder / "checkpoint-21").exists(), process)
         time.sleep(0.1)
+    elif moment == "after the concepts are learned":
+        wait_for((folder / "checkpoint-0").exists, process)
     else:
         wait_for(folder.exists, process)
     process.kill()
     process.wait()
+    if moment == "after the concepts are learned":
+        assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-0"]
     finish_and_compare(options_of(base_model, photos, folder), undisturbed, folder)
 
 
@@ -116,6 +136,7 @@ class Gathering:
     """An accelerator in whose `gather` another process was asked to stop, or a signal arrives."""
 
     device = torch.device("cpu")
+    is_main_process = True
 
     def __init__(self, other: int = 0, signal_meanwhile: int | None = None):
         self.other, self.signal_meanwhile = other, signal_meanwhile

@@ -110,7 +110,7 @@ def undisturbed(base_model, shards, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(options=options, output_dir=output_dir)
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", [0, 1, 3, 6])
 def test_a_resumed_run_is_one_that_never_stopped(undisturbed, tmp_path, step):
     output_dir = tmp_path / "adapter"
     shutil.copytree(undisturbed.output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import TrainingConfig, parse_training_config
+from diffusers_ctx.training.interruption import StopSignals
 from diffusers_ctx.training.record import options_of
 
 from .conftest import create_trainer, files_in
@@ -250,17 +251,16 @@ def test_a_loss_that_is_not_finite_writes_no_adapter(options, tmp_path):
     (output_dir / "context_adapter_config.json").unlink()
     before = files_in(output_dir)
     trainer = create_trainer(diverging | {"max_train_steps": 9, "resume_from_checkpoint": "latest"})
-    trainer.checkpoint = None  # it begins again, in a folder that has a checkpoint
     with pytest.raises(FloatingPointError, match=r"at step \d.*`learning_rate`.*last checkpoint is .*checkpoint-1"):
         trainer.train()
     assert files_in(output_dir) == before
 
 
-def test_a_loss_that_is_not_finite_before_any_checkpoint(options, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_what_was_learned_of_the_concepts(options, tmp_path):
     trainer = create_trainer(options | {"learning_rate": 1e30, "max_train_steps": 9})
-    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+    with pytest.raises(FloatingPointError, match=r"the last checkpoint is .*checkpoint-0"):
         trainer.train()
-    assert files_in(tmp_path / "adapter") == {}
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["checkpoint-0"]
 
 
 def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
@@ -269,7 +269,7 @@ def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
     before = [parameter.detach().clone() for parameter in trainer._learning]
     trainer._learning[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"Gradients are not finite at step 0\. Lower `learning_rate`"):
-        trainer._run(0)
+        trainer._run(0, StopSignals(trainer.accelerator))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))
     assert files_in(tmp_path / "adapter") == {}
 
@@ -346,14 +346,15 @@ def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
 
 @pytest.fixture
 def sizes(options, tmp_path) -> SimpleNamespace:
-    """Bytes of the tensors in a checkpoint (what learns, two moments of AdamW and an average of it, and the concepts),
-    and in what is saved in the end."""
+    """Bytes of the tensors in the first checkpoint (concepts, what learns and an average of it), in others, which have
+    two moments of AdamW too, and in what is saved in the end."""
     options = options | {"unfreeze_after": 0.0, "max_train_steps": 1, "use_ema": True}
     output_dir = create_trainer(options | {"output_dir": str(tmp_path / "earlier")}).train()
     state = torch.load(output_dir / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"]
     learned = sum(moments["exp_avg"].numel() for moments in state.values())
-    checkpoint = size_of(output_dir / "checkpoint-1" / "trained.safetensors") + 12 * learned
-    return SimpleNamespace(checkpoint=checkpoint, adapter=sum(size_of(output_dir / name) for name in ADAPTER_WEIGHTS))
+    weights = size_of(output_dir / "checkpoint-1" / "trained.safetensors")
+    adapter = sum(size_of(output_dir / name) for name in ADAPTER_WEIGHTS)
+    return SimpleNamespace(first=weights + 4 * learned, checkpoint=weights + 12 * learned, adapter=adapter)
 
 
 def size_of(file: Path) -> int:
@@ -376,12 +377,12 @@ def test_a_full_disk_is_noticed_before(refuses, sizes, free):
     refuses(OSError, "GB free, and this run needs .* GB or more: a checkpoint takes .* Free some, or choose", **RUN)
 
 
-def test_a_disk_that_is_full_in_the_end_is_noticed_before(refuses, options, sizes, free):
-    short = {"use_ema": True, "max_train_steps": 1}  # fewer steps than from one checkpoint to the next
-    free(sizes.checkpoint + sizes.adapter - 1)
-    refuses(OSError, "GB free, and this run needs", **short)
-    free(sizes.checkpoint + sizes.adapter)
-    create_trainer(options | short)
+def test_a_run_shorter_than_from_one_checkpoint_to_the_next_has_a_first_and_a_last_one(refuses, options, sizes, free):
+    run = {"use_ema": True, "max_train_steps": 1}
+    free(sizes.first + sizes.checkpoint - 1)
+    refuses(OSError, "GB free, and this run needs", **run)
+    free(sizes.first + sizes.checkpoint)
+    create_trainer(options | run)
 
 
 def test_the_whole_pipeline_of_mode_full_needs_room_too(refuses, options, tmp_path, free):
@@ -389,7 +390,8 @@ def test_the_whole_pipeline_of_mode_full_needs_room_too(refuses, options, tmp_pa
     folder = create_trainer(options | run | {"output_dir": str(tmp_path / "earlier")}).train()
     learned = torch.load(folder / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"].values()
     moments = 8 * sum(moments["exp_avg"].numel() for moments in learned)
-    needed = moments + sum(map(size_of, folder.rglob("*.safetensors")))  # the checkpoint's and the others
+    saved = [file for file in folder.rglob("*.safetensors") if file.parent.name != "checkpoint-0"]
+    needed = moments + sum(map(size_of, saved))  # the first checkpoint can be done without in the end
     free(0.99 * needed)
     refuses(OSError, "GB free, and this run needs", **run)
     free(1.01 * needed)
@@ -401,12 +403,16 @@ def test_checkpoints_that_do_not_all_fit_are_warned_of(options, sizes, free, cap
     create_trainer(options | RUN | {"checkpoints_total_limit": 1})
     assert "do not fit" not in caplog.text
     create_trainer(options | RUN)
-    assert "3 checkpoints of" in caplog.text and "do not fit into" in caplog.text
+    assert "4 checkpoints of" in caplog.text and "do not fit into" in caplog.text
 
 
-def test_a_run_that_goes_on_needs_room_for_what_is_left(options, sizes, free, caplog):
+def test_a_run_that_goes_on_needs_room_for_what_is_left(refuses, options, sizes, free, caplog):
     run = options | {"use_ema": True, "max_train_steps": 4, "checkpointing_steps": 2}
-    (create_trainer(run).train() / "checkpoint-4").rename(Path(options["output_dir"]) / "set-aside")
+    output_dir = create_trainer(run).train()
+    free(sizes.adapter - 1)
+    refuses(OSError, "GB free, and this run needs", **run | {"resume_from_checkpoint": "latest"})
+    (output_dir / "checkpoint-4").rename(output_dir / "set-aside")
+    shutil.rmtree(output_dir / "checkpoint-0")
     free(sizes.checkpoint + sizes.adapter)
     create_trainer(run | {"resume_from_checkpoint": "latest"})
     assert "do not fit" not in caplog.text

@@ -100,6 +100,7 @@ def sampled(run, base_model, hub, tmp_path_factory) -> dict[str, np.ndarray]:
 def test_a_run_leaves_its_adapter_checkpoints_log_and_grids(run):
     assert {path.name for path in run.output_dir.iterdir()} == {
         "README.md",
+        "checkpoint-0",
         "checkpoint-3",
         "checkpoint-6",
         "context_adapter.safetensors",
