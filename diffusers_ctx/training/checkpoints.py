@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -56,19 +58,31 @@ def save_checkpoint(
 ) -> Path:
     """Writes `output_dir/checkpoint-<step>`, then removes the oldest of those up to it beyond `total_limit`.
 
-    It is written under another name and renamed when it is whole: a run that dies in between leaves nothing that
-    could be taken for a checkpoint. `options` are those that a run which resumes from it must have.
+    It is written under another name and renamed when it is whole and on the disk: a run that dies in between, or whose
+    power fails, leaves nothing that could be taken for a checkpoint. `options` are those that a run which resumes from
+    it must have.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left of it.
     """
     target = output_dir / f"checkpoint-{step}"
     unfinished = output_dir / f"{_UNFINISHED}{target.name}"
+    remove_unfinished(accelerator, output_dir)
+    try:
+        accelerator.save_state(str(unfinished), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n")
+            _flush(unfinished)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is all three, by what writes
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = find_checkpoint(output_dir, "latest")
+        go_on = f"go on from {last.name} with `--resume_from_checkpoint latest`" if last else "begin again"
+        raise OSError(
+            f"{target} could not be written ({error}). If the disk is full, free some of it, or lower"
+            f" `checkpoints_total_limit`; then {go_on}."
+        ) from error
     if accelerator.is_main_process:
-        for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that died
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n")
         if target.exists():
             _remove(target)
         unfinished.rename(target)
@@ -77,6 +91,14 @@ def save_checkpoint(
             _remove(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def remove_unfinished(accelerator: Accelerator, output_dir: Path) -> None:
+    """Removes what runs that died have left half-written or half-removed. All processes must call it."""
+    if accelerator.is_main_process:
+        for leftover in output_dir.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
@@ -197,6 +219,16 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def _is_checkpoint(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the disk has a folder's files: where power fails, a name may have come there before its content."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -37,6 +37,7 @@ from .checkpoints import (
     find_checkpoint,
     keep_to_plan,
     register_trained_weights,
+    remove_unfinished,
     save_checkpoint,
 )
 from .checks import (
@@ -127,6 +128,7 @@ class ContextTrainer:
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        remove_unfinished(self.accelerator, self.output_dir)
         check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
         self.latents = self._encode(dataset, config.optimization.seed)

@@ -1,5 +1,7 @@
 """Checkpoints on disk: whole or not there, pruned, and found again."""
 
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from diffusers_ctx.training.checkpoints import (
@@ -103,6 +106,45 @@ def test_one_that_was_being_written_is_never_taken_for_a_checkpoint(accelerator,
 
     save_checkpoint(accelerator, tmp_path, 2, OPTIONS, total_limit=None)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]  # and what lay half-written is gone
+
+
+@pytest.fixture
+def largest_file():
+    """Sets how many bytes a file can have: what is written beyond fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "cause"),
+    [
+        (64, OPTIONS, SafetensorError),  # of the weights
+        (1_000, OPTIONS, RuntimeError),  # of torch.save
+        (100_000, {"images": "many" * 100_000}, OSError),
+    ],
+)
+def test_a_full_disk_leaves_the_last_one_and_says_so(accelerator, model, tmp_path, largest_file, size, options, cause):
+    first = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=1)
+    before = files_in(first)
+    largest_file(size)
+    message = r"checkpoint-2 could not be written \(.*then go on from checkpoint-1 with `--resume_from_checkpoint"
+    with pytest.raises(OSError, match=message) as raised:
+        save_checkpoint(accelerator, tmp_path, 2, options, total_limit=1)
+    assert type(raised.value.__cause__) is cause
+    assert names(tmp_path) == ["checkpoint-1"] and files_in(first) == before
+
+
+def test_one_is_on_the_disk_before_it_has_its_name(accelerator, tmp_path, monkeypatch):
+    on_disk = set()
+
+    def fsync(handle: int) -> None:
+        on_disk.add(Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
+    unfinished = Path("unfinished-checkpoint-1")
+    assert on_disk == {unfinished, *(unfinished / name for name in names(checkpoint))}
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -377,6 +377,15 @@ def test_a_full_disk_is_noticed_before(refuses, sizes, free):
     refuses(OSError, "GB free, and this run needs .* GB or more: a checkpoint takes .* Free some, or choose", **RUN)
 
 
+def test_what_a_run_that_died_has_left_is_removed_before_room_is_looked_for(options, sizes, tmp_path, monkeypatch):
+    leftover = tmp_path / "adapter" / "unfinished-checkpoint-2"
+    leftover.mkdir(parents=True)
+    room = 2 * sizes.checkpoint
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if leftover.exists() else room))
+    create_trainer(options | RUN)
+    assert files_in(tmp_path / "adapter") == {}
+
+
 def test_a_run_shorter_than_from_one_checkpoint_to_the_next_has_a_first_and_a_last_one(refuses, options, sizes, free):
     run = {"use_ema": True, "max_train_steps": 1}
     free(sizes.first + sizes.checkpoint - 1)
