@@ -228,8 +228,8 @@ def check_validation_contexts(contexts: Sequence[str], concepts: Sequence[str], 
         raise ValueError(f"`validation_interventions` cannot be used: {error}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Makes the folder if need be, and checks that files can be written to it.
+def check_writable(folder: Path, option: str = "output_dir") -> None:
+    """Makes the folder, which an option names, if need be, and checks that files can be written to it.
 
     Raises:
         OSError: if they cannot.
@@ -239,7 +239,7 @@ def check_writable(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"`output_dir` {folder} cannot be written to ({error.strerror}); choose another.") from error
+        raise OSError(f"`{option}` {folder} cannot be written to ({error.strerror}); choose another.") from error
 
 
 def check_free_disk(

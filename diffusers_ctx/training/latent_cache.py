@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import TemporaryDirectory
 
 import datasets
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+
+from .checks import check_writable
 
 
 Latents = dict[str, torch.Tensor]
@@ -40,14 +42,13 @@ def cached(folder: Path, key: str, encode: Callable[[], Latents]) -> Latents:
     Safe under several processes: each writes a file of its own, which takes its name when it is whole.
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: if the folder cannot be written to; nothing has been encoded then.
     """
     file = folder / f"latents-{key}.safetensors"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder, "cache_dir")  # and not only when all is encoded
         latents = encode()
-        handle, unfinished = mkstemp(prefix="unfinished-", dir=folder)
-        os.close(handle)
-        save_file(latents, unfinished)
-        os.replace(unfinished, file)
+        with TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
+            save_file(latents, Path(unfinished) / file.name)
+            os.replace(Path(unfinished) / file.name, file)
     return load_file(file)

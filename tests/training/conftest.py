@@ -6,6 +6,7 @@ import os
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # a GPU adds in another order each time
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,14 @@ def options(base_model, photos, tmp_path) -> dict:
 def hub():
     with HubDouble() as hub:
         yield hub
+
+
+@pytest.fixture
+def largest_file():
+    """Sets how many bytes a file can have: what is written beyond fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def make_options(base_model: Path, photos: Path | None, output_dir: Path, **changes) -> dict:

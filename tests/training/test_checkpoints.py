@@ -1,7 +1,6 @@
 """Checkpoints on disk: whole or not there, pruned, and found again."""
 
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -106,14 +105,6 @@ def test_one_that_was_being_written_is_never_taken_for_a_checkpoint(accelerator,
 
     save_checkpoint(accelerator, tmp_path, 2, OPTIONS, total_limit=None)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]  # and what lay half-written is gone
-
-
-@pytest.fixture
-def largest_file():
-    """Sets how many bytes a file can have: what is written beyond fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(

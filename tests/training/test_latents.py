@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from scipy.stats import norm
 
+from diffusers_ctx.training.latent_cache import cached
 from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
 from diffusers_ctx.training.noise import KeyedNoise, sample_timesteps
 
@@ -121,6 +123,19 @@ def test_latents_are_kept_and_found_again(plain_pipeline, dataset, tmp_path):
     # that the file is what is read
     save_file({"mean": first.mean + 1, "std": first.std, "geometry": first.geometry}, file)
     assert torch.equal(encode(plain_pipeline.vae, dataset, tmp_path / "new").mean, first.mean + 1)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_encoded(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(OSError, match=r"`cache_dir` .*taken cannot be written to .*choose another"):
+        cached(tmp_path / "taken", "key", lambda: pytest.fail("it was encoded"))
+
+
+def test_nothing_is_left_of_what_could_not_be_written_whole(tmp_path, largest_file):
+    largest_file(1000)
+    with pytest.raises(SafetensorError, match="File too large"):
+        cached(tmp_path, "key", lambda: {"mean": torch.zeros(1000)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_images_weights_or_settings_are_encoded_anew(plain_pipeline, dataset, tmp_path):
