@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..pipelines import CompositionMixin
+from .latent_cache import wait_for_file
 
 
 _BATCH_SIZE = 16
@@ -25,12 +26,15 @@ class CaptionCache:
         pipeline: has the text encoders, which must not change.
         captions: all that will be asked for.
         folder: where the files are.
+        another_encodes: whether another process of this machine does it, whose file is waited for.
 
     Raises:
         OSError: if the folder cannot be written to.
     """
 
-    def __init__(self, pipeline: CompositionMixin, captions: Iterable[str], folder: Path):
+    def __init__(
+        self, pipeline: CompositionMixin, captions: Iterable[str], folder: Path, another_encodes: bool = False
+    ):
         ordered = sorted(set(captions))
         self.device = pipeline.device
         self.rows = {caption: row for row, caption in enumerate(ordered)}
@@ -45,6 +49,9 @@ class CaptionCache:
             return {name: tensor.float().flatten(1).cpu().numpy() for name, tensor in encoded.items()}
 
         key = _content_key(pipeline, ordered, self.shapes)
+        file = folder / f"captions-{key}.arrow"
+        if another_encodes:
+            wait_for_file(file)
         folder.mkdir(parents=True, exist_ok=True)
         self.encoded = datasets.Dataset.from_dict({"caption": ordered}).map(
             encode,
@@ -52,7 +59,7 @@ class CaptionCache:
             batch_size=_BATCH_SIZE,
             remove_columns="caption",
             features=datasets.Features({name: datasets.Sequence(datasets.Value("float32")) for name in sample}),
-            cache_file_name=str(folder / f"captions-{key}.arrow"),
+            cache_file_name=str(file),
             new_fingerprint=key,
             desc="Encoding captions",
         )

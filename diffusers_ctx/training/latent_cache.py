@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,8 @@ from .checks import check_writable
 
 
 Latents = dict[str, torch.Tensor]
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object) -> str:
@@ -36,19 +39,31 @@ def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object
     return digest.hexdigest()[:32]
 
 
-def cached(folder: Path, key: str, encode: Callable[[], Latents]) -> Latents:
+def cached(folder: Path, key: str, encode: Callable[[], Latents], another_encodes: bool = False) -> Latents:
     """What is in the folder under that key, and otherwise what `encode` returns, which is kept there.
 
-    Safe under several processes: each writes a file of its own, which takes its name when it is whole.
+    Safe under several processes: each writes a file of its own, which takes its name when it is whole. With
+    `another_encodes`, what is not there yet is waited for.
 
     Raises:
         OSError: if the folder cannot be written to; nothing has been encoded then.
     """
     file = folder / f"latents-{key}.safetensors"
-    if not file.exists():
+    if another_encodes:
+        wait_for_file(file)
+    elif not file.exists():
         check_writable(folder, "cache_dir")  # and not only when all is encoded
         latents = encode()
         with TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
             save_file(latents, Path(unfinished) / file.name)
             os.replace(Path(unfinished) / file.name, file)
     return load_file(file)
+
+
+def wait_for_file(file: Path) -> None:
+    """Until another process of this machine has written it, however long that takes: a collective would time out.
+
+    Where that process fails, the launcher ends this one.
+    """
+    while not file.exists():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -112,6 +112,7 @@ def encode_images(
     batch_size: int = 16,
     show_progress: bool = True,
     cache_dir: Path | None = None,
+    another_encodes: bool = False,
     image_features: ImageFeatures | None = None,
 ) -> ContextLatents:
     """Encodes a dataset with the columns `image`, `context` and `text`.
@@ -126,6 +127,7 @@ def encode_images(
         show_progress: whether to show a progress bar.
         cache_dir: folder where latents are kept and found again, by the content of the images' files, the VAE, the
             transform and what makes the features.
+        another_encodes: whether another process of this machine does it, whose file in `cache_dir` is waited for.
         image_features: what makes the features that the posterior sees, if it does not see latents.
     """
 
@@ -140,7 +142,7 @@ def encode_images(
         if image_features is not None:
             settings.append(image_features.digest())
         key = content_key(vae, dataset, *settings)
-        latents = cached(cache_dir, key, encode)
+        latents = cached(cache_dir, key, encode, another_encodes)
     return ContextLatents(masks=masks, contexts=list(dataset["context"]), captions=list(dataset["text"]), **latents)
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +135,9 @@ class ContextTrainer:
         self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
         self._encode_captions = pipeline.encode_captions
         if config.data.cache_latents and not self._text_encoders:
-            with self.accelerator.local_main_process_first():
-                self._encode_captions = CaptionCache(pipeline, {"", *self.latents.captions}, self._cache_dir)
+            self._encode_captions = CaptionCache(
+                pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
+            )
         self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
 
     @property
@@ -212,18 +212,17 @@ class ContextTrainer:
     def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
         """Latents of images, whose places of random crops have this seed."""
         data = self.config.data
-        # what one process has kept, the others find
-        with self.accelerator.local_main_process_first() if data.cache_latents else nullcontext():
-            return encode_images(
-                self.pipeline.vae,
-                dataset,
-                context_mask(list(dataset["context"]), self.concepts, data.obs_context),
-                ImageTransform(self._resolution, data.center_crop, seed),
-                random_flip=data.random_flip,
-                cache_dir=self._cache_dir if data.cache_latents else None,
-                show_progress=self.accelerator.is_main_process,
-                image_features=self._image_features,
-            )
+        return encode_images(
+            self.pipeline.vae,
+            dataset,
+            context_mask(list(dataset["context"]), self.concepts, data.obs_context),
+            ImageTransform(self._resolution, data.center_crop, seed),
+            random_flip=data.random_flip,
+            cache_dir=self._cache_dir if data.cache_latents else None,
+            another_encodes=not self.accelerator.is_local_main_process,  # what one process has kept, the others find
+            show_progress=self.accelerator.is_main_process,
+            image_features=self._image_features,
+        )
 
     def _prepare_training(self) -> None:
         """What learns, optimizer, schedule and data, handed to Accelerate."""

@@ -1,5 +1,7 @@
 """Encoded captions on disk are what the text encoders say, and are encoded once."""
 
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+
 import pytest
 import torch
 from conftest import make_pipeline, make_xl_pipeline
@@ -54,6 +56,17 @@ def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(p
     assert not any(torch.allclose(changed[name], first[name]) for name in first)
     CaptionCache(pipeline, CAPTIONS[:2], tmp_path)
     assert len(list(tmp_path.glob("captions-*.arrow"))) == len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_another_process_encodes_is_waited_for(pipeline, tmp_path):
+    with ThreadPoolExecutor() as another:
+        waiting = another.submit(CaptionCache, pipeline, CAPTIONS, tmp_path, another_encodes=True)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=1)
+        assert list(tmp_path.iterdir()) == []
+        first = CaptionCache(pipeline, CAPTIONS, tmp_path)(CAPTIONS)
+        got = waiting.result(timeout=60)(CAPTIONS)
+    assert all(torch.equal(got[name], first[name]) for name in first)
 
 
 def test_a_run_learns_the_same_from_cached_captions(options, tmp_path, monkeypatch):

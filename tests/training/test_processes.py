@@ -58,6 +58,24 @@ def fail(self, number, batch, step):
 
 ContextTrainer._train_on = fail
 """
+SLOWLY_ENCODING = """
+import os, time
+from datetime import timedelta
+from accelerate.utils import InitProcessGroupKwargs
+from diffusers_ctx.training import accelerator, latents
+
+accelerator.InitProcessGroupKwargs = lambda timeout: InitProcessGroupKwargs(timeout=timedelta(seconds=20))
+encode = latents._encode
+
+
+def encode_slowly(*arguments):
+    assert os.environ["LOCAL_RANK"] == "0"
+    time.sleep(25)
+    return encode(*arguments)
+
+
+latents._encode = encode_slowly
+"""
 
 
 def launch(
@@ -233,6 +251,14 @@ def test_a_last_batch_for_one_process_alone_is_left_out(base_model, photos, tmp_
     create_trainer(make_options(base_model, photos, tmp_path / "one", train_batch_size=8, **shared)).train()
     launch(tmp_path, TRAIN, make_options(base_model, photos, tmp_path / "two", train_batch_size=4, **shared))
     assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"))
+
+
+def test_one_process_may_encode_for_longer_than_others_may_wait_for_an_answer(options, tmp_path):
+    changes = {"cache_latents": True, "cache_dir": str(tmp_path / "cache"), "train_batch_size": 2}
+    launched = launch(tmp_path, SLOWLY_ENCODING + TRAIN, options | changes)
+    assert (tmp_path / "adapter" / "README.md").exists(), launched.stderr
+    kept = (tmp_path / "cache" / "context-latents").iterdir()
+    assert sorted(path.name.partition("-")[0] for path in kept) == ["captions", "latents"]
 
 
 @pytest.mark.parametrize(
