@@ -44,6 +44,11 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop; the others may not know yet."""
+        return self._received > 0
+
     def requested(self) -> bool:
         """Whether any process was asked to stop. All processes must call it, and all get the same answer."""
         received = torch.tensor([self._received], device=self.accelerator.device)
@@ -56,7 +61,7 @@ class StopSignals:
         return 128 + self._agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._received and self.accelerator.is_main_process:
+        if not self.received and self.accelerator.is_main_process:
             os.write(2, _ANSWER)  # a signal may come while Python's own streams are being written to
         self._received = number
         if number == signal.SIGINT:

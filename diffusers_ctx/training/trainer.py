@@ -303,10 +303,10 @@ class ContextTrainer:
             stopping, last = stop.requested(), step == self.max_train_steps
             if step % output.checkpointing_steps == 0 or last or stopping:
                 self._save_checkpoint(step)  # first: what fails in validation must not take the steps with it
-            if step % output.validation_steps == 0 or last:
-                self._validate(step)
             if stopping and not last:
                 self._stop(step, stop.exit_code)
+            if step % output.validation_steps == 0 or last:
+                self._validate(step, stop)
         progress.close()
 
     def _save_checkpoint(self, step: int) -> None:
@@ -397,14 +397,14 @@ class ContextTrainer:
         features = self.latents.features_of(indices, flip)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous, features), device)
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int, stop: StopSignals) -> None:
         """On the main process, with averaged weights if there are any."""
         if not self.validator.has_work:
             return
         if self.accelerator.is_main_process:
             self._set_training(False)
             with averaged(self.ema, self._learning), self.accelerator.autocast():
-                self.validator(self.accelerator.unwrap_model(self.objective), step)
+                self.validator(self.accelerator.unwrap_model(self.objective), step, stop)
             self._set_training(True)
         self.accelerator.wait_for_everyone()
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from ..data import interventions_of
 from .config import TrainingConfig
+from .interruption import StopSignals
 from .latents import ContextLatents
 from .objective import DiffusionObjective
 from .tracking import track, track_step
@@ -48,29 +49,34 @@ class Validator:
         """Whether the run asks for any of it."""
         return self.held_out is not None or self.config.output.validation_prompt is not None
 
-    def __call__(self, objective: DiffusionObjective, step: int) -> None:
-        """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt."""
+    def __call__(self, objective: DiffusionObjective, step: int, stop: StopSignals) -> None:
+        """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt and nothing asks
+        the run to stop."""
         if self.held_out is not None:
             batch_size = self.config.optimization.train_batch_size
             losses = validation_losses(objective, self.pipeline, self.held_out, batch_size)
             losses["mean"] = sum(losses.values()) / len(losses)
             track_step(self.accelerator, {f"validation_loss/{name}": loss for name, loss in losses.items()}, step)
         if self.config.output.validation_prompt is not None:
-            self._draw(step)
+            self._draw(step, stop)
 
-    def _draw(self, step: int) -> None:
+    def _draw(self, step: int, stop: StopSignals) -> None:
         """Saves a grid of samples, a row per context, and hands it to the trackers."""
         output, obs_context = self.config.output, self.config.data.obs_context
         names = [obs_context, *self.pipeline.concepts, *(output.validation_interventions or [])]
         self.pipeline.set_progress_bar_config(disable=True)
-        rows = sample_rows(
-            self.pipeline,
-            [interventions_of(name, obs_context) for name in names],
-            [output.validation_prompt or ""] * output.num_validation_images,
-            seed=self.config.optimization.seed,
-            guidance_scale=output.validation_guidance_scale,
-            resolution=self.config.data.resolution,
-        )
+        rows: list[np.ndarray] = []
+        for name in names:
+            if stop.received:  # who sent it does not wait for a grid
+                return
+            rows += sample_rows(
+                self.pipeline,
+                [interventions_of(name, obs_context)],
+                [output.validation_prompt or ""] * output.num_validation_images,
+                seed=self.config.optimization.seed,
+                guidance_scale=output.validation_guidance_scale,
+                resolution=self.config.data.resolution,
+            )
         keep_grid(draw_grid(rows, names), Path(output.output_dir), step, self.accelerator.trackers)
 
 

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from diffusers_ctx.training import validation
 from diffusers_ctx.training.checkpoints import list_checkpoints
 from diffusers_ctx.training.interruption import StopSignals
+from diffusers_ctx.training.validation import sample_rows
 
-from .conftest import SCRIPT, flags, make_options
+from .conftest import SCRIPT, create_trainer, flags, make_options
 from .test_training_script import weights_of
 
 
@@ -95,6 +98,24 @@ def test_a_signal_while_the_concepts_are_learned_is_answered_and_heeded_after_th
     assert errors.count("The run will stop when it has saved a checkpoint") == 1
     assert [path.name for path in list_checkpoints(tmp_path / "adapter")] == ["checkpoint-0"]
     finish_and_compare(options, undisturbed, tmp_path / "adapter")
+
+
+def test_a_signal_cuts_a_grid_short(options, monkeypatch):
+    drawn = []
+
+    def sample(pipeline, contexts, *arguments, **keywords) -> list[np.ndarray]:
+        drawn.extend(contexts)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample_rows(pipeline, contexts, *arguments, **keywords)
+
+    monkeypatch.setattr(validation, "sample_rows", sample)
+    shown = {"validation_prompt": "a street", "num_validation_images": 1, "validation_steps": 2}
+    trainer = create_trainer(options | shown | {"max_train_steps": 9})
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGTERM and len(drawn) == 1  # of three rows
+    assert not (trainer.output_dir / "validation").exists()
+    assert list_checkpoints(trainer.output_dir)[-1].name == "checkpoint-3"  # of the next step, which is asked after
 
 
 @pytest.mark.parametrize(
