@@ -26,10 +26,11 @@ from diffusers_ctx.adapter import (
     with_context,
 )
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
-from diffusers_ctx.context import ContextModule, Interventions, intervention_mask
+from diffusers_ctx.context import ContextModule, Interventions, embed_captions, intervention_mask
 
 from .guidance import context_guidance
 from .inversion import denoise, evenly_spaced_timesteps, invert
+from .noise import draw_apart
 
 
 _CANDIDATES = 64  # of exogenous noise, of which the prompt chooses
@@ -204,25 +205,25 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 )
             return exogenous_noise
         if captions is None:
-            return _draw_apart(shape, generator)
+            return draw_apart(shape, generator)
         # candidates, and a number each to choose by
-        numbers = _draw_apart((num_images, _CANDIDATES, shape[1] * shape[2] + 1), generator)
+        numbers = draw_apart((num_images, _CANDIDATES, shape[1] * shape[2] + 1), generator)
         candidates, uniform = numbers[..., :-1].unflatten(-1, shape[1:]), torch.special.ndtr(numbers[..., -1])
         with self._module_at_hand() as (module, device):
             return module.choose_noise(candidates.to(device), captions.to(device), uniform.to(device)).cpu()
 
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> torch.Tensor:
-        """What noise is drawn by that goes with captions: the mean (B, D) of what the pretrained text encoders say."""
+        """What noise is drawn by that goes with captions (B, D), from the pretrained text encoders."""
         with ExitStack() as stack:
             for text_encoder in self.text_encoders.values():
                 stack.enter_context(lora_detached(text_encoder))
-            return self.encode_captions(captions)["text"].float().mean(dim=1)
+            return embed_captions(self.encode_captions(captions)["text"])
 
     def _captions_of(self, prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> torch.Tensor:
         """Embeddings (B, D) of prompts."""
         if prompt_embeds is not None:
-            return prompt_embeds.float().mean(dim=1)
+            return embed_captions(prompt_embeds)
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
         captions = self.embed_captions(prompts)
         if not all(prompts):
@@ -416,24 +417,3 @@ def _number_of_prompts(prompt: str | list[str] | None, prompt_embeds: torch.Tens
     if prompt_embeds is not None:
         return len(prompt_embeds)
     return len(prompt) if isinstance(prompt, list) else 1
-
-
-def _draw_apart(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Standard normal noise that depends on the generator's state but leaves it as it is.
-
-    A copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
-    that the diffusion noise is made of.
-
-    Raises:
-        ValueError: if there are several generators, but not one for each row.
-    """
-    if generator is None:
-        return torch.randn(shape)
-    if isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} images.")
-        return torch.cat([_draw_apart((1, *shape[1:]), one) for one in generator])
-    copy = torch.Generator(device=generator.device)
-    copy.set_state(generator.get_state())
-    seed = torch.randint(2**62, (), generator=copy, device=generator.device).item()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))

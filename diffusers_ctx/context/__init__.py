@@ -1,4 +1,4 @@
-from .captions import CaptionLikelihood
+from .captions import CaptionLikelihood, embed_captions
 from .causal import ReducedForm, Structural
 from .interventions import Interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
@@ -12,6 +12,7 @@ __all__ = [
     "Interventions",
     "ReducedForm",
     "Structural",
+    "embed_captions",
     "intervention_mask",
     "inverse_mechanisms",
     "log_standard_normal",

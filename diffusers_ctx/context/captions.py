@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def embed_captions(text: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, D) that captions are told apart by: the mean over tokens of what text encoders say (B, L, D)."""
+    return text.float().mean(dim=1)
+
+
 class CaptionLikelihood(nn.Module):
     r"""How likely a caption is, given node values: `log p(t | c) / p(t)`, but for a summand that depends on `t` alone.
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from ..context import CaptionLikelihood, ContextModule
+from ..context import CaptionLikelihood, ContextModule, embed_captions
 from .latents import ContextLatents
 from .noise import KeyedNoise
 
@@ -28,7 +28,7 @@ def fit_captions(
     accelerator: Accelerator,
     context_module: ContextModule,
     latents: ContextLatents,
-    embed: Callable[[list[str]], torch.Tensor],
+    encode: Callable[[list[str]], dict[str, torch.Tensor]],
     seed: int,
 ) -> None:
     """Teaches a module's `captions` which node values go with which captions.
@@ -42,7 +42,7 @@ def fit_captions(
         accelerator: has the device of the module.
         context_module: knows its concepts; its `captions` are changed.
         latents: the images.
-        embed: embeddings (B, D) of captions, see [`~pipelines.composition.CompositionMixin.embed_captions`].
+        encode: what text encoders say of captions, see [`~pipelines.composition.CompositionMixin.encode_captions`].
         seed: of what is drawn.
     """
     known = context_module.require_captions()
@@ -50,9 +50,9 @@ def fit_captions(
     held_out = round(_HELD_OUT_SHARE * len(latents))
     if len(names) < 2 or held_out < _LEAST_HELD_OUT:
         return
-    embedded = torch.cat(
-        [embed(names[start : start + _CAPTIONS_AT_ONCE]).cpu() for start in range(0, len(names), _CAPTIONS_AT_ONCE)]
-    )
+    with torch.no_grad():
+        parts = (names[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(names), _CAPTIONS_AT_ONCE))
+        embedded = torch.cat([embed_captions(encode(part)["text"]).cpu() for part in parts])
     place = {name: row for row, name in enumerate(names)}
     captions = embedded[[place[name] for name in latents.captions]]
     values = _draw_values(context_module, latents, seed, accelerator.device)

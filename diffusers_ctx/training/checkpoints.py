@@ -223,6 +223,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _flush(folder: Path) -> None:
     """Waits until the disk has a folder's files: where power fails, a name may have come there before its content."""
+    if os.name != "posix":  # where folders cannot be opened
+        return
     for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

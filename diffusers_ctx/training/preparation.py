@@ -72,7 +72,7 @@ def create_context_module(
         graph=config.graph_edges(),
         tokens_per_concept=options.tokens_per_concept,
         posterior_type=options.posterior_type,
-        caption_dim=pipeline.embed_captions([""]).shape[1],
+        caption_dim=pipeline.unet.config.cross_attention_dim,
         **posterior_input(options, pipeline, image_features, resolution),
     )
 

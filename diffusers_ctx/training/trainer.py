@@ -175,8 +175,8 @@ class ContextTrainer:
     def _learn_concepts(self) -> dict[str, float]:
         """The first part of training; its last figures."""
         figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
-        embed, seed = self.pipeline.embed_captions, self.config.optimization.seed
-        fit_captions(self.accelerator, self.context_module, self.latents, embed, seed)
+        seed = self.config.optimization.seed
+        fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
         return figures
 
     # what is set up before training

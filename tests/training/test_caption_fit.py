@@ -12,6 +12,11 @@ from diffusers_ctx.training.latents import ContextLatents
 CAPTIONS = ["dark", "bright"]
 
 
+def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+    """Of one token each."""
+    return {"text": embed(captions)[:, None]}
+
+
 def embed(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[1.0, 0.0, 5.0] if caption == "dark" else [0.0, 1.0, 5.0] for caption in captions])
 
@@ -32,7 +37,7 @@ def make_latents(n: int, captions: list[str] | None = None) -> tuple[ContextModu
 
 def test_it_learns_what_captions_depend_on():
     module, latents = make_latents(600)
-    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         values = module.read_values(latents.mean[0])
         dark, bright = (module.captions(values[None], embed([caption]))[0] for caption in CAPTIONS)
@@ -44,7 +49,7 @@ def test_it_learns_what_captions_depend_on():
 @pytest.mark.parametrize("captions", [["dark"] * 600, None])
 def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
     module, latents = make_latents(100 if captions is None else 600, captions)
-    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
     assert scores.abs().max() == 0
@@ -52,7 +57,7 @@ def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
 
 def test_captions_that_depend_on_nothing_are_learned_by_heart_for_a_short_while_alone():
     module, latents = make_latents(600, CAPTIONS * 300)
-    fit_captions(Accelerator(cpu=True), module, latents, embed, seed=0)
+    fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
     assert scores.std(dim=1).max() < 0.2
@@ -62,6 +67,6 @@ def test_it_is_the_same_with_the_same_seed():
     weights = []
     for _ in range(2):
         module, latents = make_latents(300)
-        fit_captions(Accelerator(cpu=True), module, latents, embed, seed=1)
+        fit_captions(Accelerator(cpu=True), module, latents, encode, seed=1)
         weights.append(module.captions.captions.weight.clone())
     assert torch.equal(*weights) and weights[0].abs().max() > 0

@@ -1,0 +1,26 @@
+"""Noise that is drawn beside the diffusion noise, which a seed keeps as it is."""
+
+from __future__ import annotations
+
+import torch
+
+
+def draw_apart(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Standard normal noise that depends on the generator's state but leaves it as it is.
+
+    A copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
+    that the diffusion noise is made of.
+
+    Raises:
+        ValueError: if there are several generators, but not one for each row.
+    """
+    if generator is None:
+        return torch.randn(shape)
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} images.")
+        return torch.cat([draw_apart((1, *shape[1:]), one) for one in generator])
+    copy = torch.Generator(device=generator.device)
+    copy.set_state(generator.get_state())
+    seed = torch.randint(2**62, (), generator=copy, device=generator.device).item()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))
