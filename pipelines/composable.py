@@ -88,7 +88,8 @@ class ComposablePipeline(CompositionMixin, StableDiffusionPipeline):
             context adapter, the exogenous noise.
 
         Raises:
-            ValueError: if a concept is unknown, a shape does not fit, or interventions are given without an adapter.
+            ValueError: if a concept is unknown, a shape does not fit, interventions are given without an adapter, or
+                the prompt is to be matched by noise that is given, or by an adapter that did not learn from captions.
         """
         arguments = dict(
             prompt=prompt,

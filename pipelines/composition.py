@@ -92,16 +92,11 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             raise ValueError(
                 "A context adapter is loaded in the place of an IP-Adapter; unload it to pass its images."
             )
-        if arguments["latents"] is None:
-            arguments |= {side: arguments[side] or self.training_resolution for side in ("height", "width")}
+        arguments |= self._default_size(arguments)
         num_prompts = _number_of_prompts(arguments["prompt"], arguments["prompt_embeds"])
         images_per_prompt = arguments["num_images_per_prompt"]
         mask = self._mask(interventions, num_prompts).repeat_interleave(images_per_prompt, dim=0)
         captions = None
-        if match_prompt and exogenous_noise is not None:
-            raise ValueError(
-                "`match_prompt` says how to draw `exogenous_noise`, which is given; leave out one of them."
-            )
         if match_prompt:
             captions = self._captions_of(arguments["prompt"], arguments["prompt_embeds"])
             captions = captions.repeat_interleave(images_per_prompt, dim=0)
@@ -115,6 +110,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
             output = plain_call(**arguments)
         return _with_noise(output, noise) if arguments["return_dict"] else (*output, noise)
+
+    def _default_size(self, arguments: dict[str, Any]) -> dict[str, int]:
+        """Height and width, where they are left open: those of training, or of given latents if the UNet asks."""
+        height = width = self.training_resolution
+        if arguments["latents"] is not None:
+            if self.unet.config.addition_embed_type != "text_time":
+                return {}
+            height, width = (side * self.vae_scale_factor for side in arguments["latents"].shape[-2:])
+        return {"height": arguments["height"] or height, "width": arguments["width"] or width}
 
     @property
     def training_resolution(self) -> int:
@@ -189,11 +193,15 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             captions: (num_images, D) from `embed_captions`, of what is drawn; by default everything.
 
         Raises:
-            ValueError: if the given noise is no tensor or has another shape, or there are several generators but not
-                one per image.
+            ValueError: if the given noise is no tensor, has another shape, or was to go with captions; or there are
+                several generators but not one per image.
         """
         shape = (num_images, *self._require_context_module().noise_shape)
         if exogenous_noise is not None:
+            if captions is not None:
+                raise ValueError(
+                    "`match_prompt` says how to draw `exogenous_noise`, which is given; leave out one of them."
+                )
             if not isinstance(exogenous_noise, torch.Tensor):
                 raise ValueError(
                     f"`exogenous_noise` is of {type(exogenous_noise)}; pass a `torch.Tensor` of shape {shape}."

@@ -34,6 +34,7 @@ from ..hub import INJECTIONS
 
 
 _CROSS_ATTENTION = "attn2.processor"
+_ADDED_CONDITIONS = 7  # place of `added_cond_kwargs` among the arguments of the UNet's `forward`
 _LORA_LOADED = "_hf_peft_config_loaded"  # by which models of diffusers and transformers know that they have a LoRA
 # the plain processors, and those that compute the very same attention and another one to the context tokens beside it
 _CONTEXT_PROCESSORS = {
@@ -318,7 +319,8 @@ def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: s
 
 def _require_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Pipelines that know nothing of a context adapter would fail deep inside diffusers, and name no mend."""
-    if has_context_module(unet) and "image_embeds" not in (kwargs.get("added_cond_kwargs") or {}):
+    told = args[_ADDED_CONDITIONS] if len(args) > _ADDED_CONDITIONS else kwargs.get("added_cond_kwargs")
+    if has_context_module(unet) and "image_embeds" not in (told or {}):
         raise ValueError(
             "A context adapter is on this UNet, and nobody passes its tokens; use `ComposablePipeline` or"
             " `ComposableXLPipeline`, or call `unload_context_adapter()` first."

@@ -31,12 +31,12 @@ class CaptionLikelihood(nn.Module):
 
     def __init__(self, values_dim: int, caption_dim: int, width: int = 64, dim: int = 16):
         super().__init__()
-        self.values = nn.Sequential(
+        self.embed_values = nn.Sequential(
             nn.Linear(values_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
         )
         # without a bias: what is known of the average caption is nothing
-        self.captions = nn.Linear(caption_dim, dim, bias=False)
-        nn.init.zeros_(self.captions.weight)
+        self.embed_caption = nn.Linear(caption_dim, dim, bias=False)
+        nn.init.zeros_(self.embed_caption.weight)
         self.register_buffer("mean", torch.zeros(caption_dim))
         self.register_buffer("scale", torch.ones(()))
 
@@ -48,8 +48,9 @@ class CaptionLikelihood(nn.Module):
 
     def forward(self, values: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """Scores (B, M), in nats, of each caption (B, D) for each of M node values (B, M, N, d) or (1, M, N, d)."""
-        captions = self.captions((captions.to(self.mean) - self.mean) / self.scale)
-        return (self.values(values.flatten(-2)) * captions[:, None]).sum(dim=-1)
+        standard = (captions.to(self.mean.device, torch.float32) - self.mean.float()) / self.scale.float()
+        embedded = self.embed_caption(standard.to(self.mean.dtype))
+        return (self.embed_values(values.flatten(-2)) * embedded[:, None]).sum(dim=-1)
 
     def contrast(self, values: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy, in nats, of telling which of the values (B, N, d) each of the captions (B, D) is of."""

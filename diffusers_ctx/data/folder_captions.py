@@ -35,6 +35,10 @@ def read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Pa
             f"{files[0]} lacks {lacking} (it has {list(entries[0])}); add them, or name the captions with "
             "`text_column` (`--caption_column`)."
         )
+    for row, entry in enumerate(entries, start=1):
+        name, caption = entry["file_name"], entry[text_column]
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise ValueError(f"Row {row} of {files[0]} has the image {name!r} and the caption {caption!r}, not texts.")
     named = [folder / entry["file_name"] for entry in entries]
     repeated = sorted(path.name for path, count in Counter(named).items() if count > 1)
     if repeated:
@@ -82,12 +86,14 @@ def _read_metadata(file: Path) -> list[dict[str, Any]]:
                 entries: list[dict[str, Any]] = list(csv.DictReader(lines))
             else:
                 entries = [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); write it in UTF-8, JSON with one object a line."
-        ) from error
+    except (ValueError, csv.Error) as error:
+        form = "as comma-separated values" if file.suffix == ".csv" else "one JSON object a line"
+        raise ValueError(f"{file} cannot be read ({error}); write it in UTF-8, {form}.") from error
     if not entries:
         raise ValueError(f"{file} names no image; fill it, or remove it to train without captions.")
+    for row, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"Row {row} of {file} is {entry!r}; write one JSON object a line.")
     if file.suffix == ".csv":
         _check_fields(file, entries)
     return entries

@@ -57,15 +57,16 @@ def push_adapter_folder(
     files = files_to_push(folder)
     api = _api(token)
     repo_id = _create(api, repo_id, private)  # a pull request needs no right to write
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=Path(folder),
-        allow_patterns=[glob.escape(name) for name in files],
-        # the LoRA of an earlier push must not outlive an adapter that came without one; one that is uploaded stays
-        delete_patterns=LORA_WEIGHTS_NAME,
-        commit_message=commit_message,
-        create_pr=create_pr,
-    )
+    with _refused(repo_id):
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=Path(folder),
+            allow_patterns=[glob.escape(name) for name in files],
+            # the LoRA of an earlier push must not outlive an adapter that came without one; one that is uploaded stays
+            delete_patterns=LORA_WEIGHTS_NAME,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:

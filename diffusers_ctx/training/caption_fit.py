@@ -34,7 +34,7 @@ def fit_captions(
     """Teaches a module's `captions` which node values go with which captions.
 
     It keeps what told captions of held-out images apart best, and stays as it is, saying nothing, where captions do
-    not differ, nothing helps, or there are fewer than 200 images.
+    not differ, nothing helps, or there are fewer than 200 images with one.
 
     Every process does the same and takes the main process's result.
 
@@ -46,21 +46,22 @@ def fit_captions(
         seed: of what is drawn.
     """
     known = context_module.require_captions()
-    names = sorted(set(latents.captions))
-    held_out = round(_HELD_OUT_SHARE * len(latents))
+    rows = [row for row, caption in enumerate(latents.captions) if caption]  # where there is none, nothing is said
+    names = sorted({latents.captions[row] for row in rows})
+    held_out = int(_HELD_OUT_SHARE * len(rows))
     if len(names) < 2 or held_out < _LEAST_HELD_OUT:
         return
     with torch.no_grad():
         parts = (names[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(names), _CAPTIONS_AT_ONCE))
         embedded = torch.cat([embed_captions(encode(part)["text"]).cpu() for part in parts])
     place = {name: row for row, name in enumerate(names)}
-    captions = embedded[[place[name] for name in latents.captions]]
-    values = _draw_values(context_module, latents, seed, accelerator.device)
+    captions = embedded[[place[latents.captions[row]] for row in rows]]
+    values = _draw_values(context_module, latents, seed, accelerator.device)[rows]
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(latents), generator=generator)
+    order = torch.randperm(len(rows), generator=generator)
     _fit(likelihood, values[order], captions[order], held_out, generator)
     known.load_state_dict(likelihood.state_dict())
     for tensor in known.state_dict().values():

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def save_checkpoint(
         if accelerator.is_main_process:
             (unfinished / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n")
             _flush(unfinished)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is all three, by what writes
         shutil.rmtree(unfinished, ignore_errors=True)
         last = find_checkpoint(output_dir, "latest")
@@ -228,7 +231,8 @@ def _flush(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with suppress(OSError) if path.is_dir() else nullcontext():  # some network disks cannot do it for folders
+                os.fsync(handle)
         finally:
             os.close(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -61,8 +62,9 @@ class StopSignals:
         return 128 + self._agreed
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.received and self.accelerator.is_main_process:
-            os.write(2, _ANSWER)  # a signal may come while Python's own streams are being written to
-        self._received = number
+        first, self._received = not self.received, number
+        if first and self.accelerator.is_main_process:
+            with suppress(OSError):  # Ctrl-C may have ended what reads it
+                os.write(2, _ANSWER)  # a signal may come while Python's own streams are being written to
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])

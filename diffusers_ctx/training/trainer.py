@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,10 @@ class ContextTrainer:
     def _stop(self, step: int, exit_code: int) -> None:
         """Ends the run, which can be resumed."""
         if self.accelerator.is_main_process:
-            print(f"Stopped by a signal after step {step}; go on with `--resume_from_checkpoint latest`.")
+            with suppress(OSError):  # Ctrl-C may have ended what reads it
+                print(
+                    f"Stopped by a signal after step {step}; go on with `--resume_from_checkpoint latest`.", flush=True
+                )
         self.accelerator.end_training()
         raise SystemExit(exit_code)
 

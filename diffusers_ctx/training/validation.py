@@ -98,7 +98,7 @@ def sample_rows(
         seed: seed of the first column; the next ones count on from it.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        resolution: height and width; by default the model's own.
+        resolution: height and width; by default those that the adapter is trained at.
     """
     rows = []
     for interventions in contexts:

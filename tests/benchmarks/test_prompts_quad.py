@@ -20,10 +20,10 @@ def test_shapes_that_are_the_captions_are_counted():
 
 def test_it_prints_shares_with_matching_noise_and_without():
     script = Path(__file__).parents[2] / "benchmarks" / "prompts_quad.py"
-    command = [sys.executable, script, embedded_adapter("quad"), "--n", "24", "--combinations", "quad4"]
+    command = [sys.executable, script, embedded_adapter("quad"), "--n", "60", "--combinations", "quad4"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     real, plain, matching = run.stdout.splitlines()
     assert float(real.split()[-1]) > 0.9
     shares = [float(line.split()[2].rstrip(",")) for line in (plain, matching)]
-    assert all(0 <= share <= 1 for share in shares) and shares[0] != shares[1]
+    assert shares[0] + 0.15 < shares[1] <= 1

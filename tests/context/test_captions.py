@@ -10,7 +10,7 @@ from diffusers_ctx.context import CaptionLikelihood
 def make_likelihood() -> CaptionLikelihood:
     torch.manual_seed(0)
     likelihood = CaptionLikelihood(6, 5)
-    torch.nn.init.normal_(likelihood.captions.weight)
+    torch.nn.init.normal_(likelihood.embed_caption.weight)
     likelihood.standardize(3 + 2 * torch.randn(50, 5))
     return likelihood
 
@@ -21,7 +21,7 @@ def test_scores_are_inner_products_of_embeddings():
     assert scores.shape == (4, 7)
     with torch.no_grad():
         standard = (captions[2] - likelihood.mean) / likelihood.scale
-        expected = likelihood.values(values[2, 6].flatten()) @ (likelihood.captions.weight @ standard)
+        expected = likelihood.embed_values(values[2, 6].flatten()) @ (likelihood.embed_caption.weight @ standard)
     assert scores[2, 6].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_the_contrast_is_over_values_and_not_over_captions():
 def test_noise_is_chosen_with_scores_as_log_weights():
     torch.manual_seed(0)
     module = ContextModule(["night", "snow"], token_dim=8, caption_dim=5)
-    torch.nn.init.normal_(module.captions.captions.weight)
+    torch.nn.init.normal_(module.captions.embed_caption.weight)
     draws, candidates, caption = 20_000, torch.randn(1, 3, *module.noise_shape), torch.randn(1, 5)
     with torch.no_grad():
         chosen = module.choose_noise(

@@ -140,6 +140,13 @@ def test_captions_under_another_name(photos):
         ({"metadata.csv": "file_name,text\na.png,a street, at night\n"}, r"Row 1 of .* has more fields .*quotes"),
         ({"metadata.csv": "file_name,text\na.png,t\nb.png\n"}, r"Row 2 of .* has fewer fields"),
         ({"metadata.csv": "file_name,text\n"}, "metadata.csv names no image; fill it, or remove it"),
+        ({"metadata.jsonl": "5\n"}, "Row 1 of .* is 5; write one JSON object a line"),
+        (
+            {"metadata.jsonl": '{"file_name": null, "text": "t"}\n'},
+            "the image None and the caption 't', not texts",
+        ),
+        ({"metadata.jsonl": '{"file_name": "a.png", "text": ["t"]}\n'}, r"the caption \['t'\], not texts"),
+        ({"metadata.csv": "file_name,text\na.png," + "t" * 200_000 + "\n"}, "cannot be read .*comma-separated values"),
         (
             {"a.txt": "a street"},
             r"Text files beside images are not read .*a.txt; write captions into",

@@ -114,7 +114,7 @@ def test_prompts_may_come_encoded_and_none_says_nothing(told_pipeline):
     module = told_pipeline.context_module
     unsaid = sample(told_pipeline, "", match_prompt=True).exogenous_noise
     with torch.no_grad():
-        module.captions.captions.weight.zero_()
+        module.captions.embed_caption.weight.zero_()
     assert torch.equal(unsaid, sample(told_pipeline, PROMPT, match_prompt=True).exogenous_noise)
     assert not torch.equal(unsaid, noise[0])
     twice = sample(told_pipeline, match_prompt=True, num_images_per_prompt=2).exogenous_noise

@@ -59,6 +59,8 @@ def test_images_have_the_size_that_the_adapter_was_trained_on():
     assert images.shape == (1, 24, 24, 3)
     told = {"height": 24, "width": 24, "original_size": (24, 24), "target_size": (24, 24)}
     np.testing.assert_array_equal(images, sample(pipeline, **told).images)
+    latents = torch.randn(1, 4, 12, 12, generator=torch.manual_seed(0))
+    np.testing.assert_array_equal(images, sample(pipeline, latents=latents).images)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

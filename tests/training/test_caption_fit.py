@@ -27,7 +27,7 @@ def make_latents(n: int, captions: list[str] | None = None) -> tuple[ContextModu
     module = ContextModule(["night"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1, caption_dim=3)
     latents, masks = torch.randn(1, n, 4, 8, 8), torch.arange(n)[:, None] % 2.0
     with torch.no_grad():
-        module.head.layers[-1].weight.mul_(30)  # values that differ from image to image
+        module.head.layers[-1].weight.mul_(600)  # values that differ from image to image
         told = module.read_values(latents[0])[:, 1, 0]
         threshold = told.median()
     captions = captions or [CAPTIONS[int(value > threshold)] for value in told]
@@ -36,17 +36,31 @@ def make_latents(n: int, captions: list[str] | None = None) -> tuple[ContextModu
 
 
 def test_it_learns_what_captions_depend_on():
-    module, latents = make_latents(600)
+    module, latents = make_latents(3000)
     fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         values = module.read_values(latents.mean[0])
         dark, bright = (module.captions(values[None], embed([caption]))[0] for caption in CAPTIONS)
     is_bright = torch.tensor([caption == "bright" for caption in latents.captions])
-    right = (dark.log_softmax(0) < bright.log_softmax(0)) == is_bright
-    assert right.float().mean() > 0.85
+    gap = bright - dark
+    assert gap[is_bright].mean() - gap[~is_bright].mean() > 0.4  # nats
 
 
-@pytest.mark.parametrize("captions", [["dark"] * 600, None])
+def test_images_without_a_caption_say_nothing():
+    module, latents = make_latents(6000)
+    expected = make_latents(6000)[1].captions
+    latents.captions = [caption if row % 2 else "" for row, caption in enumerate(expected)]
+    fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
+    with torch.no_grad():
+        values = module.read_values(latents.mean[0])
+        dark, bright = (module.captions(values[None], embed([caption]))[0] for caption in CAPTIONS)
+    is_bright = torch.tensor([caption == "bright" for caption in expected])
+    gap = bright - dark
+    assert gap[is_bright].mean() - gap[~is_bright].mean() > 0.4
+    torch.testing.assert_close(module.captions.mean, embed([x for x in latents.captions if x]).mean(dim=0))
+
+
+@pytest.mark.parametrize("captions", [["dark"] * 600, ["dark", ""] * 300, None])
 def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
     module, latents = make_latents(100 if captions is None else 600, captions)
     fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
@@ -56,11 +70,11 @@ def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
 
 
 def test_captions_that_depend_on_nothing_are_learned_by_heart_for_a_short_while_alone():
-    module, latents = make_latents(600, CAPTIONS * 300)
+    module, latents = make_latents(3000, CAPTIONS * 1500)
     fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
-    assert scores.std(dim=1).max() < 0.2
+    assert scores.std(dim=1).max() < 0.1
 
 
 def test_it_is_the_same_with_the_same_seed():
@@ -68,5 +82,5 @@ def test_it_is_the_same_with_the_same_seed():
     for _ in range(2):
         module, latents = make_latents(300)
         fit_captions(Accelerator(cpu=True), module, latents, encode, seed=1)
-        weights.append(module.captions.captions.weight.clone())
+        weights.append(module.captions.embed_caption.weight.clone())
     assert torch.equal(*weights) and weights[0].abs().max() > 0
