@@ -80,6 +80,6 @@ def test_a_run_learns_the_same_from_cached_captions(options, tmp_path, monkeypat
         asked.clear()
         create_trainer(options | changes | {"output_dir": str(tmp_path / name)}).train()
         if name == "second":
-            assert asked == [[""], [""]]  # for the features' UNet, and for shapes
+            assert asked == [[""]]  # for shapes
     for name in ("first", "second"):
         assert_close(weights_of(tmp_path / name), weights_of(tmp_path / "plain"))
