@@ -20,7 +20,7 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.training import draw_grid
 
 
-_REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000, "concept_steps": 1500}
+_REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000, "concept_steps": 1500, "n": 1000}
 _NOT_DRAWN = ("paper-vae",)  # ours of it does not work yet, which says nothing of the paper's
 _CURVE_RUNS = "dependent-seed0-*/ours.json"
 _CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
