@@ -48,7 +48,7 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
         `latents`.
 
         Raises:
-            ValueError: if a concept is unknown, a shape does not fit, or interventions are given without an adapter.
+            ValueError: as there.
         """
         bound = inspect.signature(super().__call__).bind(*args, **kwargs)
         bound.apply_defaults()

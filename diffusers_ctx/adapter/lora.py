@@ -66,8 +66,10 @@ class ContextLoraMixin:
     def _warn_of_inactive_lora(self) -> None:
         """Says once that the adapter's own LoRA is switched off, as `set_adapters` and `disable_lora` do it."""
         adapter = attached_adapter(self.unet)
+        if adapter.warned_of_lora:
+            return
         layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
-        if adapter.warned_of_lora or all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+        if all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
             return
         logger.warning(
             "The context adapter's own LoRA is not active, and interventions do not do what was learned; call"

@@ -212,9 +212,8 @@ class ContextModule(ModelMixin, ConfigMixin):
     ) -> GaussianPosterior:
         """Takes a Gaussian over values `c`, (B, N, d) each, through the inverse of causal layer and mechanisms.
 
-        That map is affine, so the result is Gaussian again. Since `c` does not
-        depend on the context, the shift between contexts can only be explained by the mechanisms: it cannot hide in
-        the noise.
+        That map is affine, so the result is Gaussian again. Since `c` does not depend on the context, the shift
+        between contexts can only be explained by the mechanisms: it cannot hide in the noise.
         """
         matrix, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, mask)
         z = (matrix @ mean.flatten(1)[..., None])[..., 0] - shift

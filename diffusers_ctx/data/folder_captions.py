@@ -43,17 +43,18 @@ def read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Pa
     repeated = sorted(path.name for path, count in Counter(named).items() if count > 1)
     if repeated:
         raise ValueError(f"{files[0]} names images more than once: {listed(repeated)}; keep one caption of each.")
-    unknown = sorted(set(named) - set(images))
+    captions = {path: entry[text_column] or "" for path, entry in zip(named, entries)}
+    unknown = sorted(captions.keys() - set(images))
     if unknown:
         raise ValueError(f"{files[0]} names images that are not there: {listed(list(map(str, unknown)))}; correct it.")
-    if len(named) < len(images):
-        without = [path.name for path in images if path not in set(named)]
+    without = [path.name for path in images if path not in captions]
+    if without:
         warnings.warn(
             f"{len(without)} of {len(images)} images have no caption in {files[0]}, and so an empty one: "
             f"{listed(without)}.",
             stacklevel=4,
         )
-    return {path: entry[text_column] or "" for path, entry in zip(named, entries)}
+    return captions
 
 
 def check_root(root: Path) -> None:
@@ -71,7 +72,7 @@ def check_root(root: Path) -> None:
 
 
 def _check_no_text_files(images: list[Path]) -> None:
-    texts = [path.with_suffix(".txt") for path in images if path.with_suffix(".txt").exists()]
+    texts = [text for text in (path.with_suffix(".txt") for path in images) if text.exists()]
     if texts:
         raise ValueError(
             f"Text files beside images are not read as captions: {listed(list(map(str, texts)))}; write captions into"

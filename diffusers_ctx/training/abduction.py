@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import send_to_device
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ..context import ContextModule, GaussianPosterior
 from ..data import ContextBalancedSampler
 from .abduction_objective import AbductionObjective
+from .accelerator import take_main_weights
 from .config import ContextConfig, TrainingConfig
 from .distances import unit_directions
 from .interventional_flow import ImageCodes, learn_values
@@ -78,8 +79,7 @@ def learn_abduction(
         learning.learn_reading(values, reading_steps)
         steps -= code_steps + reading_steps
     figures = learning.learn_all(steps)
-    for tensor in context_module.state_dict().values():
-        tensor.copy_(broadcast(tensor))
+    take_main_weights(context_module)
     if accelerator.is_main_process:
         _warn_of_collapse({name: figures[f"kl/{name}"] for name in context_module.config.concepts})
     return figures
@@ -229,8 +229,8 @@ class AbductionLearning:
 
     @torch.no_grad()
     def _codes(self) -> ImageCodes:
-        seen = self.latents.mean if self.latents.features is None else self.latents.features
-        read = [self.module.read_code(images.to(self.device)) for images in seen[0].split(_CODES_AT_ONCE)]
+        images = self.latents.seen[0].split(_CODES_AT_ONCE)
+        read = [self.module.read_code(part.to(self.device)) for part in images]
         mean, log_variance = (torch.cat(parts).flatten(1).cpu() for parts in zip(*read))
         return ImageCodes(mean, (log_variance / 2).exp(), self.labels)
 

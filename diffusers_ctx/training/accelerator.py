@@ -11,7 +11,9 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    broadcast,
 )
+from torch import nn
 
 from .config import TrainingConfig
 from .sharding import configure_sharding
@@ -41,3 +43,9 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
     )
     configure_sharding(accelerator, options.max_grad_norm)
     return accelerator
+
+
+def take_main_weights(module: nn.Module) -> None:
+    """Gives every process the main one's weights: where all have done the same, they may have rounded otherwise."""
+    for tensor in module.state_dict().values():
+        tensor.copy_(broadcast(tensor))

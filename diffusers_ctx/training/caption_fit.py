@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from ..context import CaptionLikelihood, ContextModule, embed_captions
+from .accelerator import take_main_weights
 from .latents import ContextLatents
 from .noise import KeyedNoise
 
@@ -56,7 +57,7 @@ def fit_captions(
         embedded = torch.cat([embed_captions(encode(part)["text"]).cpu() for part in parts])
     place = {name: row for row, name in enumerate(names)}
     captions = embedded[[place[latents.captions[row]] for row in rows]]
-    values = _draw_values(context_module, latents, seed, accelerator.device)[rows]
+    values = _draw_values(context_module, latents, torch.tensor(rows), seed, accelerator.device)
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)
@@ -64,8 +65,7 @@ def fit_captions(
     order = torch.randperm(len(rows), generator=generator)
     _fit(likelihood, values[order], captions[order], held_out, generator)
     known.load_state_dict(likelihood.state_dict())
-    for tensor in known.state_dict().values():
-        tensor.copy_(broadcast(tensor))
+    take_main_weights(known)
 
 
 def _fit(
@@ -82,7 +82,7 @@ def _fit(
             batches = zip(values[:held_out].split(_BATCH_SIZE), captions[:held_out].split(_BATCH_SIZE))
             return sum(float(likelihood.contrast(*batch)) * len(batch[0]) for batch in batches)
 
-    best, kept = trial(), {name: weight.clone() for name, weight in likelihood.state_dict().items()}
+    best, kept = trial(), deepcopy(likelihood.state_dict())
     optimizer = torch.optim.AdamW(likelihood.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     for step in range(_STEPS):
@@ -92,20 +92,19 @@ def _fit(
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % _STEPS_OF_A_TRIAL == 0 and (error := trial()) < best:
-            best, kept = error, {name: weight.clone() for name, weight in likelihood.state_dict().items()}
+            best, kept = error, deepcopy(likelihood.state_dict())
     likelihood.load_state_dict(kept)
 
 
 @torch.no_grad()
 def _draw_values(
-    context_module: ContextModule, latents: ContextLatents, seed: int, device: torch.device
+    context_module: ContextModule, latents: ContextLatents, rows: torch.Tensor, seed: int, device: torch.device
 ) -> torch.Tensor:
-    """Node values (n, N, d) of the images, drawn from their posteriors as noise is drawn from the prior."""
-    seen = latents.mean if latents.features is None else latents.features
+    """Node values (B, N, d) of some images, drawn from their posteriors as noise is drawn from the prior."""
     exogenous = KeyedNoise(seed, 0).normal(len(latents), *context_module.noise_shape)
     values = []
-    for rows in torch.arange(len(latents)).split(_IMAGES_AT_ONCE):
-        mask = latents.masks[rows].to(device)
-        noise = context_module.abduct(seen[0, rows].to(device), mask).at(exogenous[rows].to(device))
+    for part in rows.split(_IMAGES_AT_ONCE):
+        mask = latents.masks[part].to(device)
+        noise = context_module.abduct(latents.seen[0, part].to(device), mask).at(exogenous[part].to(device))
         values.append(context_module.concept_values(noise, mask.to(noise)).cpu())
     return torch.cat(values)

@@ -40,6 +40,11 @@ class ContextLatents(Dataset):
     geometry: torch.Tensor
     features: torch.Tensor | None = None
 
+    @property
+    def seen(self) -> torch.Tensor:
+        """What the posterior sees, (V, n, ...)."""
+        return self.mean if self.features is None else self.features
+
     def __len__(self) -> int:
         return self.mean.shape[1]
 
