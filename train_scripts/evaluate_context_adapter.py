@@ -44,7 +44,7 @@ from diffusers_ctx.hub import pipeline_name, read_adapter_config, resolve_adapte
 from diffusers_ctx.hub.validation import adapter_files
 from diffusers_ctx.pipelines import CompositionMixin
 from diffusers_ctx.training import draw_grid
-from diffusers_ctx.training.checks import check_writable
+from diffusers_ctx.training.files import check_writable
 
 
 ROUNDS = 10  # of counterfactuals without an intervention

@@ -27,6 +27,7 @@ from ..context import ContextModule, GaussianPosterior
 from ..data import ContextBalancedSampler
 from .abduction_objective import AbductionObjective
 from .accelerator import take_main_weights
+from .concept_progress import ConceptProgress, Stateful
 from .config import ContextConfig, TrainingConfig
 from .distances import unit_directions
 from .interventional_flow import ImageCodes, learn_values
@@ -51,7 +52,11 @@ _TRACKED_STEPS = 10
 
 
 def learn_abduction(
-    accelerator: Accelerator, context_module: ContextModule, latents: ContextLatents, config: TrainingConfig
+    accelerator: Accelerator,
+    context_module: ContextModule,
+    latents: ContextLatents,
+    config: TrainingConfig,
+    progress: ConceptProgress,
 ) -> dict[str, float]:
     """Trains mechanisms, causal layer and posterior; the read-out learns later, with the UNet.
 
@@ -63,20 +68,17 @@ def learn_abduction(
 
     Raises:
         FloatingPointError: if the loss is not finite.
+        SystemExit: if the run was asked to stop.
     """
     context_module.requires_grad_(True).read_out.requires_grad_(False)
     if latents.features is not None:
         context_module.encoder.fit(latents.features.flatten(0, 1))
-    learning = AbductionLearning(accelerator, context_module, latents, config)
+    learning = AbductionLearning(accelerator, context_module, latents, config, progress)
     steps = config.context.abduction_steps
     if config.context.posterior_type == "inverse":
         code_steps, reading_steps = round(_CODE_SHARE * steps), round(_READING_SHARE * steps)
-        codes = learning.learn_code(code_steps)
-        show_progress = accelerator.is_main_process
-        values = learn_values(
-            context_module, codes, learning.objective.contexts, config.context, config.optimization.seed, show_progress
-        )
-        learning.learn_reading(values, reading_steps)
+        learning.learn_code(code_steps)
+        learning.learn_reading(learning.find_values(), reading_steps)
         steps -= code_steps + reading_steps
     figures = learning.learn_all(steps)
     take_main_weights(context_module)
@@ -113,12 +115,19 @@ class AbductionLearning:
         context_module: what learns.
         latents: the images.
         config: the run.
+        progress: keeps what has been learned, and knows what an earlier run had.
     """
 
     def __init__(
-        self, accelerator: Accelerator, context_module: ContextModule, latents: ContextLatents, config: TrainingConfig
+        self,
+        accelerator: Accelerator,
+        context_module: ContextModule,
+        latents: ContextLatents,
+        config: TrainingConfig,
+        progress: ConceptProgress,
     ):
         self.accelerator = accelerator
+        self.progress = progress
         self.options: ContextConfig = config.context
         self.seed = config.optimization.seed
         self.device = accelerator.device
@@ -131,7 +140,7 @@ class AbductionLearning:
         self.batches = _batches(latents.contexts, self.labels, self.seed, self.options.abduction_batch_size)
         self.steps_done = 0
 
-    def learn_code(self, steps: int) -> ImageCodes:
+    def learn_code(self, steps: int) -> None:
         """Trains encoder and head as those of a plain VAE."""
         objective = self.objective
         decoder = objective.create_decoder().to(self.device)
@@ -144,8 +153,20 @@ class AbductionLearning:
             value = objective.likelihood_loss(mse) + self._warm_up(step) * self.options.kl_weight * kl
             return value, {"code/reconstruction": mse, "code/kl": kl}
 
-        self._minimise(loss, [{"params": [*self._reading_parameters(), *decoder.parameters()]}], steps, "Encoding")
-        return self._codes()
+        groups = [{"params": [*self._reading_parameters(), *decoder.parameters()]}]
+        self._minimise(loss, groups, steps, "Encoding", decoder=decoder)
+
+    def find_values(self) -> torch.Tensor:
+        """Learns mechanisms, causal layer and a map to node values; returns those of the images, (n, N, d)."""
+        stage = "Telling concepts apart"
+        if self.progress.take_up(stage, objective=self.objective) is not None:
+            self.progress.before_step(stage, 0, objective=self.objective)
+            codes, contexts, look = self._codes(), self.objective.contexts, self.progress.look
+            self.progress.values = learn_values(
+                self.module, codes, contexts, self.options, self.seed, self.show_progress, between=look
+            )
+        assert self.progress.values is not None
+        return self.progress.values
 
     def learn_reading(self, values: torch.Tensor, steps: int) -> None:
         """Trains encoder and head to read these node values (n, N, d), and the decoder to decode them."""
@@ -189,14 +210,23 @@ class AbductionLearning:
         loss_of: Callable[[DrawnImages, KeyedNoise, int], Loss],
         groups: list[dict[str, Any]],
         steps: int,
-        description: str,
+        stage: str,
+        **parts: Stateful,
     ) -> dict[str, torch.Tensor]:
-        """Steps of AdamW on `loss_of(images, random, step)`; the last step's figures."""
+        """Steps of AdamW on `loss_of(images, random, step)`, but for those that are done; the last step's figures.
+
+        `parts` are what has a state beside the objective.
+        """
         figures: dict[str, torch.Tensor] = {}
         optimizer = torch.optim.AdamW(groups, lr=self.options.abduction_learning_rate, weight_decay=1e-4)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for step in tqdm(range(steps), desc=description, disable=not self.show_progress):
+        parts |= {"objective": self.objective, "optimizer": optimizer, "schedule": schedule}
+        taken_up = self.progress.take_up(stage, **parts)
+        done = steps if taken_up is None else taken_up
+        self._skip(done)
+        for step in tqdm(range(done, steps), stage, steps, initial=done, disable=not self.show_progress):
+            self.progress.before_step(stage, step, **parts)
             rows = next(self.batches)
             # negative numbers: those of the second part of training start at zero
             random = KeyedNoise(self.seed, -1 - self.steps_done)
@@ -218,6 +248,11 @@ class AbductionLearning:
             if self.accelerator.trackers and (self.steps_done % _TRACKED_STEPS == 0 or step == steps - 1):
                 track_concepts(self.accelerator, self._numbers(figures), self.steps_done)
         return figures
+
+    def _skip(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self.batches)
+        self.steps_done += steps
 
     def _numbers(self, figures: dict[str, torch.Tensor]) -> dict[str, float]:
         """Figures by name; those of nodes, which `kl` has one of for each, as `kl/<name>`."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..pipelines import CompositionMixin
-from .latent_cache import wait_for_file
+from .files import wait_for_file
 
 
 _BATCH_SIZE = 16

@@ -18,6 +18,8 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import nn
 
+from .concept_progress import PROGRESS_NAME, options_of_progress
+
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,8 @@ def choose_checkpoint(
 
     Args:
         output_dir: the run's folder.
-        name: see `find_checkpoint`; `None` asks for the beginning.
+        name: see `find_checkpoint`; `None` asks for the beginning. Without a checkpoint, `latest` goes on with
+            learning the concepts, where a run was stopped in that.
         last_step: the run's last step.
         accelerator: the run's.
         options: what decides what the run learns.
@@ -142,7 +145,11 @@ def choose_checkpoint(
         return None
     checkpoint = find_checkpoint(output_dir, name)
     if checkpoint is None:
-        logger.warning(f"There is no checkpoint in {output_dir} yet; training starts from the beginning.")
+        begun = options_of_progress(output_dir)
+        if begun is None:
+            logger.warning(f"There is no checkpoint in {output_dir} yet; training starts from the beginning.")
+        else:
+            _check_options(output_dir, begun, options)
         return None
     if checkpoint_step(checkpoint) > last_step:
         raise ValueError(
@@ -150,7 +157,7 @@ def choose_checkpoint(
             " another checkpoint."
         )
     _check_kind(checkpoint, accelerator)
-    _check_options(checkpoint, options)
+    _check_options(checkpoint, _read_options(checkpoint), options)
     return checkpoint
 
 
@@ -174,9 +181,8 @@ def _read_options(checkpoint: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _check_options(checkpoint: Path, options: dict[str, Any]) -> None:
-    """Checks that a run has the options of the checkpoint's: others would be half ignored, half obeyed."""
-    before = _read_options(checkpoint)
+def _check_options(kept: Path, before: dict[str, Any], options: dict[str, Any]) -> None:
+    """Checks that a run has the options of what was kept: others would be half ignored, half obeyed."""
     changed = [
         f"`{name}` was {before.get(name)} and is {options.get(name)}"
         for name in sorted({*before, *options}.difference(_OF_LENGTH))
@@ -184,7 +190,7 @@ def _check_options(checkpoint: Path, options: dict[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{checkpoint} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
+            f"{kept} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
             " anew into another `output_dir`."
         )
 
@@ -203,7 +209,7 @@ def _check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
 def _check_no_checkpoints(output_dir: Path) -> None:
     """Checks that a run which starts from the beginning leaves no older run's checkpoints to be resumed from: `latest`
     would be the one with the most steps, of whichever run."""
-    if found := list_checkpoints(output_dir):
+    if found := [*list_checkpoints(output_dir), *output_dir.glob(PROGRESS_NAME)]:
         raise ValueError(
             f"{output_dir} has checkpoints of an earlier run, such as {found[-1].name}; go on from there with"
             " `--resume_from_checkpoint latest`, choose another `output_dir`, or remove them."

@@ -7,7 +7,6 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from accelerate import Accelerator
@@ -226,20 +225,6 @@ def check_validation_contexts(contexts: Sequence[str], concepts: Sequence[str], 
         context_mask(contexts, concepts, obs_context)
     except ValueError as error:
         raise ValueError(f"`validation_interventions` cannot be used: {error}") from error
-
-
-def check_writable(folder: Path, option: str = "output_dir") -> None:
-    """Makes the folder, which an option names, if need be, and checks that files can be written to it.
-
-    Raises:
-        OSError: if they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"`{option}` {folder} cannot be written to ({error.strerror}); choose another.") from error
 
 
 def check_free_disk(

@@ -7,20 +7,18 @@ import signal
 import threading
 from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 
 
-_ANSWER = (
-    b"\nThe run will stop when it has saved a checkpoint: after this step or, while it learns concepts, after them;"
-    b" a second Ctrl-C stops it at once.\n"
-)
+_ANSWER = b"\nThe run will stop when it has saved what it has come to; a second Ctrl-C stops it at once.\n"
 
 
 class StopSignals:
-    """Within its `with` block, SIGTERM and SIGINT ask the run to stop when there is something to save: after its step,
-    or after it has learned the concepts. The answer says that.
+    """Within its `with` block, SIGTERM and SIGINT ask the run to stop after its step, which is saved then. The answer
+    says that.
 
     A second SIGINT stops it at once. A second SIGTERM does not: launchers pass it on to processes that the cluster has
     sent it to already. `accelerate launch` with a single process passes nothing on; send the signal to the training
@@ -55,6 +53,21 @@ class StopSignals:
         received = torch.tensor([self._received], device=self.accelerator.device)
         self._agreed = int(self.accelerator.gather(received).max())
         return self._agreed > 0
+
+    def end_run(self, when: str) -> NoReturn:
+        """Ends the run, which can be resumed, once [`~StopSignals.requested`] has said so.
+
+        Args:
+            when: such as "after step 3".
+
+        Raises:
+            SystemExit: with `exit_code`.
+        """
+        if self.accelerator.is_main_process:
+            with suppress(OSError):  # Ctrl-C may have ended what reads it
+                print(f"Stopped by a signal {when}; go on with `--resume_from_checkpoint latest`.", flush=True)
+        self.accelerator.end_training()
+        raise SystemExit(self.exit_code)
 
     @property
     def exit_code(self) -> int:

@@ -8,6 +8,7 @@ see. Its sign is then lost to other nodes. An invertible map of a code that has 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -117,6 +118,7 @@ def learn_values(
     options: ContextConfig,
     seed: int,
     show_progress: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Learns mechanisms and causal layer together with a map from codes to node values.
 
@@ -130,6 +132,7 @@ def learn_values(
         options: weights of the terms; there are two steps for each of its `abduction_steps`.
         seed: seed of everything random.
         show_progress: whether to show a progress bar.
+        between: called after each part of an attempt; may raise something to end it all.
 
     Returns:
         Node values (n, N, d) of the images' mean codes.
@@ -148,6 +151,7 @@ def learn_values(
             attempts = sorted(attempts, key=lambda attempt: attempt.score, reverse=True)[:number]
             for attempt in attempts:
                 attempt.advance(goal, progress)
+                between()
     best = attempts[0]
     if not math.isfinite(best.score):
         raise FloatingPointError("The loss of telling concepts apart is not finite; lower `contrastive_weight`.")

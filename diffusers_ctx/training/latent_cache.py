@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import datasets
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from .checks import check_writable
+from .files import check_writable, wait_for_file, write_whole
 
 
 Latents = dict[str, torch.Tensor]
-
-_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object) -> str:
@@ -54,16 +49,5 @@ def cached(folder: Path, key: str, encode: Callable[[], Latents], another_encode
     elif not file.exists():
         check_writable(folder, "cache_dir")  # and not only when all is encoded
         latents = encode()
-        with TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
-            save_file(latents, Path(unfinished) / file.name)
-            os.replace(Path(unfinished) / file.name, file)
+        write_whole(file, lambda unfinished: save_file(latents, unfinished))
     return load_file(file)
-
-
-def wait_for_file(file: Path) -> None:
-    """Until another process of this machine has written it, however long that takes: a collective would time out.
-
-    Where that process fails, the launcher ends this one.
-    """
-    while not file.exists():
-        time.sleep(_SECONDS_BETWEEN_LOOKS)

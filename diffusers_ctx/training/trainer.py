@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,10 @@ from .checks import (
     check_free_disk,
     check_options,
     check_validation_contexts,
-    check_writable,
 )
+from .concept_progress import ConceptProgress, remove_progress
 from .config import TrainingConfig
+from .files import check_writable
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
@@ -92,6 +92,7 @@ class ContextTrainer:
         self.pipeline = pipeline
         self.output_dir = Path(config.output.output_dir)
         self.accelerator = create_accelerator(config)
+        self.stop = StopSignals(self.accelerator)
         check_optimizer(config.optimization, self._learning_rate)
         check_accelerator(self.accelerator, config)
         set_seed(config.optimization.seed)
@@ -139,7 +140,7 @@ class ContextTrainer:
             self._encode_captions = CaptionCache(
                 pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
             )
-        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator)
+        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator, self.stop)
 
     @property
     def concepts(self) -> list[str]:
@@ -154,9 +155,9 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
-        with StopSignals(self.accelerator) as stop:
+        with self.stop:
             start_trackers(self.accelerator, self._tracked_options())
-            self._run(self._begin(), stop)
+            self._run(self._begin())
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
         self.accelerator.end_training()
@@ -168,6 +169,7 @@ class ContextTrainer:
             self._learn_concepts()
             self._prepare_training()
             self._save_checkpoint(0)
+            remove_progress(self.accelerator, self.output_dir)
             return 0
         self._prepare_training()
         self.accelerator.load_state(str(self.checkpoint))
@@ -175,7 +177,10 @@ class ContextTrainer:
 
     def _learn_concepts(self) -> dict[str, float]:
         """The first part of training; its last figures."""
-        figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config)
+        progress = ConceptProgress(
+            self.accelerator, self.output_dir, self.options, self.stop, self.config.output.checkpointing_steps
+        )
+        figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
         seed = self.config.optimization.seed
         fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
         return figures
@@ -281,11 +286,11 @@ class ContextTrainer:
 
     # training
 
-    def _run(self, step: int, stop: StopSignals) -> None:
+    def _run(self, step: int) -> None:
         accumulation = self.config.optimization.gradient_accumulation_steps
         output = self.config.output
-        if stop.requested():
-            self._stop(step, stop.exit_code)
+        if self.stop.requested():
+            self.stop.end_run(f"after step {step}")
         progress = tqdm(
             initial=step,
             total=self.max_train_steps,
@@ -301,28 +306,18 @@ class ContextTrainer:
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{self.schedule.get_last_lr()[0]:.1e}")
             figures = {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
             track_step(self.accelerator, figures, step)
-            stopping, last = stop.requested(), step == self.max_train_steps
+            stopping, last = self.stop.requested(), step == self.max_train_steps
             if step % output.checkpointing_steps == 0 or last or stopping:
                 self._save_checkpoint(step)  # first: what fails in validation must not take the steps with it
             if stopping and not last:
-                self._stop(step, stop.exit_code)
+                self.stop.end_run(f"after step {step}")
             if step % output.validation_steps == 0 or last:
-                self._validate(step, stop)
+                self._validate(step)
         progress.close()
 
     def _save_checkpoint(self, step: int) -> None:
         limit = self.config.output.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.output_dir, step, self.options, limit)
-
-    def _stop(self, step: int, exit_code: int) -> None:
-        """Ends the run, which can be resumed."""
-        if self.accelerator.is_main_process:
-            with suppress(OSError):  # Ctrl-C may have ended what reads it
-                print(
-                    f"Stopped by a signal after step {step}; go on with `--resume_from_checkpoint latest`.", flush=True
-                )
-        self.accelerator.end_training()
-        raise SystemExit(exit_code)
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered batches of this process, endlessly, from number `start` of the whole run."""
@@ -401,14 +396,14 @@ class ContextTrainer:
         features = self.latents.features_of(indices, flip)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous, features), device)
 
-    def _validate(self, step: int, stop: StopSignals) -> None:
+    def _validate(self, step: int) -> None:
         """On the main process, with averaged weights if there are any."""
         if not self.validator.has_work:
             return
         if self.accelerator.is_main_process:
             self._set_training(False)
             with averaged(self.ema, self._learning), self.accelerator.autocast():
-                self.validator(self.accelerator.unwrap_model(self.objective), step, stop)
+                self.validator(self.accelerator.unwrap_model(self.objective), step)
             self._set_training(True)
         self.accelerator.wait_for_everyone()
 

@@ -34,40 +34,48 @@ class Validator:
         pipeline: the pipeline that learns, with its context adapter.
         held_out: images to log the loss on, if any.
         accelerator: has the trackers.
+        stop: whoever asks the run to stop does not wait for this.
     """
 
     def __init__(
-        self, config: TrainingConfig, pipeline: Any, held_out: ContextLatents | None, accelerator: Accelerator
+        self,
+        config: TrainingConfig,
+        pipeline: Any,
+        held_out: ContextLatents | None,
+        accelerator: Accelerator,
+        stop: StopSignals,
     ):
         self.config = config
         self.pipeline = pipeline
         self.held_out = held_out
         self.accelerator = accelerator
+        self.stop = stop
 
     @property
     def has_work(self) -> bool:
         """Whether the run asks for any of it."""
         return self.held_out is not None or self.config.output.validation_prompt is not None
 
-    def __call__(self, objective: DiffusionObjective, step: int, stop: StopSignals) -> None:
-        """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt and nothing asks
-        the run to stop."""
+    def __call__(self, objective: DiffusionObjective, step: int) -> None:
+        """Logs the loss on held-out images, if there are any, and draws samples, if there is a prompt."""
         if self.held_out is not None:
             batch_size = self.config.optimization.train_batch_size
-            losses = validation_losses(objective, self.pipeline, self.held_out, batch_size)
+            losses = validation_losses(objective, self.pipeline, self.held_out, batch_size, self.stop)
+            if losses is None:
+                return
             losses["mean"] = sum(losses.values()) / len(losses)
             track_step(self.accelerator, {f"validation_loss/{name}": loss for name, loss in losses.items()}, step)
         if self.config.output.validation_prompt is not None:
-            self._draw(step, stop)
+            self._draw(step)
 
-    def _draw(self, step: int, stop: StopSignals) -> None:
+    def _draw(self, step: int) -> None:
         """Saves a grid of samples, a row per context, and hands it to the trackers."""
         output, obs_context = self.config.output, self.config.data.obs_context
         names = [obs_context, *self.pipeline.concepts, *(output.validation_interventions or [])]
         self.pipeline.set_progress_bar_config(disable=True)
         rows: list[np.ndarray] = []
         for name in names:
-            if stop.received:  # who sent it does not wait for a grid
+            if self.stop.received:
                 return
             rows += sample_rows(
                 self.pipeline,
@@ -148,8 +156,8 @@ def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence
 
 @torch.no_grad()
 def validation_losses(
-    objective: DiffusionObjective, pipeline: Any, latents: ContextLatents, batch_size: int
-) -> dict[str, float]:
+    objective: DiffusionObjective, pipeline: Any, latents: ContextLatents, batch_size: int, stop: StopSignals
+) -> dict[str, float] | None:
     """Mean loss on held-out images of each context, without the weights of training.
 
     Noise and timesteps are always the same, so that steps and runs can be compared: an image has one timestep, and a
@@ -160,12 +168,18 @@ def validation_losses(
         pipeline: what tells the UNet its other conditions.
         latents: the held-out images.
         batch_size: images at once.
+        stop: whether the run is asked to stop.
+
+    Returns:
+        The losses; `None` if the run was asked to stop.
     """
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     noise = torch.randn(latents.mean.shape[1:], generator=generator)
     timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
     losses: list[float] = []
     for rows in torch.arange(len(latents)).split(batch_size):
+        if stop.received:
+            return None
         captions = [latents.captions[row] for row in rows]
         inputs = (
             latents.mean[0, rows],

@@ -1,5 +1,9 @@
 """Learning the concepts: every term of the objective recomputed, and a case whose answer is known."""
 
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +13,14 @@ from conftest import CONCEPTS, make_context_module
 from diffusers_ctx import ContextModule
 from diffusers_ctx.training.abduction import _batches, learn_abduction
 from diffusers_ctx.training.abduction_objective import AbductionObjective
+from diffusers_ctx.training.concept_progress import PROGRESS_NAME, ConceptProgress
 from diffusers_ctx.training.config import (
     ContextConfig,
     DataConfig,
     ModelConfig,
     TrainingConfig,
 )
+from diffusers_ctx.training.interruption import StopSignals
 from diffusers_ctx.training.latents import ContextLatents
 
 
@@ -153,7 +159,9 @@ def two_concept_latents(n: int) -> tuple[ContextLatents, torch.Tensor]:
     return ContextLatents(mean, torch.full_like(mean, 0.05), masks, names, [""] * (3 * n), geometry), torch.cat(values)
 
 
-def learn_two_concepts(latents: ContextLatents, **options) -> tuple[ContextModule, dict[str, float]]:
+def learn_two_concepts(
+    latents: ContextLatents, progress: ConceptProgress, **options
+) -> tuple[ContextModule, dict[str, float]]:
     torch.manual_seed(0)
     module = ContextModule(
         ["night", "snow"],
@@ -166,13 +174,31 @@ def learn_two_concepts(latents: ContextLatents, **options) -> tuple[ContextModul
     )
     context = ContextConfig(num_hidden_factors=0, abduction_batch_size=96, **options)
     config = TrainingConfig(ModelConfig("unused"), DataConfig(train_data_dir="unused"), context)
-    return module, learn_abduction(Accelerator(cpu=True), module, latents, config)
+    return module, learn_abduction(Accelerator(cpu=True), module, latents, config, progress)
 
 
-def test_concepts_of_a_known_world_are_found(caplog):
+class StopAt(StopSignals):
+    """A SIGTERM comes when it is asked for the nth time."""
+
+    def __init__(self, number: int | None):
+        super().__init__(Accelerator(cpu=True))
+        self.asked, self.number = 0, number
+
+    def requested(self) -> bool:
+        self.asked += 1
+        if self.asked == self.number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().requested()
+
+
+def progress_in(folder: Path, stop_at: int | None = None, every: int = 1000) -> ConceptProgress:
+    return ConceptProgress(Accelerator(cpu=True), folder, {}, StopAt(stop_at), every)
+
+
+def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
     """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
     latents, truth = two_concept_latents(500)
-    module, figures = learn_two_concepts(latents, abduction_steps=600)
+    module, figures = learn_two_concepts(latents, progress_in(tmp_path), abduction_steps=600)
     assert not caplog.records
     assert {"kl/night", "kl/snow", "reconstruction", "contrast", "mismatch", "misfit"} == set(figures)
     with torch.no_grad():
@@ -192,18 +218,65 @@ def test_concepts_of_a_known_world_are_found(caplog):
     assert strengths[1, 0] > 2 * strengths[0, 1]  # night → snow, and not the other way
 
 
-def test_noise_that_collapses_is_warned_of(caplog):
+def test_noise_that_collapses_is_warned_of(caplog, tmp_path):
     latents, _ = two_concept_latents(100)
-    _, figures = learn_two_concepts(latents, abduction_steps=200, kl_weight=1e4)
+    _, figures = learn_two_concepts(latents, progress_in(tmp_path), abduction_steps=200, kl_weight=1e4)
     assert max(figures["kl/night"], figures["kl/snow"]) < 0.1
     assert "The noise of ['night', 'snow'] says next to nothing" in caplog.text and "Lower `kl_weight`" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     latents, _ = two_concept_latents(10)
     latents.mean[0, 3] = float("nan")
     with pytest.raises(FloatingPointError, match="abduction_learning_rate"):
-        learn_two_concepts(latents)
+        learn_two_concepts(latents, progress_in(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("posterior_type", "moments"),
+    [
+        # of 20 steps: 6 of the code, once before the map and ten times in it, 2 of reading, 12 of all terms
+        ("inverse", [4, 7, 12, 19, 25]),
+        ("amortized", [9]),
+    ],
+)
+def test_learning_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, posterior_type, moments):
+    latents, _ = two_concept_latents(20)
+    options = {"abduction_steps": 20, "posterior_type": posterior_type}
+    undisturbed, figures = learn_two_concepts(latents, progress_in(tmp_path), **options)
+    after = torch.rand(1)
+    for moment in moments:
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        progress = progress_in(folder, stop_at=moment)
+        with progress.stop, pytest.raises(SystemExit):
+            learn_two_concepts(latents, progress, **options)
+        module, got = learn_two_concepts(latents, progress_in(folder), **options)
+        weights = module.state_dict()
+        assert not [n for n, weight in undisturbed.state_dict().items() if not torch.equal(weight, weights[n])]
+        assert got == figures and torch.equal(torch.rand(1), after)
+
+
+def test_learning_goes_on_from_what_was_kept_last(tmp_path):
+    latents, _ = two_concept_latents(20)
+    undisturbed, _ = learn_two_concepts(latents, progress_in(tmp_path, every=5), abduction_steps=20)
+    kept = torch.load(tmp_path / PROGRESS_NAME)
+    assert (kept["stage"], kept["step"]) == ("Learning concepts", 10)
+    assert [path.name for path in tmp_path.iterdir()] == [PROGRESS_NAME]
+    module, _ = learn_two_concepts(latents, progress_in(tmp_path, every=5), abduction_steps=20)
+    weights = module.state_dict()
+    assert not [n for n, weight in undisturbed.state_dict().items() if not torch.equal(weight, weights[n])]
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def fail(*arguments) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    latents, _ = two_concept_latents(20)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"could not be written .* free some of it"):
+        learn_two_concepts(latents, progress_in(tmp_path), abduction_steps=20)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_concepts_are_named():

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from diffusers_ctx.training.interruption import StopSignals
-
 from .conftest import create_trainer
 
 
@@ -41,5 +39,5 @@ def test_validation_leaves_the_weights_as_they_are(options, use_ema):
         for parameter in trainer._learning:
             parameter.add_(1)  # now they differ from their average
     before = [parameter.detach().clone() for parameter in trainer._learning]
-    trainer._validate(2, StopSignals(trainer.accelerator))
+    trainer._validate(2)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))

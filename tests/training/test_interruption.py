@@ -16,6 +16,7 @@ import torch
 
 from diffusers_ctx.training import validation
 from diffusers_ctx.training.checkpoints import list_checkpoints
+from diffusers_ctx.training.concept_progress import PROGRESS_NAME
 from diffusers_ctx.training.interruption import StopSignals
 from diffusers_ctx.training.validation import sample_rows
 
@@ -86,18 +87,24 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(base_model, pho
     finish_and_compare(options, undisturbed, tmp_path / "adapter")
 
 
-def test_a_signal_while_the_concepts_are_learned_is_answered_and_heeded_after_them(
+def test_a_signal_while_the_concepts_are_learned_saves_what_they_have_come_to(
     base_model, photos, undisturbed, tmp_path
 ):
-    options = options_of(base_model, photos, tmp_path / "adapter") | {"report_to": "tensorboard"}
+    folder = tmp_path / "adapter"
+    options = options_of(base_model, photos, folder)
     process = start(options, stderr=subprocess.PIPE)
-    wait_for((tmp_path / "adapter" / "logs").exists, process)
+    wait_for((folder / PROGRESS_NAME).exists, process)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "Stopped by a signal after step 0; go on with" in output
-    assert errors.count("The run will stop when it has saved a checkpoint") == 1
-    assert [path.name for path in list_checkpoints(tmp_path / "adapter")] == ["checkpoint-0"]
-    finish_and_compare(options, undisturbed, tmp_path / "adapter")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Stopped by a signal while the concepts were learned; go on with" in output
+    assert errors.count("The run will stop when it has saved what it has come to") == 1
+    assert not list_checkpoints(folder)
+    with pytest.raises(ValueError, match=re.escape(PROGRESS_NAME)):
+        create_trainer(options | {"resume_from_checkpoint": None})
+    with pytest.raises(ValueError, match="`seed` was 0 and is 1"):
+        create_trainer(options | {"seed": 1})
+    finish_and_compare(options, undisturbed, folder)
 
 
 def test_a_signal_cuts_a_grid_short(options, monkeypatch):
@@ -119,7 +126,14 @@ def test_a_signal_cuts_a_grid_short(options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "moment", ["while a checkpoint is written", "between two", "after the concepts are learned", "before any"]
+    "moment",
+    [
+        "while a checkpoint is written",
+        "between two",
+        "after the concepts are learned",
+        "while they are learned",
+        "before anything",
+    ],
 )
 def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment):
     folder = tmp_path / "adapter"
@@ -131,6 +145,8 @@ def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment)
         time.sleep(0.1)
     elif moment == "after the concepts are learned":
         wait_for((folder / "checkpoint-0").exists, process)
+    elif moment == "while they are learned":
+        wait_for((folder / PROGRESS_NAME).exists, process)
     else:
         wait_for(folder.exists, process)
     process.kill()
@@ -148,6 +164,7 @@ def finish_and_compare(options: dict, undisturbed: dict[str, torch.Tensor], fold
     assert got.keys() == undisturbed.keys()
     assert not [name for name in got if not torch.equal(got[name], undisturbed[name])]
     assert len(list_checkpoints(folder)) == 2 and not list(folder.glob("unfinished-*"))
+    assert not (folder / PROGRESS_NAME).exists()
 
 
 # what all processes agree on
@@ -214,18 +231,22 @@ def test_in_other_threads_nothing_is_caught():
     assert answers == [False]
 
 
-def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
-    options = options_of(base_model, photos, tmp_path / "adapter") | {"train_batch_size": 2, "max_train_steps": 400}
+def start_two(options: dict) -> subprocess.Popen:
     launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
     launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher, SCRIPT, *flags(options)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
+    options = options_of(base_model, photos, tmp_path / "adapter") | {"train_batch_size": 2, "max_train_steps": 400}
+    process = start_two(options)
     wait_for((tmp_path / "adapter" / "checkpoint-7").exists, process)
     process.terminate()  # the launcher passes it on
     output, _ = process.communicate(timeout=120)
@@ -233,3 +254,17 @@ def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
     last = list_checkpoints(tmp_path / "adapter")[-1]
     assert last.name == f"checkpoint-{step}" and (last / "trained.safetensors").exists()
     assert len(list(last.glob("random_states_*"))) == 2
+
+
+def test_two_processes_stop_while_the_concepts_are_learned_and_go_on(base_model, photos, undisturbed, tmp_path):
+    folder = tmp_path / "adapter"
+    options = options_of(base_model, photos, folder) | {"train_batch_size": 2}
+    process = start_two(options)
+    wait_for((folder / PROGRESS_NAME).exists, process)
+    process.terminate()  # the launcher passes it on
+    output, _ = process.communicate(timeout=120)
+    assert output.count("Stopped by a signal while the concepts were learned") == 1 and not list_checkpoints(folder)
+    process = start_two(options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    torch.testing.assert_close(weights_of(folder), undisturbed, atol=1e-4, rtol=0)

@@ -90,7 +90,7 @@ def test_the_loss_on_held_out_images_is_given_their_features(options, encoders):
         torch.nn.init.normal_(layer["value"].weight)  # zeros at first: tokens would not matter
 
     def losses() -> dict[str, float]:
-        return validation_losses(trainer.objective, trainer.pipeline, held_out, batch_size=4)
+        return validation_losses(trainer.objective, trainer.pipeline, held_out, batch_size=4, stop=trainer.stop)
 
     before = losses()
     held_out.features = held_out.features[:, [1, 0, 2, 3, 4, 5]]

@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import TrainingConfig, parse_training_config
-from diffusers_ctx.training.interruption import StopSignals
 from diffusers_ctx.training.record import options_of
 
 from .conftest import create_trainer, files_in
@@ -269,7 +268,7 @@ def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
     before = [parameter.detach().clone() for parameter in trainer._learning]
     trainer._learning[0].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(FloatingPointError, match=r"Gradients are not finite at step 0\. Lower `learning_rate`"):
-        trainer._run(0, StopSignals(trainer.accelerator))
+        trainer._run(0)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))
     assert files_in(tmp_path / "adapter") == {}
 

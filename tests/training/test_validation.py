@@ -1,6 +1,8 @@
 """The loss on held-out images: of which images, at which timesteps, and that it can be compared."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -36,9 +38,17 @@ def trainer(options):
     return trainer
 
 
-def losses_of(trainer, **changes) -> dict[str, float]:
-    arguments = {"latents": trainer.validator.held_out, "batch_size": 4} | changes
+def losses_of(trainer, **changes) -> dict[str, float] | None:
+    arguments = {"latents": trainer.validator.held_out, "batch_size": 4, "stop": trainer.stop} | changes
     return validation_losses(trainer.objective, trainer.pipeline, **arguments)
+
+
+def test_a_signal_is_not_kept_waiting(trainer):
+    with trainer.stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert losses_of(trainer) is None
+    trainer._validate(2)
+    assert not (trainer.output_dir / "validation").exists()
 
 
 def test_held_out_images_are_not_trained_on(trainer):
