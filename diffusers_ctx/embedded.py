@@ -7,6 +7,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "assets"
 _ADAPTERS = {"quad": "quad-context"}
+EMBEDDED_BASE = "embedded_base()"  # how adapters name it: its folder is elsewhere on every machine
 
 
 def embedded_base() -> str:

@@ -31,6 +31,7 @@ from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter.format import public_name
 from diffusers_ctx.data import load_context_dataset
 from diffusers_ctx.data.held_out import split_held_out
+from diffusers_ctx.embedded import EMBEDDED_BASE
 from diffusers_ctx.evaluation.features import autoencode, clip_features, latent_features
 from diffusers_ctx.evaluation.image_store import ImageJob, check_settings, make_images, write_settings
 from diffusers_ctx.evaluation.report import (
@@ -132,6 +133,8 @@ class Evaluation:
     def run(self) -> None:
         self.accelerator.wait_for_everyone()  # until all have checked
         if self.accelerator.is_main_process:
+            if not any(self.captions):
+                print("The images have no captions: all samples are made with the empty prompt.", flush=True)
             write_settings(self.output_dir, self.settings)
         samples = self._make_samples()
         counterfactuals = self._make_counterfactuals() if self.observational else {}
@@ -318,7 +321,7 @@ def recorded_base(adapter: str, adapter_config: dict[str, Any]) -> str:
     base = adapter_config["base_model_name_or_path"]
     if adapter_config["mode"] == "full":
         return adapter  # its own pipeline is in the same place
-    if base == public_name(embedded_base()):
+    if base == EMBEDDED_BASE:
         return embedded_base()
     if not base or "/" not in base:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..context import ContextModule
-from ..embedded import embedded_base
+from ..embedded import EMBEDDED_BASE, embedded_base
 from ..hub import FORMAT_VERSION, LIBRARY, WEIGHTS_NAME, AdapterError
 from ..version import __version__
 from .attention import context_attention_layers, injection_of
@@ -53,7 +53,7 @@ def public_name(base_model: str | None) -> str | None:
     if base_model is None:
         return None
     if Path(base_model).resolve() == Path(embedded_base()).resolve():
-        return "embedded_base()"
+        return EMBEDDED_BASE
     return Path(base_model).name if Path(base_model).exists() else base_model
 
 

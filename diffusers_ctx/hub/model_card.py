@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined, Template
 
+from ..embedded import EMBEDDED_BASE
 from .validation import CARD_NAME
 
 
@@ -70,7 +71,8 @@ def render_model_card(
         metadata=_metadata(config, base_model, repo_id, results, license).to_yaml(),
         marker=_MARKER,
         title=repo_id or "Context adapter: " + ", ".join(concepts),
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a local checkpoint",
+        base=_base_in_words(base_model, config),
+        on_embedded_base=config["mode"] != "full" and _is_embedded(config),
         # an adapter of mode `full` lies in the folder of its own pipeline
         base_argument=adapter_argument if config["mode"] == "full" else base_model or "path/to/the/checkpoint",
         adapter_argument=adapter_argument,
@@ -120,6 +122,16 @@ def _hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _is_embedded(config: Mapping[str, Any]) -> bool:
+    return config.get("base_model_name_or_path") == EMBEDDED_BASE
+
+
+def _base_in_words(hub_id: str | None, config: Mapping[str, Any]) -> str:
+    if hub_id:
+        return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    return "the small Stable Diffusion that comes with diffusers_ctx" if _is_embedded(config) else "a local checkpoint"
 
 
 def _metadata(

@@ -85,6 +85,16 @@ def test_a_local_base_is_not_given_away(base, tmp_path, monkeypatch):
     assert "for a local checkpoint" in card.text
 
 
+def test_the_example_loads_the_base_that_comes_with_the_library():
+    config = CONFIG | {"base_model_name_or_path": "embedded_base()"}
+    text = render_model_card(config, repo_id="ada/quad").text
+    assert "for the small Stable Diffusion that comes with diffusers_ctx" in text
+    assert "from diffusers_ctx import ComposablePipeline, embedded_base\n" in text
+    assert "ComposablePipeline.from_pretrained(embedded_base())\n" in text
+    own = render_model_card(config | {"mode": "full"}, repo_id="ada/quad").text  # of which nothing else is needed
+    assert 'ComposablePipeline.from_pretrained("ada/quad")\n' in own
+
+
 @pytest.mark.parametrize("results", [None, {}, {"dataset": "400 photos"}, {"dataset": "400 photos", "metrics": {}}])
 def test_nothing_measured_is_said_and_no_figure_shown(results):
     card = render_model_card(CONFIG, repo_id="ada/weather", results=results)
