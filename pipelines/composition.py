@@ -342,7 +342,8 @@ class CompositionMixin(ContextAdapterLoaderMixin):
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with self._module_at_hand() as (module, device):
-            return module(noise.to(device), mask.to(device))
+            noise, mask = noise.to(device), mask.to(device)
+            return module(module.mechanism_noise(noise, mask), mask)
 
     def _abduct(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
@@ -350,7 +351,8 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         mask = self._mask(factual, len(latents))
         seen = self._seen_by_posterior(pixels, latents)
         with self._module_at_hand() as (module, device):
-            return module.abduct(seen.to(device), mask.to(device)).mean
+            mask = mask.to(device)
+            return module.exogenous_noise(module.abduct(seen.to(device), mask).mean, mask)
 
     @contextmanager
     def _module_at_hand(self) -> Iterator[tuple[ContextModule, torch.device]]:

@@ -1,5 +1,6 @@
 from .captions import CaptionLikelihood, embed_captions
 from .causal import ReducedForm, Structural
+from .causal_flow import CausalFlow
 from .interventions import Interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
 from .posterior import GaussianPosterior
@@ -7,6 +8,7 @@ from .posterior import GaussianPosterior
 
 __all__ = [
     "CaptionLikelihood",
+    "CausalFlow",
     "ContextModule",
     "GaussianPosterior",
     "Interventions",

@@ -30,6 +30,7 @@ from .averaging import averaged, create_average
 from .backbone import learning_text_encoders, prepare_backbone
 from .caption_cache import CaptionCache
 from .caption_fit import fit_captions
+from .causal_flow_fit import fit_causal_flow
 from .checkpoints import (
     checkpoint_step,
     choose_checkpoint,
@@ -182,6 +183,7 @@ class ContextTrainer:
         )
         figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
         seed = self.config.optimization.seed
+        fit_causal_flow(self.accelerator, self.context_module, self.latents, seed)
         fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
         return figures
 
