@@ -253,7 +253,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     def abduct(
         self, image: PipelineImageInput, factual: Interventions | Sequence[Interventions] = None
     ) -> torch.Tensor:
-        """The exogenous noise (B, N, d_z) that explains images: the mean of the posterior.
+        """The exogenous noise (B, N, d_z) that explains images: what the posterior's mean is made of.
 
         Args:
             image: one image or several, as PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W). PIL images are

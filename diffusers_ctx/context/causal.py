@@ -62,6 +62,11 @@ class ReducedForm(nn.Module):
         """Frobenius norms (N, N) of the blocks; row = effect, column = cause."""
         return self.blocks_obs.norm(dim=(2, 3)) * self.allowed
 
+    @torch.no_grad()
+    def remove_effects(self, nodes: list[int]) -> None:
+        """Lets hidden factors cause nothing."""
+        self.blocks_obs[:, nodes] = 0
+
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""
         return (_norms(self.blocks_obs) * self.allowed).sum()
@@ -127,6 +132,11 @@ class Structural(nn.Module):
     def strengths(self) -> torch.Tensor:
         """Frobenius norms (N, N) of the blocks; row = effect, column = cause."""
         return self.blocks.norm(dim=(2, 3)) * self.allowed
+
+    @torch.no_grad()
+    def remove_effects(self, nodes: list[int]) -> None:
+        """Lets hidden factors cause nothing."""
+        self.blocks[:, nodes] = 0
 
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""

@@ -5,11 +5,9 @@ that a value comes close to its limits, or that a hidden factor is a curved func
 noise `z` that explains real images, which is not quite N(0, I) for that reason. So `z` is made of exogenous noise `e`
 that is, node after node in the order of causes:
 
-    z_i = T_i(e_i; c_<i, z_<i, m_i)
+    z_i = T_i(e_i; c_<i, z_<i)    where concept i is not intervened on, and otherwise    z_i = T_i^do(e_i)
 
-with increasing functions `T_i` (a causal normalizing flow, Javaloy et al. 2023, arXiv 2306.05415). A concept that is
-intervened on hears of no other one, and none hears of the noise of one that is: interventions cut what they cut in the
-causal layer.
+with increasing functions (a causal normalizing flow, Javaloy et al. 2023, arXiv 2306.05415).
 """
 
 from __future__ import annotations
@@ -28,18 +26,23 @@ from .splines import RationalQuadraticSpline
 _BINS = 8
 _BOUND = 4.0
 _LARGEST_LOG_SCALE = 2.0
-_CAUSE_SHARE = 0.25  # of the strongest edge; weaker ones may be errors of what was learned
 
 ValuesOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Transform = tuple[torch.Tensor, torch.Tensor, RationalQuadraticSpline]
 
 
 class CausalFlow(nn.Module):
     """Takes exogenous noise (B, N, d) to the noise of the mechanisms (B, N, d), and back. The identity at first.
 
-    Nodes are the concepts, followed by the hidden factors. What a concept may depend on: its mask; of concepts before
-    it that cause it, the values that they have without all that comes later; of all concepts before it that are not
-    intervened on, their noise, which tells of causes that both have. A hidden factor depends on the values of all
-    concepts and on the noise of hidden factors before it.
+    Nodes are the concepts, followed by the hidden factors. In the order of causes, hidden factors that cause concepts
+    come first, then concepts, then the other hidden factors. What nodes depend on:
+
+    - a hidden factor that comes first: the noise of those before it;
+    - a concept: the *values* of concepts that cause it, the *noise* of all concepts before it that are not intervened
+      on, which tells of common causes, and that of hidden factors before it;
+    - a hidden factor that comes last: the values of all concepts, and the noise of hidden factors before it.
+
+    So an intervention moves nothing that comes before it. Dimensions of one node's noise do not depend on one another.
 
     Args:
         num_concepts: concepts, which can be intervened on.
@@ -59,37 +62,47 @@ class CausalFlow(nn.Module):
         nodes = num_concepts + num_hidden_factors
         self.num_concepts = num_concepts
         self.dim = dim
-        in_dim = 1 + num_concepts * concept_dim + nodes * dim
+        in_dim, out_dim = num_concepts * (concept_dim + 1) + nodes * dim, dim * (3 * _BINS + 1)
         with torch.random.fork_rng(devices=[]):  # what is drawn after it is the same with and without it
-            torch.manual_seed(0)
             self.first = NodewiseLinear(nodes, in_dim, width)
             self.middle = NodewiseLinear(nodes, width, width)
-            self.last = NodewiseLinear(nodes, width, dim * (3 * _BINS + 1))
+            self.last = NodewiseLinear(nodes, width, out_dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.intervened = nn.Parameter(torch.zeros(num_concepts, out_dim))
         self.register_buffer("order", torch.arange(nodes))
         self.register_buffer("hears_values", torch.zeros(nodes, num_concepts))
         self.register_buffer("hears_noise", torch.zeros(nodes, nodes))
         self.register_buffer("value_scale", torch.ones(num_concepts, concept_dim))
 
     @torch.no_grad()
-    def follow(self, strengths: torch.Tensor) -> None:
-        """Takes over the order of causes from the strengths (N, N) of edges; row = effect, column = cause."""
-        concepts = range(self.num_concepts)
-        order = _causal_order(strengths[: self.num_concepts, : self.num_concepts])
-        order += range(self.num_concepts, len(self.order))
+    def follow(self, strengths: torch.Tensor, least: float) -> list[int]:
+        """Takes over the order of causes.
+
+        Args:
+            strengths: (N, N), of edges; row = effect, column = cause.
+            least: edges that are not stronger are taken for none.
+
+        Returns:
+            The hidden factors that come last. They must cause nothing.
+        """
+        count, nodes = self.num_concepts, range(len(self.order))
+        causing = (strengths[:count] > least).any(dim=0).tolist()
+        first = [node for node in nodes[count:] if causing[node]]
+        last = [node for node in nodes[count:] if not causing[node]]
+        order = [*first, *_causal_order(strengths[:count, :count]), *last]
         self.order.copy_(torch.tensor(order))
         self.hears_values.zero_()
         self.hears_noise.zero_()
-        least = _CAUSE_SHARE * strengths[: self.num_concepts, : self.num_concepts].max()
         for place, node in enumerate(order):
-            if node in concepts:
-                before = order[:place]
-                self.hears_noise[node, before] = 1
+            self.hears_noise[node, order[:place]] = 1
+            if node < count:
+                before = [cause for cause in order[:place] if cause < count]
                 self.hears_values[node, before] = (strengths[node, before] > least).to(self.hears_values)
-            else:
-                self.hears_noise[node, self.num_concepts : node] = 1
+            elif node in last:
+                self.hears_noise[node, :count] = 0
                 self.hears_values[node] = 1
+        return last
 
     def forward(self, noise: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
         """The mechanisms' noise.
@@ -99,62 +112,51 @@ class CausalFlow(nn.Module):
             mask: (B, K).
             values_of: the values (B, N, d_c) that come of mechanisms' noise (B, N, d) under a mask (B, K).
         """
-        noise = at_least_single(noise)
         z = torch.zeros_like(noise)
-        for place, node in enumerate(self.order.tolist()):
-            shift, log_scale, spline = self._transform(self._heard(place, node, z, mask, values_of), node)
-            z[:, node] = shift + log_scale.exp() * spline.inverse(noise[:, node])
+        for node in self.order.tolist():
+            shift, log_scale, spline = self._transform(self._heard(node, z, mask, values_of)[:, None], mask, [node])
+            z[:, node] = (shift + log_scale.exp() * spline.inverse(noise[:, [node]]))[:, 0]
         return z
 
     def inverse(self, z: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
         """The exogenous noise that the mechanisms' noise is made of; arguments as for `forward`."""
-        z = at_least_single(z)
-        return self.explain(z, self.heard(z, mask, values_of))[0]
+        return self.explain(z, self.heard(z, mask, values_of), mask)[0]
 
     def heard(self, z: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
         """What each node depends on (B, N, in_dim), given all of the mechanisms' noise."""
-        order = self.order.tolist()
-        heard = {node: self._heard(place, node, z, mask, values_of) for place, node in enumerate(order)}
-        return torch.stack([heard[node] for node in range(len(order))], dim=1)
+        return torch.stack([self._heard(node, z, mask, values_of) for node in range(len(self.order))], dim=1)
 
-    def explain(self, z: torch.Tensor, heard: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def explain(self, z: torch.Tensor, heard: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Exogenous noise (B, N, d), and each node's `log |de/dz|` (B, N), of the mechanisms' noise and what `heard`
         returns."""
-        shift, log_scale, spline = self._transform(heard)
+        shift, log_scale, spline = self._transform(heard, mask, list(range(len(self.order))))
         noise, log_derivative = spline((z - shift) * (-log_scale).exp())
         return noise, (log_derivative - log_scale).sum(dim=-1)
 
-    def _heard(self, place: int, node: int, z: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
-        """What the node at this place of the order depends on (B, in_dim); noise of later ones may be anything."""
-        num_concepts = self.num_concepts
-        earlier = torch.zeros_like(z)
-        before = self.order[: min(place, num_concepts)]
-        earlier[:, before] = z[:, before]
-        values = values_of(earlier, mask)[:, :num_concepts].to(z) / self.value_scale.to(z)
-        values = values * self.hears_values[node, :, None].to(z)
-        free = torch.ones_like(z[:, :, 0])
-        free[:, :num_concepts] = 1 - mask
-        heard_noise = z * (self.hears_noise[node].to(z) * free)[..., None]
-        own = mask[:, node : node + 1].to(z) if node < num_concepts else torch.zeros_like(z[:, :1, 0])
-        heard = torch.cat([values.flatten(1), heard_noise.flatten(1)], dim=1) * (1 - own)
-        return torch.cat([own, heard], dim=1)
+    def _heard(self, node: int, z: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
+        """What a node depends on (B, in_dim); noise that comes after it may be anything."""
+        count, mask = self.num_concepts, mask.to(z)
+        hears_values, hears_noise = self.hears_values[node].to(z), self.hears_noise[node].to(z)
+        # values of what comes before depend on nothing else
+        before = torch.cat([torch.maximum(hears_noise[:count], hears_values), hears_noise[count:]])
+        values = values_of(z * before[:, None], mask)[:, :count].to(z) / self.value_scale.to(z)
+        free = F.pad(1 - mask, (0, len(before) - count), value=1.0) * hears_noise
+        parts = [(values * hears_values[:, None]).flatten(1), (z * free[..., None]).flatten(1), free[:, :count]]
+        return torch.cat(parts, dim=1)
 
-    def _transform(
-        self, heard: torch.Tensor, node: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, RationalQuadraticSpline]:
-        """Shift and log-scale (B, N, d) and splines of all nodes, or (B, d) of one, given what they depend on."""
-        x = heard if node is None else heard[:, None]
+    def _transform(self, heard: torch.Tensor, mask: torch.Tensor, nodes: list[int]) -> Transform:
+        """Shift and log-scale (B, n, d) and splines of nodes, given what each depends on (B, n, in_dim)."""
+        x = heard
         for layer in (self.first, self.middle, self.last):
-            weight, bias = at_least_single(layer.weight), at_least_single(layer.bias)
-            if node is not None:
-                weight, bias = weight[node : node + 1], bias[node : node + 1]
+            weight, bias = at_least_single(layer.weight)[nodes], at_least_single(layer.bias)[nodes]
             x = torch.einsum("noi,bni->bno", weight, x if layer is self.first else F.silu(x)) + bias
-        x = x.unflatten(-1, (self.dim, -1))
-        shift, log_scale, widths, heights, slopes = x.split([1, 1, _BINS, _BINS, _BINS - 1], dim=-1)
-        parts = [shift[..., 0], _LARGEST_LOG_SCALE * torch.tanh(log_scale[..., 0] / _LARGEST_LOG_SCALE)]
-        parts += [widths, heights, slopes]
-        shift, log_scale, widths, heights, slopes = parts if node is None else [part[:, 0] for part in parts]
-        return shift, log_scale, RationalQuadraticSpline.of(widths, heights, slopes, _BOUND)
+        hidden = len(self.order) - self.num_concepts
+        strength = F.pad(mask.to(x), (0, hidden))[:, nodes, None]
+        x = x + strength * (F.pad(at_least_single(self.intervened), (0, 0, 0, hidden))[nodes] - x)
+        parts = x.unflatten(-1, (self.dim, -1)).split([1, 1, _BINS, _BINS, _BINS - 1], dim=-1)
+        shift, log_scale, widths, heights, slopes = parts
+        log_scale = _LARGEST_LOG_SCALE * torch.tanh(log_scale[..., 0] / _LARGEST_LOG_SCALE)
+        return shift[..., 0], log_scale, RationalQuadraticSpline.of(widths, heights, slopes, _BOUND)
 
 
 def _causal_order(strengths: torch.Tensor) -> list[int]:

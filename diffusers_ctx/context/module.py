@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -137,11 +137,11 @@ class ContextModule(ModelMixin, ConfigMixin):
 
         They are the same but for what linear mechanisms cannot say, see [`~context.causal_flow.CausalFlow`].
         """
-        return exogenous if self.flow is None else self.flow(exogenous, mask, self._values_under)
+        return exogenous if self.flow is None else self._through(self.flow, exogenous, mask)
 
     def exogenous_noise(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The inverse of `mechanism_noise`."""
-        return z if self.flow is None else self.flow.inverse(z, mask, self._values_under)
+        return z if self.flow is None else self._through(self.flow.inverse, z, mask)
 
     def concept_values(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Values `c` (B, N, d_c) of the nodes, from the mechanisms' noise (B, N, d_z) and a mask (B, K)."""
@@ -156,7 +156,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         """Exogenous noise (B, N, d_z) of what captions (B, D) describe, from M candidates (B, M, N, d_z) drawn from
         the prior.
 
-        Sampling with importance resampling, for `p(z | t)` in proportion to `p(z) p(t | c(z))`. The values are those
+        Sampling with importance resampling, for `p(e | t)` in proportion to `p(e) p(t | c(e))`. The values are those
         of the observational context: a caption describes what an intervention is then done to, so that noise does not
         depend on the intervention.
 
@@ -176,8 +176,14 @@ class ContextModule(ModelMixin, ConfigMixin):
         gumbel = -(-uniform.log()).log()  # the largest sum is a draw with the scores as log-weights
         return candidates[torch.arange(len(candidates)), (scores + gumbel).argmax(dim=1)]
 
-    def _values_under(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.concept_values(z.to(self.dtype), mask.to(self.dtype))
+    def _through(self, flow: Callable[..., torch.Tensor], noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Noise (B, N, d_z) through a direction of the flow, in single precision at least."""
+
+        def values_of(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.concept_values(z.to(self.dtype), mask.to(self.dtype))
+
+        with _out_of_autocast(noise.device.type):
+            return flow(noise.to(torch.promote_types(self.dtype, torch.float32)), mask, values_of)
 
     def require_captions(self) -> CaptionLikelihood:
         """What the module knows of captions; it raises a `ValueError` if there is no such part of it."""

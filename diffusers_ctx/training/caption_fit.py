@@ -21,6 +21,7 @@ _WEIGHT_DECAY = 0.1
 _HELD_OUT_SHARE = 0.1
 _LEAST_HELD_OUT = 20  # with fewer, chance would decide what is kept
 _STEPS_OF_A_TRIAL = 50
+_IMAGES_AT_ONCE = 512
 _CAPTIONS_AT_ONCE = 16
 
 
@@ -57,9 +58,14 @@ def fit_captions(
     place = {name: row for row, name in enumerate(names)}
     captions = embedded[[place[latents.captions[row]] for row in rows]]
     noise = draw_noise(context_module, latents, torch.tensor(rows), seed, accelerator.device)
+    masks = latents.masks[rows].to(noise)
     with torch.no_grad():
-        masks = latents.masks[rows].to(accelerator.device, noise.dtype)
-        values = context_module.concept_values(noise.to(accelerator.device), masks).cpu()
+        values = torch.cat(
+            [
+                context_module.concept_values(*(tensor.to(accelerator.device) for tensor in pair)).cpu()
+                for pair in zip(noise.split(_IMAGES_AT_ONCE), masks.split(_IMAGES_AT_ONCE))
+            ]
+        )
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)

@@ -173,7 +173,7 @@ class _Attempt:
     ):
         self.module, self.codes, self.contexts, self.options, self.seed = module, codes, contexts, options, seed
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_ATTEMPTS * seed + number)
+            torch.random.default_generator.manual_seed(_ATTEMPTS * seed + number)  # no device's
             self.flow = InvertibleMap(codes.mean.shape[1]).to(contexts.device)
         self._mechanisms = [*module.mechanism.parameters(), *module.causal.parameters()]
         groups = [

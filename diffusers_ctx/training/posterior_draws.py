@@ -25,9 +25,9 @@ def draw_noise(
         seed: of what is drawn.
         device: where to do it.
     """
-    exogenous = KeyedNoise(seed, 0).normal(len(latents), *context_module.noise_shape)
+    eps = KeyedNoise(seed, 0).normal(len(latents), *context_module.noise_shape)
     drawn = []
     for part in rows.split(_IMAGES_AT_ONCE):
         posterior = context_module.abduct(latents.seen[0, part].to(device), latents.masks[part].to(device))
-        drawn.append(posterior.at(exogenous[part].to(device)).cpu())
+        drawn.append(posterior.at(eps[part].to(device)).cpu())
     return torch.cat(drawn)

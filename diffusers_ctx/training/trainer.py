@@ -172,6 +172,7 @@ class ContextTrainer:
             self._save_checkpoint(0)
             remove_progress(self.accelerator, self.output_dir)
             return 0
+        remove_progress(self.accelerator, self.output_dir)  # a run may have died before it did
         self._prepare_training()
         self.accelerator.load_state(str(self.checkpoint))
         return checkpoint_step(self.checkpoint)
@@ -183,7 +184,7 @@ class ContextTrainer:
         )
         figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
         seed = self.config.optimization.seed
-        fit_causal_flow(self.accelerator, self.context_module, self.latents, seed)
+        fit_causal_flow(self.accelerator, self.context_module, self.latents, seed, between=progress.look)
         fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
         return figures
 

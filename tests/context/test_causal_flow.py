@@ -10,11 +10,13 @@ from diffusers_ctx import ContextModule
 CHAIN = [("night", "snow"), ("snow", "fog")]  # night before snow before fog
 
 
-def make_module(dim: int = 1, graph=CHAIN, **options) -> ContextModule:
-    """With random weights, in the order of its graph."""
+def make_module(dim: int = 1, graph=CHAIN, hidden_first: bool = True, **options) -> ContextModule:
+    """With random weights, in the order of its graph; hidden factors cause all concepts, or none."""
     sizes = {"noise_dim": dim, "concept_dim": dim}
     module = make_context_module(graph=graph, causal_flow=True, **sizes, **options).requires_grad_(False)
-    module.flow.follow(module.causal.strengths())
+    if not hidden_first:
+        module.causal.remove_effects([3, 4])
+    assert module.flow.follow(module.causal.strengths(), least=0.0) == ([] if hidden_first else [3, 4])
     return module
 
 
@@ -43,7 +45,14 @@ def test_what_follows_it_is_drawn_as_without_it():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dim": 4}, {"causal_form": "reduced_form", "graph": None}, {"num_hidden_factors": 0}]
+    "options",
+    [
+        {},
+        {"hidden_first": False},
+        {"dim": 4},
+        {"causal_form": "reduced_form", "graph": None},
+        {"num_hidden_factors": 0},
+    ],
 )
 def test_it_can_be_undone_under_every_mask(options):
     module = make_module(**options).double()
@@ -59,7 +68,7 @@ def test_the_volume_is_that_of_the_jacobian(dim):
     noise, masks = draw(module, n=5)
     z = module.mechanism_noise(noise, masks)
     flow, values_of = module.flow, module.concept_values
-    _, log_derivatives = flow.explain(z, flow.heard(z, masks, values_of))
+    _, log_derivatives = flow.explain(z, flow.heard(z, masks, values_of), masks)
     for row in range(5):
         mask = masks[row : row + 1]
         jacobian = torch.autograd.functional.jacobian(
@@ -81,35 +90,65 @@ def moved_by(module: ContextModule, changed: str, mask: list[float]) -> set[str]
     return {name for name, gap in zip(module.node_names, gaps) if gap > 1e-6}
 
 
+HIDDEN = {"hidden_0", "hidden_1"}
+
+
 def test_later_nodes_hear_of_earlier_ones():
     module = make_module()
-    hidden = {"hidden_0", "hidden_1"}
-    assert moved_by(module, "night", [0.0, 0, 0]) == {"night", "snow", "fog"} | hidden
-    assert moved_by(module, "fog", [0.0, 0, 0]) == {"fog"} | hidden
-    assert moved_by(module, "hidden_0", [0.0, 0, 0]) == hidden
+    assert moved_by(module, "hidden_0", [0.0, 0, 0]) == {*CONCEPTS} | HIDDEN
+    assert moved_by(module, "hidden_1", [0.0, 0, 0]) == {*CONCEPTS, "hidden_1"}
+    assert moved_by(module, "night", [0.0, 0, 0]) == {"night", "snow", "fog"}
+    assert moved_by(module, "fog", [0.0, 0, 0]) == {"fog"}
+
+
+def test_hidden_factors_that_cause_nothing_follow_the_concepts():
+    module = make_module(hidden_first=False)
+    assert moved_by(module, "fog", [0.0, 0, 0]) == {"fog"} | HIDDEN
+    assert moved_by(module, "fog", [0.0, 0, 1]) == {"fog"} | HIDDEN  # its value, whichever mechanism made it
+    assert moved_by(module, "hidden_0", [0.0, 0, 0]) == HIDDEN
     assert moved_by(module, "hidden_1", [0.0, 0, 0]) == {"hidden_1"}
 
 
 def test_a_concept_that_is_intervened_on_hears_of_no_other():
     module = make_module()
-    mask = [float(name == "snow") for name in CONCEPTS]
-    assert "snow" not in moved_by(module, "night", mask)
-    assert "fog" in moved_by(module, "snow", mask)  # by its value, of which it is the effect
+    assert moved_by(module, "night", [0.0, 1, 0]) == {"night", "fog"}  # which hears of its noise
+    assert moved_by(module, "hidden_1", [1.0, 1, 1]) == {"hidden_1"}
+    assert "fog" in moved_by(module, "snow", [0.0, 1, 0])  # by its value, of which it is the effect
 
 
-def test_the_noise_of_one_that_is_intervened_on_tells_nothing_of_what_it_does_not_cause():
+def test_the_noise_of_a_concept_that_is_intervened_on_tells_nothing_of_others():
     module = make_module()
-    assert "fog" in moved_by(module, "night", [0.0, 0, 0])
-    module.causal.blocks[CONCEPTS.index("fog"), CONCEPTS.index("snow")] = 0
-    module.causal.blocks[CONCEPTS.index("snow"), CONCEPTS.index("night")] = 0
     module.flow.hears_values.zero_()
-    assert "fog" in moved_by(module, "night", [0.0, 0, 0])
-    assert "fog" not in moved_by(module, "night", [float(name == "night") for name in CONCEPTS])
+    assert moved_by(module, "night", [0.0, 0, 0]) == {"night", "snow", "fog"}
+    assert moved_by(module, "night", [1.0, 0, 0]) == {"night"}
+
+
+@pytest.mark.parametrize("hidden_first", [True, False])
+@pytest.mark.parametrize("intervened", ["night", "snow", "fog"])
+def test_an_intervention_moves_nothing_but_what_it_causes(intervened, hidden_first):
+    module = make_module(hidden_first=hidden_first)
+    noise, _ = draw(module)
+    masks = torch.zeros(len(noise), 3)
+    before = module.concept_values(module.mechanism_noise(noise, masks), masks)
+    masks[:, CONCEPTS.index(intervened)] = 1
+    after = module.concept_values(module.mechanism_noise(noise, masks), masks)
+    moved = {name for name, gap in zip(module.node_names, (after - before).abs().amax(dim=(0, 2))) if gap > 1e-6}
+    chain = ["night", "snow", "fog"]
+    assert moved == {*chain[chain.index(intervened) :]} | (set() if hidden_first else HIDDEN)
+
+
+def test_half_an_intervention_is_between():
+    module = make_module()
+    noise, _ = draw(module)
+    none, half, full = (module.mechanism_noise(noise, torch.full((len(noise), 3), x)) for x in (0.0, 0.5, 1.0))
+    root = CONCEPTS.index("night")
+    gaps = [(z - none)[:, root].abs().mean() for z in (half, full)]
+    assert 0 < gaps[0] < gaps[1]
 
 
 def test_the_order_is_that_of_causes():
     order = make_module(graph=[("fog", "snow"), ("snow", "night")]).flow.order.tolist()
-    assert [CONCEPTS[node] for node in order[:3]] == ["fog", "snow", "night"] and order[3:] == [3, 4]
+    assert [CONCEPTS[node] for node in order[2:]] == ["fog", "snow", "night"] and order[:2] == [3, 4]
 
 
 def test_it_is_saved_with_the_module(tmp_path):
@@ -118,6 +157,15 @@ def test_it_is_saved_with_the_module(tmp_path):
     loaded = ContextModule.from_pretrained(tmp_path)
     noise, masks = draw(module)
     assert torch.equal(loaded.mechanism_noise(noise, masks), module.mechanism_noise(noise, masks))
+
+
+def test_noise_of_another_precision_is_taken():
+    module = make_module()
+    noise, masks = draw(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = module.mechanism_noise(noise.double(), masks)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, module.mechanism_noise(noise, masks))
 
 
 def test_half_precision():

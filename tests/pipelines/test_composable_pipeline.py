@@ -77,7 +77,7 @@ def test_exogenous_noise_goes_in_and_comes_out(pipeline):
 def flowing_pipeline(plain_pipeline) -> ComposablePipeline:
     """A pipeline whose exogenous noise is not the mechanisms'."""
     module = attach_random_module(plain_pipeline, noise_dim=1, concept_dim=1, causal_flow=True).context_module
-    module.flow.follow(module.causal.strengths())
+    module.flow.follow(module.causal.strengths(), least=0.0)
     return plain_pipeline
 
 

@@ -20,6 +20,7 @@ class OpenModule(ContextModule):
 
 def make_module() -> ContextModule:
     """do(night) moves night to N(2, 0.25)."""
+    torch.manual_seed(0)
     module = OpenModule(["night"], 8, num_hidden_factors=1, noise_dim=1, concept_dim=1, causal_flow=True)
     module.requires_grad_(False)
     module.mechanism.bias_do.fill_(2.0)
