@@ -1,13 +1,19 @@
 """Learning what linear mechanisms leave out, in a world where a hidden factor is a curved function of a concept."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.context import GaussianPosterior
+from diffusers_ctx.training import causal_flow_fit
 from diffusers_ctx.training.causal_flow_fit import fit_causal_flow
 from diffusers_ctx.training.latents import ContextLatents
+
+from .conftest import create_trainer
+from .test_training_script import weights_of
 
 
 class OpenModule(ContextModule):
@@ -91,3 +97,18 @@ def test_it_is_the_same_with_the_same_seed(fitted):
     again = fit(make_latents(4000)).flow.state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in fitted.flow.state_dict().items())
     assert not any(parameter.requires_grad for parameter in fitted.parameters())
+
+
+def test_a_run_that_goes_on_has_the_flow_that_it_had(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(causal_flow_fit, "_LEAST_HELD_OUT", 1)
+    monkeypatch.setattr(causal_flow_fit, "_STEPS", 20)
+    plan = options | {"checkpointing_steps": 2, "max_train_steps": 4}
+    whole = create_trainer(plan | {"output_dir": str(tmp_path / "whole")}).train()
+    kept = ContextModule.from_pretrained(whole / "context_module").flow.state_dict()
+    assert kept["last.weight"].any()
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "latest"}
+    create_trainer(plan | resumed).train()
+    weights = [weights_of(folder) for folder in (whole, tmp_path / "resumed")]
+    assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+    assert any("flow.last.weight" in name for name in weights[0])
