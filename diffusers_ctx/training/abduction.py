@@ -196,11 +196,11 @@ class AbductionLearning:
 
         def loss(images: DrawnImages, random: KeyedNoise, step: int) -> Loss:
             rows = images.rows
-            exogenous, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
+            eps, reference = self._normal(random, len(rows), *shape), self._normal(random, len(rows), *shape)
             directions = unit_directions(random, reference[0].numel()).to(self.device)
             latent_directions = unit_directions(random, self.objective.dimensions, _LATENT_DIRECTIONS).to(self.device)
             labels = self.labels[rows].to(self.device)
-            inputs = (images.latents, labels, exogenous, reference, directions, latent_directions)
+            inputs = (images.latents, labels, eps, reference, directions, latent_directions)
             return self.objective(*inputs, warm_up=self._warm_up(step), features=images.features)
 
         return self._numbers(self._minimise(loss, groups, steps, "Learning concepts"))

@@ -77,7 +77,7 @@ class AbductionObjective(nn.Module):
         self,
         latents: torch.Tensor,
         labels: torch.Tensor,
-        exogenous: torch.Tensor,
+        eps: torch.Tensor,
         reference: torch.Tensor,
         directions: torch.Tensor,
         latent_directions: torch.Tensor,
@@ -89,7 +89,7 @@ class AbductionObjective(nn.Module):
         Args:
             latents: (B, C, h, w), sorted by context.
             labels: (B,), the row of `contexts` that each image belongs to.
-            exogenous: standard normal numbers (B, N, d_z) to draw from the posterior with.
+            eps: standard normal numbers (B, N, d_z) to draw from the posterior with.
             reference: standard normal numbers (B, N, d_z) to compare the draws with, and to decode.
             directions: (N d_z, P) unit vectors to compare draws along.
             latent_directions: (C s s, P) unit vectors to compare decoded latents along; `s` is `size`.
@@ -100,7 +100,7 @@ class AbductionObjective(nn.Module):
         target = self.targets(latents)
         seen = latents if features is None else features
         posterior = self.context_module.abduct(seen, mask)
-        z = posterior.at(exogenous)
+        z = posterior.at(eps)
         mse, kl = F.mse_loss(self.decode(z, mask), target), posterior.kl()
         contrast = self.contrast(seen, labels)
         mismatch = context_mismatch(z, reference, directions, len(self.contexts))

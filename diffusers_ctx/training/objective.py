@@ -65,13 +65,13 @@ class DiffusionObjective(nn.Module):
         conditions: dict[str, Any],
         noise: torch.Tensor,
         timesteps: torch.Tensor,
-        exogenous: torch.Tensor,
+        eps: torch.Tensor,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weighted mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
         if self.caption_encoder is not None:
             conditions = self.caption_encoder(**conditions)
-        losses = self.losses(latents, mask, conditions, noise, timesteps, exogenous, features)
+        losses = self.losses(latents, mask, conditions, noise, timesteps, eps, features)
         return (losses * self._weights(timesteps)).mean()
 
     def losses(
@@ -81,7 +81,7 @@ class DiffusionObjective(nn.Module):
         conditions: dict[str, Any],
         noise: torch.Tensor,
         timesteps: torch.Tensor,
-        exogenous: torch.Tensor,
+        eps: torch.Tensor,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Each image's loss (B,), without the weights of training.
@@ -92,11 +92,11 @@ class DiffusionObjective(nn.Module):
             conditions: what else the UNet is told, as keyword arguments of its call.
             noise: (B, C, h, w), standard normal.
             timesteps: (B,).
-            exogenous: (B, N, d_z), standard normal numbers to draw from the posterior with.
+            eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
             features: (B, F, h', w'), what the posterior sees; by default the latents.
         """
         (context_module,) = self._context_module
-        z = context_module.abduct(latents if features is None else features, mask).at(exogenous)
+        z = context_module.abduct(latents if features is None else features, mask).at(eps)
         tokens = context_module(z, mask)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, **with_context(conditions, tokens)).sample

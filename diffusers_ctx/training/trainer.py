@@ -389,7 +389,7 @@ class ContextTrainer:
         timesteps = sample_timesteps(
             random.uniform(size), options.timestep_sampling, self.pipeline.scheduler.config.num_train_timesteps
         )
-        exogenous = random.normal(size, *self.context_module.noise_shape)
+        eps = random.normal(size, *self.context_module.noise_shape)
         dropped = random.uniform(size) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped)]
         conditions: dict[str, Any] = {"captions": captions, "geometry": geometry}
@@ -397,7 +397,7 @@ class ContextTrainer:
             with torch.no_grad():
                 conditions = self.pipeline.unet_conditions(self._encode_captions(captions), geometry)
         features = self.latents.features_of(indices, flip)
-        return send_to_device((latents, batch["mask"], conditions, noise, timesteps, exogenous, features), device)
+        return send_to_device((latents, batch["mask"], conditions, noise, timesteps, eps, features), device)
 
     def _validate(self, step: int) -> None:
         """On the main process, with averaged weights if there are any."""
