@@ -47,10 +47,10 @@ def inputs(objective) -> tuple:
     shape = objective.context_module.noise_shape
     latents = torch.randn(12, 4, 16, 16, generator=generator)
     labels = torch.arange(4).repeat_interleave(3)
-    exogenous, reference = torch.randn(2, 12, *shape, generator=generator).unbind()
+    eps, reference = torch.randn(2, 12, *shape, generator=generator).unbind()
     directions = torch.nn.functional.normalize(torch.randn(shape[0] * shape[1], 5, generator=generator), dim=0)
     latent_directions = torch.nn.functional.normalize(torch.randn(4 * 16 * 16, 5, generator=generator), dim=0)
-    return latents, labels, exogenous, reference, directions, latent_directions
+    return latents, labels, eps, reference, directions, latent_directions
 
 
 def cross_entropy_by_hand(module: ContextModule, latents: torch.Tensor, labels: torch.Tensor) -> float:
@@ -82,12 +82,12 @@ def mismatch_by_hand(z: np.ndarray, reference: np.ndarray, directions: np.ndarra
 
 
 def test_the_loss_is_its_terms(objective, inputs):
-    latents, labels, exogenous, reference, directions, latent_directions = inputs
+    latents, labels, eps, reference, directions, latent_directions = inputs
     module, mask = objective.context_module, CONTEXTS[labels]
     with torch.no_grad():
         loss, figures = objective(*inputs, warm_up=0.6)
         posterior = module.abduct(latents, mask)
-        z = posterior.at(exogenous)
+        z = posterior.at(eps)
         pooled = latents.view(12, 4, 16, 16)  # 16 is the largest size, so nothing is averaged
         mse = (objective.decoder(module.concept_values(z, mask)) - pooled).square().mean()
         generated = objective.decoder(module.concept_values(reference, mask)).flatten(1).numpy()
@@ -110,12 +110,12 @@ def test_the_loss_is_its_terms(objective, inputs):
 
 
 def test_the_posterior_may_see_features_and_the_decoder_still_aims_at_latents(objective, inputs):
-    latents, labels, exogenous, reference, directions, _ = inputs
+    latents, labels, eps, reference, directions, _ = inputs
     module, mask = objective.context_module, CONTEXTS[labels]
     features = torch.randn(12, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         _, figures = objective(*inputs, warm_up=1.0, features=features)
-        z = module.abduct(features, mask).at(exogenous)
+        z = module.abduct(features, mask).at(eps)
         mse = (objective.decoder(module.concept_values(z, mask)) - latents).square().mean()
     assert figures["reconstruction"].item() == pytest.approx(mse.item(), rel=1e-4)
     assert figures["contrast"].item() == pytest.approx(cross_entropy_by_hand(module, features, labels), rel=1e-3)

@@ -97,7 +97,7 @@ def test_stable_diffusion_xl_takes_a_step_on_the_meta_device():
             },
             "noise": torch.zeros(2, 4, 128, 128, device="meta"),
             "timesteps": torch.zeros(2, dtype=torch.int64, device="meta"),
-            "exogenous": torch.zeros(2, *module.noise_shape, device="meta"),
+            "eps": torch.zeros(2, *module.noise_shape, device="meta"),
         }
         objective(**batch).backward()
     learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]

@@ -32,7 +32,7 @@ def batch(context_module) -> dict:
         "conditions": {"encoder_hidden_states": torch.randn(4, 5, 32)},
         "noise": torch.randn(4, 4, 16, 16),
         "timesteps": torch.tensor([0, 37, 500, 999]),
-        "exogenous": torch.randn(4, *context_module.noise_shape),
+        "eps": torch.randn(4, *context_module.noise_shape),
     }
 
 
@@ -76,8 +76,8 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
         s = np.sqrt(1 - a**2)
         noisy = a * one["latents"] + s * one["noise"]
         posterior = context_module.abduct(one["latents"], one["mask"])
-        z = posterior.mean.flatten() + posterior.factor[0] @ one["exogenous"].flatten()
-        tokens = context_module(z.view_as(one["exogenous"]), one["mask"])
+        z = posterior.mean.flatten() + posterior.factor[0] @ one["eps"].flatten()
+        tokens = context_module(z.view_as(one["eps"]), one["mask"])
         with torch.no_grad():
             prediction = unet(
                 noisy.float(),
@@ -109,7 +109,7 @@ def test_rows_do_not_mix_and_each_is_told_what_the_posterior_drew(plain_pipeline
     with torch.no_grad():
         together = objective(**batch)
         apart = [objective(**row_of(batch, row)) for row in range(4)]
-        other_noise = objective(**(batch | {"exogenous": batch["exogenous"].flip(0)}))
+        other_noise = objective(**(batch | {"eps": batch["eps"].flip(0)}))
         other_context = objective(**(batch | {"mask": batch["mask"].flip(0)}))
     torch.testing.assert_close(together, torch.stack(apart).mean())
     assert (other_noise - together).abs() > 1e-5
