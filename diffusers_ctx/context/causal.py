@@ -63,9 +63,9 @@ class ReducedForm(nn.Module):
         return self.blocks_obs.norm(dim=(2, 3)) * self.allowed
 
     @torch.no_grad()
-    def remove_effects(self, nodes: list[int]) -> None:
-        """Lets hidden factors cause nothing."""
-        self.blocks_obs[:, nodes] = 0
+    def keep_edges(self, kept: torch.Tensor) -> None:
+        """Removes edges where `kept` (N, N) is 0; row = effect, column = cause."""
+        self.blocks_obs.mul_(kept[:, :, None, None])
 
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""
@@ -134,9 +134,9 @@ class Structural(nn.Module):
         return self.blocks.norm(dim=(2, 3)) * self.allowed
 
     @torch.no_grad()
-    def remove_effects(self, nodes: list[int]) -> None:
-        """Lets hidden factors cause nothing."""
-        self.blocks[:, nodes] = 0
+    def keep_edges(self, kept: torch.Tensor) -> None:
+        """Removes edges where `kept` (N, N) is 0; row = effect, column = cause."""
+        self.blocks.mul_(kept[:, :, None, None])
 
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""

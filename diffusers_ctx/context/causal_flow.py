@@ -34,13 +34,12 @@ Transform = tuple[torch.Tensor, torch.Tensor, RationalQuadraticSpline]
 class CausalFlow(nn.Module):
     """Takes exogenous noise (B, N, d) to the noise of the mechanisms (B, N, d), and back. The identity at first.
 
-    Nodes are the concepts, followed by the hidden factors. In the order of causes, hidden factors that cause concepts
-    come first, then concepts, then the other hidden factors. What nodes depend on:
+    Nodes are the concepts, followed by the hidden factors. They are put in the order of causes, hidden factors that
+    cause no concept at its end. What nodes depend on:
 
-    - a hidden factor that comes first: the noise of those before it;
-    - a concept: the *values* of concepts that cause it, the *noise* of all concepts before it that are not intervened
+    - a concept: the *values* of concepts that cause it; the *noise* of all concepts before it that are not intervened
       on, which tells of common causes, and that of hidden factors before it;
-    - a hidden factor that comes last: the values of all concepts, and the noise of hidden factors before it.
+    - a hidden factor: the values of all concepts, and the noise of hidden factors, before it.
 
     So an intervention moves nothing that comes before it. Dimensions of one node's noise do not depend on one another.
 
@@ -76,7 +75,7 @@ class CausalFlow(nn.Module):
         self.register_buffer("value_scale", torch.ones(num_concepts, concept_dim))
 
     @torch.no_grad()
-    def follow(self, strengths: torch.Tensor, least: float) -> list[int]:
+    def follow(self, strengths: torch.Tensor, least: float) -> torch.Tensor:
         """Takes over the order of causes.
 
         Args:
@@ -84,25 +83,27 @@ class CausalFlow(nn.Module):
             least: edges that are not stronger are taken for none.
 
         Returns:
-            The hidden factors that come last. They must cause nothing.
+            (N, N), 1 for edges that agree with the order and 0 for those that go against it, which must not be.
         """
         count, nodes = self.num_concepts, range(len(self.order))
         causing = (strengths[:count] > least).any(dim=0).tolist()
-        first = [node for node in nodes[count:] if causing[node]]
         last = [node for node in nodes[count:] if not causing[node]]
-        order = [*first, *_causal_order(strengths[:count, :count]), *last]
+        order = _causal_order(strengths, [node for node in nodes if node not in last]) + last
         self.order.copy_(torch.tensor(order))
         self.hears_values.zero_()
         self.hears_noise.zero_()
+        forward = torch.zeros_like(strengths)
         for place, node in enumerate(order):
-            self.hears_noise[node, order[:place]] = 1
+            before = order[:place]
+            concepts, hidden = ([x for x in before if (x < count) == is_concept] for is_concept in (True, False))
+            self.hears_noise[node, hidden] = 1
             if node < count:
-                before = [cause for cause in order[:place] if cause < count]
-                self.hears_values[node, before] = (strengths[node, before] > least).to(self.hears_values)
-            elif node in last:
-                self.hears_noise[node, :count] = 0
-                self.hears_values[node] = 1
-        return last
+                self.hears_noise[node, concepts] = 1
+                self.hears_values[node, concepts] = (strengths[node, concepts] > least).to(self.hears_values)
+            else:
+                self.hears_values[node, concepts] = 1
+            forward[node, before if node not in last else order[: -len(last)]] = 1
+        return forward
 
     def forward(self, noise: torch.Tensor, mask: torch.Tensor, values_of: ValuesOf) -> torch.Tensor:
         """The mechanisms' noise.
@@ -137,7 +138,7 @@ class CausalFlow(nn.Module):
         """What a node depends on (B, in_dim); noise that comes after it may be anything."""
         count, mask = self.num_concepts, mask.to(z)
         hears_values, hears_noise = self.hears_values[node].to(z), self.hears_noise[node].to(z)
-        # values of what comes before depend on nothing else
+        # values of what comes before depend on nothing else: edges go forward
         before = torch.cat([torch.maximum(hears_noise[:count], hears_values), hears_noise[count:]])
         values = values_of(z * before[:, None], mask)[:, :count].to(z) / self.value_scale.to(z)
         free = F.pad(1 - mask, (0, len(before) - count), value=1.0) * hears_noise
@@ -159,9 +160,9 @@ class CausalFlow(nn.Module):
         return shift[..., 0], log_scale, RationalQuadraticSpline.of(widths, heights, slopes, _BOUND)
 
 
-def _causal_order(strengths: torch.Tensor) -> list[int]:
+def _causal_order(strengths: torch.Tensor, nodes: list[int]) -> list[int]:
     """Nodes such that as little as can be is caused by later ones: each time the one that those left cause least."""
-    left, order = list(range(len(strengths))), []
+    left, order = list(nodes), []
     while left:
         least = min(left, key=lambda node: float(strengths[node, left].sum()))
         order.append(least)

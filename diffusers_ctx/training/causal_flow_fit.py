@@ -37,8 +37,8 @@ def fit_causal_flow(
     """Fits a module's `flow` by maximum likelihood to noise drawn from the posteriors of all images.
 
     Contexts count equally. Each node keeps what explains the noise of held-out images best, and stays the identity
-    where nothing does that better, or there are fewer than 200 images. Hidden factors that hardly cause a concept come
-    to cause none, and may follow them.
+    where nothing does that better, or there are fewer than 200 images. Edges against the order of causes, and those of
+    hidden factors that hardly cause a concept, are removed.
 
     Every process does the same and takes the main process's result.
 
@@ -56,7 +56,7 @@ def fit_causal_flow(
     strengths = context_module.causal.strengths()
     given = context_module.config.graph is not None
     largest = float(strengths[: flow.num_concepts, : flow.num_concepts].max())
-    context_module.causal.remove_effects(flow.follow(strengths, least=0.0 if given else _CAUSE_SHARE * largest))
+    context_module.causal.keep_edges(flow.follow(strengths, least=0.0 if given else _CAUSE_SHARE * largest))
     rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))
     noise = _explain_images(context_module, flow, latents, rows, seed, accelerator.device)
     _fit(flow, noise, held_out, seed, between, accelerator.is_main_process)

@@ -15,8 +15,8 @@ def make_module(dim: int = 1, graph=CHAIN, hidden_first: bool = True, **options)
     sizes = {"noise_dim": dim, "concept_dim": dim}
     module = make_context_module(graph=graph, causal_flow=True, **sizes, **options).requires_grad_(False)
     if not hidden_first:
-        module.causal.remove_effects([3, 4])
-    assert module.flow.follow(module.causal.strengths(), least=0.0) == ([] if hidden_first else [3, 4])
+        module.causal.blocks[:, 3:] = 0
+    module.causal.keep_edges(module.flow.follow(module.causal.strengths(), least=0.0))
     return module
 
 
@@ -135,6 +135,19 @@ def test_an_intervention_moves_nothing_but_what_it_causes(intervened, hidden_fir
     moved = {name for name, gap in zip(module.node_names, (after - before).abs().amax(dim=(0, 2))) if gap > 1e-6}
     chain = ["night", "snow", "fog"]
     assert moved == {*chain[chain.index(intervened) :]} | (set() if hidden_first else HIDDEN)
+
+
+def test_a_hidden_factor_between_concepts_hears_of_those_before_it():
+    module = make_module(graph=None)
+    strengths = torch.zeros(5, 5)
+    strengths[3, 0] = strengths[1, 3] = 1.0  # night causes hidden_0, which causes snow
+    strengths[0, 1] = 0.1  # against that order
+    forward = module.flow.follow(strengths, least=0.5)
+    assert module.flow.order.tolist() == [2, 0, 3, 1, 4]
+    assert forward[3, 0] and forward[1, 3] and not forward[0, 1] and not forward[:, 4].any() and forward[4, :4].all()
+    module.causal.keep_edges(forward)
+    assert moved_by(module, "night", [0.0, 0, 0]) == {"night", "hidden_0", "snow", "hidden_1"}
+    assert moved_by(module, "fog", [0.0, 0, 1]) == {"fog", "hidden_0", "hidden_1", "snow"}
 
 
 def test_half_an_intervention_is_between():

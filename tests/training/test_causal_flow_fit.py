@@ -101,7 +101,9 @@ def test_it_is_the_same_with_the_same_seed(fitted):
 
 def test_a_run_that_goes_on_has_the_flow_that_it_had(options, tmp_path, monkeypatch):
     monkeypatch.setattr(causal_flow_fit, "_LEAST_HELD_OUT", 1)
-    monkeypatch.setattr(causal_flow_fit, "_STEPS", 20)
+    monkeypatch.setattr(causal_flow_fit, "_HELD_OUT_SHARE", 0.4)  # or chance would decide what is kept
+    monkeypatch.setattr(causal_flow_fit, "_STEPS_OF_A_TRIAL", 10)
+    monkeypatch.setattr(causal_flow_fit, "_STEPS", 100)
     plan = options | {"checkpointing_steps": 2, "max_train_steps": 4}
     whole = create_trainer(plan | {"output_dir": str(tmp_path / "whole")}).train()
     kept = ContextModule.from_pretrained(whole / "context_module").flow.state_dict()
