@@ -54,7 +54,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
         caption_dim (`int`, *optional*): width of captions' embeddings, where noise can be drawn that goes with one.
         causal_flow (`bool`): whether the mechanisms' noise is made of exogenous noise by a flow, see
-            [`~context.causal_flow.CausalFlow`]; otherwise they are the same.
+            [`~context.causal_flow.CausalFlow`]; otherwise they are the same. For the structural form.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -94,6 +94,8 @@ class ContextModule(ModelMixin, ConfigMixin):
                 "Expressive layers have no inverse: an inverse posterior needs `expressive_depth=0`; set that, or"
                 " `posterior_type='amortized'`."
             )
+        if causal_flow and causal_form == "reduced_form":
+            raise ValueError("A reduced form has no order of causes, which `causal_flow` follows; leave it out.")
         num_concepts, num_nodes = len(concepts), len(concepts) + num_hidden_factors
         self.mechanism = MechanismLayer(num_concepts, num_hidden_factors, noise_dim)
         self.expressive = ExpressiveLayers(num_nodes, noise_dim, concept_dim, expressive_depth)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..context import CausalFlow, ContextModule
+from ..context import CausalFlow, ContextModule, Structural
 from .accelerator import take_main_weights
 from .latents import ContextLatents
 from .posterior_draws import draw_noise
@@ -49,14 +49,14 @@ def fit_causal_flow(
         seed: of what is drawn.
         between: called now and then; may raise something to end it all.
     """
-    flow = context_module.flow
+    flow, causal = context_module.flow, context_module.causal
     held_out = int(_HELD_OUT_SHARE * len(latents))
-    if flow is None or held_out < _LEAST_HELD_OUT:
+    if flow is None or not isinstance(causal, Structural) or held_out < _LEAST_HELD_OUT:
         return
-    strengths = context_module.causal.strengths()
+    strengths = causal.strengths()
     given = context_module.config.graph is not None
     largest = float(strengths[: flow.num_concepts, : flow.num_concepts].max())
-    context_module.causal.keep_edges(flow.follow(strengths, least=0.0 if given else _CAUSE_SHARE * largest))
+    causal.keep_edges(flow.follow(strengths, least=0.0 if given else _CAUSE_SHARE * largest))
     rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))
     noise = _explain_images(context_module, flow, latents, rows, seed, accelerator.device)
     _fit(flow, noise, held_out, seed, between, accelerator.is_main_process)

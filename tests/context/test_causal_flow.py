@@ -27,6 +27,11 @@ def draw(module: ContextModule, n: int = 40, seed: int = 0) -> tuple[torch.Tenso
     return torch.randn(n, *module.noise_shape, generator=generator), masks
 
 
+def test_a_reduced_form_has_no_order_to_follow():
+    with pytest.raises(ValueError, match="no order of causes"):
+        make_context_module(causal_form="reduced_form", causal_flow=True)
+
+
 def test_it_starts_as_the_identity():
     module = ContextModule(CONCEPTS, token_dim=8, causal_flow=True)
     noise, masks = draw(module)
@@ -50,7 +55,6 @@ def test_what_follows_it_is_drawn_as_without_it():
         {},
         {"hidden_first": False},
         {"dim": 4},
-        {"causal_form": "reduced_form", "graph": None},
         {"num_hidden_factors": 0},
     ],
 )
