@@ -182,7 +182,11 @@ class ContextTrainer:
         progress = ConceptProgress(
             self.accelerator, self.output_dir, self.options, self.stop, self.config.output.checkpointing_steps
         )
-        figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
+        try:
+            figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
+        except FloatingPointError:  # other options are needed, with which nothing of it can be taken up
+            remove_progress(self.accelerator, self.output_dir)
+            raise
         seed = self.config.optimization.seed
         fit_causal_flow(self.accelerator, self.context_module, self.latents, seed, between=progress.look)
         fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
