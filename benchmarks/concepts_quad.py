@@ -27,9 +27,8 @@ def main() -> None:
     pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
     noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])
     observational = torch.zeros(args.n, len(pipeline.concepts), device=noise.device)
-    module = pipeline.context_module
     with torch.no_grad():
-        values = module.concept_values(module.mechanism_noise(noise, observational), observational).cpu()
+        values = pipeline.context_module.concept_values(noise, observational).cpu()
     for node, concept in enumerate(pipeline.concepts):
         factor = sample.factors[:, quad.FACTORS.index(concept)]
         print(f"{concept:12s} {abs(np.corrcoef(values[:, node, 0], factor)[0, 1]):.2f}")

@@ -253,7 +253,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
     def abduct(
         self, image: PipelineImageInput, factual: Interventions | Sequence[Interventions] = None
     ) -> torch.Tensor:
-        """The exogenous noise (B, N, d_z) that explains images: what the posterior's mean is made of.
+        """The exogenous noise (B, N, d_z) that explains images: the mean of the posterior.
 
         Args:
             image: one image or several, as PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W). PIL images are
@@ -342,8 +342,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
 
     def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with self._module_at_hand() as (module, device):
-            noise, mask = noise.to(device), mask.to(device)
-            return module(module.mechanism_noise(noise, mask), mask)
+            return module(noise.to(device), mask.to(device))
 
     def _abduct(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
@@ -351,8 +350,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         mask = self._mask(factual, len(latents))
         seen = self._seen_by_posterior(pixels, latents)
         with self._module_at_hand() as (module, device):
-            mask = mask.to(device)
-            return module.exogenous_noise(module.abduct(seen.to(device), mask).mean, mask)
+            return module.abduct(seen.to(device), mask.to(device)).mean
 
     @contextmanager
     def _module_at_hand(self) -> Iterator[tuple[ContextModule, torch.device]]:

@@ -142,9 +142,9 @@ def make_xl_pipeline() -> ComposableXLPipeline:
     return pipeline
 
 
-def attach_random_module(pipeline, **options):
+def attach_random_module(pipeline):
     """Attaches a context module with random attention values, where a fresh adapter's are zero."""
-    attach_context_module(pipeline.unet, make_context_module(**options))
+    attach_context_module(pipeline.unet, make_context_module())
     torch.manual_seed(2)
     for layer in context_attention_layers(pipeline.unet).values():
         torch.nn.init.normal_(layer["value"].weight, std=0.5)

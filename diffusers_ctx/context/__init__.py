@@ -1,6 +1,5 @@
 from .captions import CaptionLikelihood, embed_captions
 from .causal import ReducedForm, Structural
-from .causal_flow import CausalFlow
 from .interventions import Interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
 from .posterior import GaussianPosterior
@@ -8,7 +7,6 @@ from .posterior import GaussianPosterior
 
 __all__ = [
     "CaptionLikelihood",
-    "CausalFlow",
     "ContextModule",
     "GaussianPosterior",
     "Interventions",

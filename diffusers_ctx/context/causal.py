@@ -128,11 +128,6 @@ class Structural(nn.Module):
         """Frobenius norms (N, N) of the blocks; row = effect, column = cause."""
         return self.blocks.norm(dim=(2, 3)) * self.allowed
 
-    @torch.no_grad()
-    def keep_edges(self, kept: torch.Tensor) -> None:
-        """Removes edges where `kept` (N, N) is 0; row = effect, column = cause."""
-        self.blocks.mul_(kept[:, :, None, None])
-
     def group_lasso(self) -> torch.Tensor:
         """Sum of the blocks' norms: pulls whole edges to zero."""
         return (_norms(self.blocks) * self.allowed).sum()

@@ -26,7 +26,7 @@ class NodewiseLinear(nn.Module):
 
 
 class MechanismLayer(nn.Module):
-    """The intervention on the noise (DESIGN §2, step 2):
+    """The intervention on the exogenous noise (DESIGN §2, step 2):
 
         u_k = (1 - m_k) (A_k^obs z_k + a_k^obs) + m_k (A_k^do z_k + a_k^do)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,7 +12,6 @@ from diffusers.configuration_utils import register_to_config
 
 from .captions import CaptionLikelihood
 from .causal import ReducedForm, Structural, at_least_single
-from .causal_flow import CausalFlow
 from .layers import ExpressiveLayers, MechanismLayer, ReadOut
 from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
 
@@ -20,10 +19,9 @@ from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
 class ContextModule(ModelMixin, ConfigMixin):
     r"""The context module of Markham et al. (arXiv 2507.04754), for the conditioning of a diffusion model.
 
-    Exogenous noise becomes the noise `z` of the mechanisms and passes each concept's mechanism (the observational or
-    the intervened one, as the mask says), its expressive layers, the causal layer that lets concepts act on one
-    another, and a read-out to tokens. The posterior goes the other way: from an image and its context to the noise
-    that explains it.
+    Exogenous noise `z` passes each concept's mechanism (the observational or the intervened one, as the mask says),
+    its expressive layers, the causal layer that lets concepts act on one another, and a read-out to tokens. The
+    posterior goes the other way: from an image and its context to the noise that explains it.
 
     Nodes are the concepts in order, followed by the hidden factors, which no context intervenes on: common causes
     have no other place to live.
@@ -53,8 +51,6 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
         caption_dim (`int`, *optional*): width of captions' embeddings, where noise can be drawn that goes with one.
-        causal_flow (`bool`): whether the mechanisms' noise is made of exogenous noise by a flow, see
-            [`~context.causal_flow.CausalFlow`]; otherwise they are the same. For the structural form.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -85,7 +81,6 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_encoder_model: str | None = None,
         posterior_feature_size: int | None = None,
         caption_dim: int | None = None,
-        causal_flow: bool = False,
     ):
         super().__init__()
         _check_concepts(concepts, obs_context)
@@ -94,8 +89,6 @@ class ContextModule(ModelMixin, ConfigMixin):
                 "Expressive layers have no inverse: an inverse posterior needs `expressive_depth=0`; set that, or"
                 " `posterior_type='amortized'`."
             )
-        if causal_flow and causal_form == "reduced_form":
-            raise ValueError("A reduced form has no order of causes, which `causal_flow` follows; leave it out.")
         num_concepts, num_nodes = len(concepts), len(concepts) + num_hidden_factors
         self.mechanism = MechanismLayer(num_concepts, num_hidden_factors, noise_dim)
         self.expressive = ExpressiveLayers(num_nodes, noise_dim, concept_dim, expressive_depth)
@@ -116,9 +109,6 @@ class ContextModule(ModelMixin, ConfigMixin):
         self.captions = None
         if caption_dim is not None:
             self.captions = CaptionLikelihood(num_nodes * concept_dim, caption_dim)
-        self.flow = None
-        if causal_flow:
-            self.flow = CausalFlow(num_concepts, num_hidden_factors, noise_dim, concept_dim)
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -134,31 +124,19 @@ class ContextModule(ModelMixin, ConfigMixin):
     def node_names(self) -> list[str]:
         return [*self.config.concepts, *_hidden_names(self.config.num_hidden_factors)]
 
-    def mechanism_noise(self, exogenous: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The noise `z` (B, N, d_z) of the mechanisms, from exogenous noise (B, N, d_z) and a mask (B, K).
-
-        They are the same but for what linear mechanisms cannot say, see [`~context.causal_flow.CausalFlow`].
-        """
-        return exogenous if self.flow is None else self._through(self.flow, exogenous, mask)
-
-    def exogenous_noise(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The inverse of `mechanism_noise`."""
-        return z if self.flow is None else self._through(self.flow.inverse, z, mask)
-
     def concept_values(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Values `c` (B, N, d_c) of the nodes, from the mechanisms' noise (B, N, d_z) and a mask (B, K)."""
+        """Values `c` (B, N, d_c) of the nodes, from noise (B, N, d_z) and a mask (B, K)."""
         return self.causal(self.expressive(self.mechanism(z, mask)), mask)
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, T, token_dim), from the mechanisms' noise (B, N, d_z) and a mask (B, K) in [0, 1]."""
+        """Tokens (B, N, T, token_dim), from noise (B, N, d_z) and a mask (B, K) in [0, 1]."""
         z = z.to(self.dtype)
         return self.read_out(self.concept_values(z, mask.to(z)))
 
     def choose_noise(self, candidates: torch.Tensor, captions: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Exogenous noise (B, N, d_z) of what captions (B, D) describe, from M candidates (B, M, N, d_z) drawn from
-        the prior.
+        """Noise (B, N, d_z) of what captions (B, D) describe, from M candidates (B, M, N, d_z) drawn from the prior.
 
-        Sampling with importance resampling, for `p(e | t)` in proportion to `p(e) p(t | c(e))`. The values are those
+        Sampling with importance resampling, for `p(z | t)` in proportion to `p(z) p(t | c(z))`. The values are those
         of the observational context: a caption describes what an intervention is then done to, so that noise does not
         depend on the intervention.
 
@@ -171,21 +149,11 @@ class ContextModule(ModelMixin, ConfigMixin):
             ValueError: if the module cannot know what captions say.
         """
         likelihood = self.require_captions()
-        exogenous = candidates.flatten(0, 1).to(self.dtype)
-        observational = exogenous.new_zeros(len(exogenous), len(self.config.concepts))
-        values = self.concept_values(self.mechanism_noise(exogenous, observational).to(self.dtype), observational)
+        z = candidates.flatten(0, 1).to(self.dtype)
+        values = self.concept_values(z, z.new_zeros(len(z), len(self.config.concepts)))
         scores = likelihood(values.unflatten(0, uniform.shape), captions).float()
         gumbel = -(-uniform.log()).log()  # the largest sum is a draw with the scores as log-weights
         return candidates[torch.arange(len(candidates)), (scores + gumbel).argmax(dim=1)]
-
-    def _through(self, flow: Callable[..., torch.Tensor], noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Noise (B, N, d_z) through a direction of the flow, in single precision at least."""
-
-        def values_of(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            return self.concept_values(z.to(self.dtype), mask.to(self.dtype))
-
-        with _out_of_autocast(noise.device.type):
-            return flow(noise.to(torch.promote_types(self.dtype, torch.float32)), mask, values_of)
 
     def require_captions(self) -> CaptionLikelihood:
         """What the module knows of captions; it raises a `ValueError` if there is no such part of it."""

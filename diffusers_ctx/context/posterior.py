@@ -1,4 +1,4 @@
-"""Abduction: the posterior of the mechanisms' noise given an image and its context, `q(z | x, m)` (DESIGN §2, step 6).
+"""Abduction: the posterior of the exogenous noise given an image and its context, `q(z | x, m)` (DESIGN §2, step 6).
 
 The posterior is told the context. Without it, one image value would have two noises, its observational and its
 interventional one, and the aggregate posterior could not be N(0, I) in every context.
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass
 class GaussianPosterior:
-    """A Gaussian over the mechanisms' noise of a batch: `z = mean + factor eps` with `eps ~ N(0, I)`.
+    """A Gaussian over the exogenous noise of a batch: `z = mean + factor eps` with `eps ~ N(0, I)`.
 
     Attributes:
         mean: (B, N, d).

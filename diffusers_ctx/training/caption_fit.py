@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ..context import CaptionLikelihood, ContextModule, embed_captions
 from .accelerator import take_main_weights
 from .latents import ContextLatents
-from .posterior_draws import draw_noise
+from .noise import KeyedNoise
 
 
 _STEPS = 1000
@@ -57,15 +57,7 @@ def fit_captions(
         embedded = torch.cat([embed_captions(encode(part)["text"]).cpu() for part in parts])
     place = {name: row for row, name in enumerate(names)}
     captions = embedded[[place[latents.captions[row]] for row in rows]]
-    noise = draw_noise(context_module, latents, torch.tensor(rows), seed, accelerator.device)
-    masks = latents.masks[rows].to(noise)
-    with torch.no_grad():
-        values = torch.cat(
-            [
-                context_module.concept_values(*(tensor.to(accelerator.device) for tensor in pair)).cpu()
-                for pair in zip(noise.split(_IMAGES_AT_ONCE), masks.split(_IMAGES_AT_ONCE))
-            ]
-        )
+    values = _draw_values(context_module, latents, torch.tensor(rows), seed, accelerator.device)
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)
@@ -102,3 +94,17 @@ def _fit(
         if (step + 1) % _STEPS_OF_A_TRIAL == 0 and (error := trial()) < best:
             best, kept = error, deepcopy(likelihood.state_dict())
     likelihood.load_state_dict(kept)
+
+
+@torch.no_grad()
+def _draw_values(
+    context_module: ContextModule, latents: ContextLatents, rows: torch.Tensor, seed: int, device: torch.device
+) -> torch.Tensor:
+    """Node values (B, N, d) of some images, drawn from their posteriors as noise is drawn from the prior."""
+    exogenous = KeyedNoise(seed, 0).normal(len(latents), *context_module.noise_shape)
+    values = []
+    for part in rows.split(_IMAGES_AT_ONCE):
+        mask = latents.masks[part].to(device)
+        noise = context_module.abduct(latents.seen[0, part].to(device), mask).at(exogenous[part].to(device))
+        values.append(context_module.concept_values(noise, mask.to(noise)).cpu())
+    return torch.cat(values)

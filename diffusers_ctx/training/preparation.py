@@ -73,7 +73,6 @@ def create_context_module(
         tokens_per_concept=options.tokens_per_concept,
         posterior_type=options.posterior_type,
         caption_dim=pipeline.unet.config.cross_attention_dim,
-        causal_flow=options.causal_form == "structural",
         **posterior_input(options, pipeline, image_features, resolution),
     )
 

@@ -30,7 +30,6 @@ from .averaging import averaged, create_average
 from .backbone import learning_text_encoders, prepare_backbone
 from .caption_cache import CaptionCache
 from .caption_fit import fit_captions
-from .causal_flow_fit import fit_causal_flow
 from .checkpoints import (
     checkpoint_step,
     choose_checkpoint,
@@ -188,7 +187,6 @@ class ContextTrainer:
             remove_progress(self.accelerator, self.output_dir)
             raise
         seed = self.config.optimization.seed
-        fit_causal_flow(self.accelerator, self.context_module, self.latents, seed, between=progress.look)
         fit_captions(self.accelerator, self.context_module, self.latents, self._encode_captions, seed)
         return figures
 

@@ -74,55 +74,6 @@ def test_exogenous_noise_goes_in_and_comes_out(pipeline):
 
 
 @pytest.fixture
-def flowing_pipeline(plain_pipeline) -> ComposablePipeline:
-    """A pipeline whose exogenous noise is not the mechanisms'."""
-    module = attach_random_module(plain_pipeline, noise_dim=1, concept_dim=1, causal_flow=True).context_module
-    module.flow.follow(module.causal.strengths(), least=0.0)
-    return plain_pipeline
-
-
-def test_the_mechanisms_noise_is_made_of_exogenous_noise_under_the_interventions(flowing_pipeline):
-    module = flowing_pipeline.context_module
-    exogenous = torch.randn(1, *module.noise_shape, generator=torch.Generator().manual_seed(3))
-    flowed = sample(flowing_pipeline, interventions={"snow": 0.5}, exogenous_noise=exogenous)
-    assert torch.equal(flowed.exogenous_noise, exogenous)
-    with torch.no_grad():
-        z = module.mechanism_noise(exogenous, torch.tensor([[0.0, 0.5, 0.0]]))
-    module.flow = None
-    plain = sample(flowing_pipeline, interventions={"snow": 0.5}, exogenous_noise=z)
-    np.testing.assert_array_equal(flowed.images, plain.images)
-    different = sample(flowing_pipeline, interventions={"snow": 0.5}, exogenous_noise=exogenous)
-    assert np.abs(flowed.images - different.images).max() > 1e-4
-
-
-def test_abducted_noise_is_exogenous_and_explains_the_image_again(flowing_pipeline):
-    module = flowing_pipeline.context_module
-    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    exogenous = flowing_pipeline.abduct(image, ["snow"])
-    mask = torch.tensor([[0.0, 1.0, 0.0]]).expand(2, -1)
-    flow, module.flow = module.flow, None
-    z = flowing_pipeline.abduct(image, ["snow"])
-    module.flow = flow
-    with torch.no_grad():
-        torch.testing.assert_close(module.mechanism_noise(exogenous, mask), z, atol=1e-3, rtol=1e-3)
-    assert (exogenous - z).abs().max() > 0.01
-
-
-def test_noise_that_matches_a_prompt_is_chosen_by_what_it_is_in_the_observational_context(plain_pipeline):
-    module = make_context_module(noise_dim=1, concept_dim=1, causal_flow=True, caption_dim=32)
-    attach_context_module(plain_pipeline.unet, module)
-    candidates = torch.randn(2, 64, *module.noise_shape, generator=torch.Generator().manual_seed(0))
-    captions, uniform = torch.randn(2, 32), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        chosen = module.choose_noise(candidates, captions, uniform)
-        observational = torch.zeros(128, 3)
-        z = module.mechanism_noise(candidates.flatten(0, 1), observational)
-        values = module.concept_values(z, observational).unflatten(0, (2, 64))
-        scores = module.captions(values, captions) - (-uniform.log()).log()
-    assert torch.equal(chosen, candidates[torch.arange(2), scores.argmax(dim=1)])
-
-
-@pytest.fixture
 def told_pipeline(plain_pipeline) -> ComposablePipeline:
     """A pipeline whose context module has something to say of captions."""
     attach_context_module(plain_pipeline.unet, make_context_module(caption_dim=32))
