@@ -169,12 +169,13 @@ class ContextTrainer:
             self._learn_concepts()
             self._prepare_training()
             self._save_checkpoint(0)
-            remove_progress(self.accelerator, self.output_dir)
-            return 0
-        remove_progress(self.accelerator, self.output_dir)  # a run may have died before it did
-        self._prepare_training()
-        self.accelerator.load_state(str(self.checkpoint))
-        return checkpoint_step(self.checkpoint)
+            step = 0
+        else:
+            self._prepare_training()
+            self.accelerator.load_state(str(self.checkpoint))
+            step = checkpoint_step(self.checkpoint)
+        remove_progress(self.accelerator, self.output_dir)  # also where an earlier run died before it did
+        return step
 
     def _learn_concepts(self) -> dict[str, float]:
         """The first part of training; its last figures."""

@@ -43,7 +43,9 @@ def losses_of(trainer, **changes) -> dict[str, float] | None:
     return validation_losses(trainer.objective, trainer.pipeline, **arguments)
 
 
-def test_a_signal_is_not_kept_waiting(trainer):
+def test_a_signal_is_not_kept_waiting(options):
+    trainer = create_trainer(options | {"validation_images": 3, "mode": "frozen", "validation_prompt": "a street"})
+    trainer._prepare_training()
     with trainer.stop:
         os.kill(os.getpid(), signal.SIGTERM)
     assert losses_of(trainer) is None
