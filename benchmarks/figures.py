@@ -14,15 +14,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from sheets import COLUMNS, DRAWN, tiles
-from tables import summarize_row
+from tables import distances, summarize_row
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.training import draw_grid
 
 
-_REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000, "concept_steps": 1500, "n": 1000}
+_CURVE_SAMPLES = 500  # samples of each combination: distances of different numbers cannot be compared
 _NOT_DRAWN = ("paper-vae",)  # ours of it does not work yet, which says nothing of the paper's
-_CURVE_RUNS = "dependent-seed0-*/ours.json"
+_CURVE_RUNS = "quad/dependent-seed0-*/ours.json"
+_REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000}
+_REFERENCE_SAMPLES = "quad-ours-seed0-n500.json"  # of its weights
 _CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
 
 
@@ -73,19 +75,26 @@ def draw_graphs(results: list[dict[str, Any]]) -> Figure:
 
 def draw_curves(results_dir: Path) -> Figure:
     """How the row ours depends on the UNet's steps and on the number of images, other things being equal."""
-    runs = [json.loads(file.read_text()) for file in sorted(results_dir.glob(_CURVE_RUNS))]
-    reference = _REFERENCE_RUN.items()
+    runs = [json.loads(file.read_text()) for file in results_dir.glob(_CURVE_RUNS)]
+    reference = json.loads((results_dir / _REFERENCE_SAMPLES).read_text())
+    points = [(_REFERENCE_RUN, distances(reference["contexts"]))]
+    complete = [run for run in runs if summarize_row(run) is not None and run["options"]["n"] == _CURVE_SAMPLES]
+    points += [(run["options"], distances(run["contexts"])) for run in complete]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, (option, label) in zip(figure.subplots(1, 2, sharey=True), _CURVES.items()):
-        others = [(name, value) for name, value in reference if name != option]
-        alike = [run for run in runs if all(run["options"][name] == value for name, value in others)]
-        points = sorted((run["options"][option], summary) for run in alike if (summary := summarize_row(run)))
-        for name in ("singles", "pairs", "triples"):
-            axes.plot([place for place, _ in points], [summary[name] for _, summary in points], "o-", label=name)
+        others = [(name, value) for name, value in _REFERENCE_RUN.items() if name != option]
+        line = sorted(
+            (options[option], found["singles"], found["pairs"], found["triples"])
+            for options, found in points
+            if all(options[name] == value for name, value in others)
+        )
+        places, *lines = zip(*line)
+        for name, line in zip(("singles", "pairs", "triples"), lines):
+            axes.plot(places, line, "o-", label=name)
         axes.set(xscale="log", xlabel=label, ylim=(0, None))
-        axes.set_xticks([place for place, _ in points], [f"{place:,}" for place, _ in points], minor=False)
+        axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
         axes.minorticks_off()
-    figure.axes[0].set_ylabel("debiased distance")
+    figure.axes[0].set_ylabel(f"debiased distance, {_CURVE_SAMPLES} samples")
     figure.axes[0].legend()
     return figure
 
@@ -106,6 +115,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="Folder of one comparison's results.")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/benchmark"))
     parser.add_argument("--rows", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices.")
+    parser.add_argument("--curves", type=Path, help="Folder of all results, with runs of other steps and images.")
     args = parser.parse_args()
 
     results = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]
@@ -121,8 +131,8 @@ def main() -> None:
     draw_interference(chosen).savefig(args.output_dir / "interference.png")
     if any("graph" in row for row in chosen):
         draw_graphs(chosen).savefig(args.output_dir / "graphs.png")
-    if dependent and len(list(args.results.parent.glob(_CURVE_RUNS))) > 1:
-        draw_curves(args.results.parent).savefig(args.output_dir / "curves.png")
+    if args.curves:
+        draw_curves(args.curves).savefig(args.output_dir / "curves.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,16 @@ def summarize_row(results: dict[str, Any]) -> dict[str, Any] | None:
     if "interference" not in results:
         return None
     contexts = results["contexts"]
-    singles, pairs, triples = ([name for name in contexts if name.count("+") == joined] for joined in range(3))
-    singles = [name for name in singles if name != "obs"]
-
-    def mean(key: str, names: list[str]) -> float:
-        values = [contexts[name][key] for name in names if contexts[name].get(key) is not None]
-        return float(np.mean(values))
-
+    singles, pairs = names_of(contexts, 1), names_of(contexts, 2)
+    mean = partial(mean_over, contexts)
     return {
         "row": results["row"],
-        "obs": contexts["obs"]["debiased"],
-        "singles": mean("debiased", singles),
-        "pairs": mean("debiased", pairs),
-        "triples": mean("debiased", triples),
-        "pairs, raw": mean("swd", pairs),
-        "floor": mean("floor", pairs),
-        "conformity of pairs": mean("conformity", pairs) / mean("conformity_real", pairs),
-        "drift": mean("drift", [*singles, *pairs]) / mean("drift_real", [*singles, *pairs]),
-        "diversity": mean("diversity", pairs),
+        **distances(contexts),
+        "pairs, raw": mean(pairs, "swd"),
+        "floor": mean(pairs, "floor"),
+        "conformity of pairs": mean(pairs, "conformity") / mean(pairs, "conformity_real"),
+        "drift": mean(singles + pairs, "drift") / mean(singles + pairs, "drift_real"),
+        "diversity": mean(pairs, "diversity"),
         "edges": results.get("graph", {}).get("auroc"),
         "minutes": results["seconds"] / 60,
     }
@@ -69,6 +62,22 @@ _COLUMNS = (
     "edges",
     "minutes",
 )
+
+
+def distances(contexts: dict[str, Any]) -> dict[str, float]:
+    """Debiased, of the observational context, and means over single interventions, pairs and triples."""
+    groups = ("obs", "singles", "pairs", "triples")
+    return {group: mean_over(contexts, names_of(contexts, count), "debiased") for count, group in enumerate(groups)}
+
+
+def names_of(contexts: dict[str, Any], count: int) -> list[str]:
+    """Of the combinations of so many interventions."""
+    return [name for name in contexts if len([part for part in name.split("+") if part != "obs"]) == count]
+
+
+def mean_over(contexts: dict[str, Any], names: list[str], key: str) -> float:
+    """Mean of a figure over those combinations that have it."""
+    return float(np.mean([contexts[name][key] for name in names if contexts[name].get(key) is not None]))
 
 
 def _cell(value: Any) -> str:
