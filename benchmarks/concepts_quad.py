@@ -1,4 +1,4 @@
-"""How well the node of each concept of an adapter holds the true factor of held-out quad images: their correlations.
+"""What an adapter's nodes hold of the true factors of held-out quad images.
 
 python benchmarks/concepts_quad.py runs/demo/adapter
 """
@@ -6,13 +6,44 @@ python benchmarks/concepts_quad.py runs/demo/adapter
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
 from methods.ours import load_pipeline
+from provenance import write_figures
 
-from diffusers_ctx import embedded_base
+from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
+from diffusers_ctx.evaluation import (
+    dci,
+    mean_correlation_coefficient,
+    mutual_information_gap,
+    separated_attribute_predictability,
+)
+
+
+def abduct(pipeline: ComposablePipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Noise and values (n, nodes) of observational images (n, 64, 64, 3)."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])
+    observational = torch.zeros(len(noise), len(pipeline.concepts), device=noise.device)
+    with torch.no_grad():
+        values = pipeline.context_module.concept_values(noise, observational)
+    return noise.flatten(1).cpu().numpy(), values.flatten(1).cpu().numpy()
+
+
+def disentanglement(codes: np.ndarray, factors: np.ndarray) -> dict[str, float]:
+    """Of all nodes (n, d) as codes of factors (n, f); all are 1 at best."""
+    parts = dci(codes, factors)
+    return {
+        "MCC": mean_correlation_coefficient(codes, factors),
+        "disentanglement": parts.disentanglement,
+        "completeness": parts.completeness,
+        "informativeness": parts.informativeness,
+        "MIG": mutual_information_gap(codes, factors),
+        "SAP": separated_attribute_predictability(codes, factors),
+    }
 
 
 def main() -> None:
@@ -20,18 +51,27 @@ def main() -> None:
     parser.add_argument("adapter", help="Folder of the adapter.")
     parser.add_argument("--n", type=int, default=600, help="Number of images.")
     parser.add_argument("--seed", type=int, default=quad.FIRST_HELD_OUT_SEED, help="Seed of the images.")
+    parser.add_argument("--output", type=Path, help="File for the figures.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())
     sample = quad.generate(n=args.n, seed=args.seed)
-    pixels = torch.from_numpy(sample.images).permute(0, 3, 1, 2) / 255
-    noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])
-    observational = torch.zeros(args.n, len(pipeline.concepts), device=noise.device)
-    with torch.no_grad():
-        values = pipeline.context_module.concept_values(noise, observational).cpu()
-    for node, concept in enumerate(pipeline.concepts):
-        factor = sample.factors[:, quad.FACTORS.index(concept)]
-        print(f"{concept:12s} {abs(np.corrcoef(values[:, node, 0], factor)[0, 1]):.2f}")
+    noise, values = abduct(pipeline, sample.images)
+    places, dim = [quad.FACTORS.index(name) for name in pipeline.concepts], pipeline.context_module.config.noise_dim
+    factors, true_noise = sample.factors[:, places], sample.noise[:, places]
+    figures = {
+        "correlations": {
+            concept: float(abs(np.corrcoef(values[:, node * dim], factors[:, node])[0, 1]))
+            for node, concept in enumerate(pipeline.concepts)
+        },
+        "values, of factors": disentanglement(values, factors),
+        "noise, of the factors' noise": disentanglement(noise, true_noise),
+    }
+    for title, group in figures.items():
+        print(title)
+        for name, figure in group.items():
+            print(f"  {name:16s} {figure:.2f}")
+    write_figures(args.output, args.adapter, {"n": args.n, "seed": args.seed}, figures)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
 from methods.ours import ContextAdapter, adapter_sampler, load_pipeline
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
-from quad import commit, machine
+from provenance import commit, machine
 from sheets import join_tiles
 
 from diffusers_ctx import embedded_base

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from measure import AGAIN_SEED, REAL_SEED, SAMPLE_SEED, real_sample, shape_met
+from measure import measure_combination
 from methods.ours import adapter_sampler, load_pipeline
+from provenance import write_figures
 
 from diffusers_ctx import embedded_base
-from diffusers_ctx.evaluation import read_attributes
-from diffusers_ctx.evaluation.report import measure_context
+
+
+_PRINTED = ("shape_met", "shape_met_real", "swd", "floor", "debiased", "drift", "drift_real")
 
 
 def main() -> None:
@@ -22,22 +25,23 @@ def main() -> None:
     parser.add_argument("--combinations", nargs="+", default=["obs", "size", "orientation", "quad1+quad4"])
     parser.add_argument("--n", type=int, default=500, help="Images per combination, at most 2,000.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
+    parser.add_argument("--output", type=Path, help="File for the figures.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())
+    samplers = {
+        noise: adapter_sampler(pipeline, args.num_inference_steps, match_prompt=noise == "matching")
+        for noise in ("any", "matching")
+    }
+    figures: dict[str, dict[str, Any]] = {}
     for name in args.combinations:
+        figures[name] = {}
         interventions = () if name == "obs" else tuple(name.split("+"))
-        (real, _), (again, again_values) = (
-            real_sample(interventions, args.n, seed, True) for seed in (REAL_SEED, AGAIN_SEED)
-        )
-        print(f"{name}: real images {shape_met(again_values, again.captions):.3f}", flush=True)
-        for match_prompt in (False, True):
-            sample = adapter_sampler(pipeline, args.num_inference_steps, match_prompt=match_prompt)
-            images = sample(again.captions, interventions, SAMPLE_SEED)
-            met = shape_met(read_attributes(images).values, again.captions)
-            figures = measure_context(images, real.images, again.images)
-            distances = " ".join(f"{key} {figures[key]:.4f}" for key in ("swd", "floor", "debiased"))
-            print(f"  {'matching' if match_prompt else 'any'} noise {met:.3f}, {distances}", flush=True)
+        for noise, sample in samplers.items():
+            found = figures[name][noise] = measure_combination(sample, interventions, args.n, dependent=True)
+            print(f"{name}, {noise} noise: {' '.join(f'{key} {found[key]:.4f}' for key in _PRINTED)}", flush=True)
+    options = {"n": args.n, "num_inference_steps": args.num_inference_steps}
+    write_figures(args.output, args.adapter, options, figures)
 
 
 if __name__ == "__main__":

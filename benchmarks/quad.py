@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,9 @@ from methods.ours import (
 )
 from methods.reconstruction import Reconstruction
 from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
-from methods.setting import Method, Sampler, Setting, device
+from methods.setting import Method, Sampler, Setting
 from PIL import Image
+from provenance import commit, machine
 from sheets import COLUMNS, DRAWN, join_tiles
 from tables import render_tables
 
@@ -170,19 +169,6 @@ class Row:
 
 _OF_SAMPLING = ("n", "num_inference_steps")
 _NOT_OPTIONS = ("rows", "work_dir", "results_dir", "table")
-
-
-def commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return described.stdout.strip()
-
-
-def machine() -> str:
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """How, where and with what it was measured."""
-    from quad import commit, machine  # not above: what it imports would count as the contestants' memory
+    from provenance import commit, machine  # not above: what it imports would count as the contestants' memory
 
     base = Path(args.pretrained_model_name_or_path)
     libraries = (torch, diffusers, transformers, accelerate, peft)

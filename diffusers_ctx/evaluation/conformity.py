@@ -21,14 +21,16 @@ class Conformity:
     joint: float
 
 
-def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99) -> Conformity:
+def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99, tolerance: float = 0.0) -> Conformity:
     """Share of samples whose attributes lie in the central regions of a reference law.
 
     An attribute's region is the interval between the `(1 - level) / 2` and `(1 + level) / 2` quantiles of the
-    reference's readable values. NaN, an attribute that could not be read or that is not defined, is an outcome of its
-    own: it conforms where more than `1 - level` of the reference is NaN too (the orientation of quad's circles), and
-    nowhere else. Give the attributes that were intervened on, read off the samples, and as reference the same ones
-    read off real held-out images of the same interventions, at least some `10 / (1 - level)` of them.
+    reference's readable values, ends included, and what is within `tolerance` of it. Without a tolerance, a value that
+    many samples have exactly, such as that of a hue at its limit, is in or out by the luck of the reference where it
+    is near an end. NaN, an attribute that could not be read or that is not defined, is an outcome of its own: it
+    conforms where more than `1 - level` of the reference is NaN too (the orientation of quad's circles), and nowhere
+    else. Give the attributes that were intervened on, read off the samples, and as reference the same ones read off
+    real held-out images of the same interventions, at least some `10 / (1 - level)` of them.
 
     Read it beside the conformity of a second real sample: about `level` for an attribute, and between `level**A`, for
     independent attributes, and `level` jointly. Attributes that were all intervened on are independent, so that the
@@ -43,9 +45,10 @@ def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99) -
         values: attributes (n, A) of the samples.
         reference: attributes (m, A) of the reference; m may differ from n.
         level: mass of the region, between 0 and 1.
+        tolerance: how far off a value may be for how it was read, at least 0.
 
     Raises:
-        ValueError: if an array is empty, the two have other attributes, or `level` is out of range.
+        ValueError: if an array is empty, the two have other attributes, or `level` or `tolerance` is out of range.
     """
     if values.ndim != 2 or reference.ndim != 2 or values.shape[1:] != reference.shape[1:]:
         raise ValueError(f"Got attributes of the shapes {values.shape} and {reference.shape}; give (n, A) and (m, A).")
@@ -55,16 +58,18 @@ def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99) -
         )
     if not 0 < level < 1:
         raise ValueError(f"`level` is {level}; it lies between 0 and 1.")
-    conforms = np.stack([_in_region(*columns, level) for columns in zip(values.T, reference.T)], axis=1)
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` is {tolerance}; it must be 0 or more.")
+    conforms = np.stack([_in_region(*columns, level, tolerance) for columns in zip(values.T, reference.T)], axis=1)
     return Conformity(conforms.mean(axis=0), float(conforms.all(axis=1).mean()))
 
 
-def _in_region(values: np.ndarray, reference: np.ndarray, level: float) -> np.ndarray:
+def _in_region(values: np.ndarray, reference: np.ndarray, level: float, tolerance: float) -> np.ndarray:
     unreadable = np.isnan(reference)
     conforms = np.isnan(values) & (unreadable.mean() > 1 - level)
     if not unreadable.all():
         low, high = np.quantile(reference[~unreadable], [(1 - level) / 2, (1 + level) / 2])
-        conforms |= (low <= values) & (values <= high)
+        conforms |= (low - tolerance <= values) & (values <= high + tolerance)
     return conforms
 
 

@@ -1,5 +1,6 @@
 """The script that holds samples against their prompts, run as a user does, and what it counts."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ def test_shapes_that_are_the_captions_are_counted():
     assert shape_met(values, captions) == 2 / 3
 
 
-def test_it_prints_shares_with_matching_noise_and_without():
-    script = Path(__file__).parents[2] / "benchmarks" / "prompts_quad.py"
+def test_it_measures_shares_with_matching_noise_and_without(tmp_path):
+    script, output = Path(__file__).parents[2] / "benchmarks" / "prompts_quad.py", tmp_path / "prompts.json"
     command = [sys.executable, script, embedded_adapter("quad"), "--n", "60", "--combinations", "quad4"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    real, plain, matching = run.stdout.splitlines()
-    assert float(real.split()[-1]) > 0.9
-    shares = [float(line.split()[2].rstrip(",")) for line in (plain, matching)]
-    assert shares[0] + 0.15 < shares[1] <= 1
+    figures = json.loads(output.read_text())["quad4"]
+    plain, matching = (figures[noise]["shape_met"] for noise in ("any", "matching"))
+    assert figures["any"]["shape_met_real"] > 0.9
+    assert plain + 0.15 < matching <= 1
+    assert f"quad4, matching noise: shape_met {matching:.4f}" in run.stdout

@@ -21,6 +21,14 @@ def test_known_answer():
     assert found.joint == pytest.approx(2 / 5)
 
 
+@pytest.mark.parametrize("at_the_limit", [4, 6])  # of 1,000, of which 5 are below the region
+def test_values_at_a_limit_conform_with_a_tolerance_whatever_the_reference_has(at_the_limit):
+    reference = np.concatenate([np.zeros(at_the_limit), np.linspace(0.001, 1, 1000 - at_the_limit)])[:, None]
+    values = np.array([[0.0], [0.0], [0.5], [-0.01]])
+    assert conformity(values, reference).joint == (1 / 4 if at_the_limit == 4 else 3 / 4)
+    assert conformity(values, reference, tolerance=0.002).joint == 3 / 4
+
+
 @pytest.mark.parametrize("level", [0.99, 0.9])
 def test_a_second_sample_conforms_as_the_level_says(level):
     found = conformity(uniform(4000, 3, seed=0), uniform(4000, 3, seed=1), level)

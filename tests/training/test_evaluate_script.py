@@ -287,6 +287,10 @@ def test_samples_of_other_settings(refuses, results, options, own_data):
     refuses("`captions of obs` was", own_data)
 
 
+def test_a_folder_with_other_images(refuses, own_data):
+    refuses("holds images that were not made here; choose another folder", output_dir=str(own_data))
+
+
 def test_samples_of_another_adapter(script, refuses, results, options, adapter, held_out, tmp_path):
     shutil.copytree(results, options["output_dir"])
     other = shutil.copytree(adapter, tmp_path / "weather")

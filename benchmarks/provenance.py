@@ -1,0 +1,44 @@
+"""What a figure was measured with: it goes into the file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods.setting import device
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return described.stdout.strip()
+
+
+def machine() -> str:
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def adapter_digest(adapter: str | Path) -> str:
+    """Tells two adapters apart, by all their weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(adapter).rglob("*.safetensors")):
+        if not any(part.startswith("checkpoint-") for part in file.relative_to(adapter).parts):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_figures(file: Path | None, adapter: str | Path, options: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Writes what was measured of an adapter, where a file is given."""
+    if file is None:
+        return
+    made = {"adapter": adapter_digest(adapter), "options": options, "commit": commit(), "machine": machine()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(made | figures, indent=1) + "\n")
