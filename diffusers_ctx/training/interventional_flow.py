@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..context import ContextModule, log_standard_normal
 from .causal_fit import fit_causes
+from .concept_directions import concept_directions
 from .config import ContextConfig
 from .distances import context_mismatch, unit_directions
 from .noise import KeyedNoise
@@ -37,6 +39,7 @@ _MECHANISMS_LEARNING_RATE = 1e-2
 _LIKELIHOOD_WEIGHT = 0.05
 _RUNGS = ((0.1, 6), (0.3, 3), (1.0, 1))  # shares of the steps, and how many attempts get there
 _ATTEMPTS = _RUNGS[0][1]
+_DIRECTED_ATTEMPTS = _ATTEMPTS // 2  # not all: what shows most of an intervention may be a fold of its concept
 _JUDGED_STEPS = 100
 
 
@@ -102,6 +105,14 @@ class InvertibleMap(nn.Module):
                 layers += [AffineCoupling(dim, width), InvertibleLinear(dim)]
         self.layers = nn.ModuleList(layers)
 
+    @torch.no_grad()
+    def start_at(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Makes a new map, which is linear, this one: `weight` (D, D) and `bias` (D,)."""
+        last = cast(InvertibleLinear, self.layers[-1])
+        columns, _ = self(torch.eye(len(bias), device=bias.device))
+        last.weight.copy_(weight @ torch.linalg.solve(columns.T, last.weight))
+        last.bias.copy_(bias)
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (B, D), and `log |det dy/dx|` (B,)."""
         log_volume = x.new_zeros(len(x))
@@ -122,8 +133,9 @@ def learn_values(
 ) -> torch.Tensor:
     """Learns mechanisms and causal layer together with a map from codes to node values.
 
-    Where the map starts decides whether it finds the concepts: of several attempts, the better ones go on. At each of
-    these rungs mechanisms and causal layer are fitted anew, see [`fit_causes`].
+    Where the map starts decides whether it finds the concepts: of several attempts, the better ones go on. Half of
+    them start at [`concept_directions`], the others at random. At each of these rungs mechanisms and causal layer are
+    fitted anew, see [`fit_causes`].
 
     Args:
         context_module: the module; its mechanisms and causal layer are changed.
@@ -141,8 +153,18 @@ def learn_values(
         FloatingPointError: if the loss is not finite.
     """
     steps = _STEPS_FACTOR * options.abduction_steps
+    start = concept_directions(codes.mean, codes.std.square(), codes.labels, contexts, context_module.config.noise_dim)
     attempts = [
-        _Attempt(deepcopy(context_module), codes, contexts, options, seed, number) for number in range(_ATTEMPTS)
+        _Attempt(
+            deepcopy(context_module),
+            codes,
+            contexts,
+            options,
+            seed,
+            number,
+            start if number < _DIRECTED_ATTEMPTS else None,
+        )
+        for number in range(_ATTEMPTS)
     ]
     goals = [max(1, round(share * steps)) for share, _ in _RUNGS]
     total = sum(number * (goal - before) for (_, number), goal, before in zip(_RUNGS, goals, [0, *goals]))
@@ -160,7 +182,7 @@ def learn_values(
 
 
 class _Attempt:
-    """A map and a module that learn together, from a random start of the map."""
+    """A map and a module that learn together, from this linear start of the map or from a random one."""
 
     def __init__(
         self,
@@ -170,11 +192,15 @@ class _Attempt:
         options: ContextConfig,
         seed: int,
         number: int,
+        start: tuple[torch.Tensor, torch.Tensor] | None,
     ):
         self.module, self.codes, self.contexts, self.options, self.seed = module, codes, contexts, options, seed
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(_ATTEMPTS * seed + number)  # no device's
-            self.flow = InvertibleMap(codes.mean.shape[1]).to(contexts.device)
+            self.flow = InvertibleMap(codes.mean.shape[1])
+        if start is not None:
+            self.flow.start_at(*start)
+        self.flow.to(contexts.device)
         self._mechanisms = [*module.mechanism.parameters(), *module.causal.parameters()]
         groups = [
             {"params": self.flow.parameters(), "lr": _LEARNING_RATE},

@@ -37,6 +37,16 @@ def test_it_starts_as_a_rotation():
     torch.testing.assert_close(log_volume, torch.zeros(6), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_it_can_start_as_any_linear_map(dim):
+    torch.manual_seed(0)
+    flow, weight, bias, x = InvertibleMap(dim), torch.randn(dim, dim), torch.randn(dim), torch.randn(6, dim)
+    flow.start_at(weight, bias)
+    y, log_volume = flow(x)
+    torch.testing.assert_close(y, x @ weight.T + bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_volume, torch.linalg.slogdet(weight).logabsdet.expand(6), atol=1e-4, rtol=1e-4)
+
+
 def test_noise_goes_back_to_what_values_came_from():
     module = make_context_module()
     z = torch.randn(4, *module.noise_shape)
