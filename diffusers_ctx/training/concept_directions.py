@@ -27,10 +27,10 @@ def concept_directions(
 
     .. math:: 1/2 (u^T S u + (u^T \mu)^2 - 1 - \log u^T S u)
 
-    for mean `\mu` and covariance `S` of the whitened codes, less six times the negentropy of the observational law along
-    it (`(skewness^2 + excess kurtosis^2 / 4) / 12`, Hyvärinen and Oja, 2000, section 4.2.3): laws of nodes are
-    Gaussian, and a fold of one, such as its absolute value, is not. The directions together are replaced by the rotation that
-    is closest to them (the polar factor), so that the map can be inverted well.
+    for mean `\mu` and covariance `S` of the whitened codes, less six times the negentropy of the observational law
+    along it (`(skewness^2 + excess kurtosis^2 / 4) / 12`, Hyvärinen and Oja, 2000, section 4.2.3): laws of nodes are
+    Gaussian, and a fold of one, such as its absolute value, is not. The directions together are replaced by the
+    rotation that is closest to them (the polar factor), so that the map can be inverted well.
 
     Args:
         mean: (n, D), of the Gaussian over each image's code.
