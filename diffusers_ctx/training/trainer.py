@@ -80,6 +80,7 @@ class ContextTrainer:
     Raises:
         ValueError, OSError: if data, concepts or options cannot work, or there is no way to write or push what will be
             learned. Nothing has been computed or written then.
+        RuntimeError: if a tracker does not start. Nothing has been computed then.
     """
 
     def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
@@ -132,6 +133,7 @@ class ContextTrainer:
         remove_unfinished(self.accelerator, self.output_dir)
         check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
         self.repo_id = self._create_repository()
+        start_trackers(self.accelerator, self._tracked_options())  # last: what they refuse costs no computing
         self.latents = self._encode(dataset, config.optimization.seed)
         held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
         self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
@@ -156,7 +158,6 @@ class ContextTrainer:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
         with self.stop:
-            start_trackers(self.accelerator, self._tracked_options())
             self._run(self._begin())
         self._save()
         self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
