@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from .checks import (
 )
 from .concept_progress import ConceptProgress, remove_progress
 from .config import TrainingConfig
-from .files import check_writable
+from .files import check_writable, held_for_one_run
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
@@ -130,19 +131,15 @@ class ContextTrainer:
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        remove_unfinished(self.accelerator, self.output_dir)
-        check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
-        self.repo_id = self._create_repository()
-        start_trackers(self.accelerator, self._tracked_options())  # last: what they refuse costs no computing
-        self.latents = self._encode(dataset, config.optimization.seed)
-        held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
-        self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
-        self._encode_captions = pipeline.encode_captions
-        if config.data.cache_latents and not self._text_encoders:
-            self._encode_captions = CaptionCache(
-                pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
-            )
-        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator, self.stop)
+        with ExitStack() as held:
+            if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
+                held.enter_context(held_for_one_run(self.output_dir))
+            remove_unfinished(self.accelerator, self.output_dir)
+            check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
+            self.repo_id = self._create_repository()
+            start_trackers(self.accelerator, self._tracked_options())  # last: what they refuse costs no computing
+            self._encode_data(dataset, held_out)
+            self._held = held.pop_all()  # until training ends
 
     @property
     def concepts(self) -> list[str]:
@@ -157,11 +154,12 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
-        with self.stop:
-            self._run(self._begin())
-        self._save()
-        self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
-        self.accelerator.end_training()
+        with self._held:
+            with self.stop:
+                self._run(self._begin())
+            self._save()
+            self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
+            self.accelerator.end_training()
         return self.output_dir
 
     def _begin(self) -> int:
@@ -221,6 +219,19 @@ class ContextTrainer:
         if not (output.push_to_hub and self.accelerator.is_main_process):
             return None
         return create_repository(output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token)
+
+    def _encode_data(self, dataset: datasets.Dataset, held_out: datasets.Dataset) -> None:
+        """All that is encoded before training, and the validation that uses it."""
+        config, pipeline = self.config, self.pipeline
+        self.latents = self._encode(dataset, config.optimization.seed)
+        held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
+        self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
+        self._encode_captions = pipeline.encode_captions
+        if config.data.cache_latents and not self._text_encoders:
+            self._encode_captions = CaptionCache(
+                pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
+            )
+        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator, self.stop)
 
     def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
         """Latents of images, whose places of random crops have this seed."""
