@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,35 @@ def _holder(file: Path) -> str:
         if holder := file.read_text():
             return f" ({holder})"
     return ""
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Checks that so many bytes of what is encoded fit into the folder of `cache_dir`.
+
+    Raises:
+        OSError: if they do not.
+    """
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise OSError(
+            f"`cache_dir` {folder} has {free / 1e9:.1f} GB free, and what is encoded takes {size / 1e9:.1f} GB; free"
+            " some, choose another `cache_dir`, or leave out `cache_latents`."
+        )
+
+
+@contextmanager
+def writing_to_cache(file: Path) -> Iterator[None]:
+    """Says what to do where a file of `cache_dir` cannot be written.
+
+    Raises:
+        OSError: if so.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # a full disk is both, by what writes
+        raise OSError(
+            f"{file} could not be written ({error}). If the disk is full, free some of it, choose another `cache_dir`,"
+            " or leave out `cache_latents`."
+        ) from error
 
 
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:

@@ -25,7 +25,8 @@ class StopSignals:
 
     A second SIGINT stops it at once. A second SIGTERM does not: launchers pass it on to processes that the cluster has
     sent it to already. `accelerate launch` with a single process passes nothing on, and ends at the first Ctrl-C; send
-    signals to the training process, which the answer names, or start that with `python`. Outside the main thread, where Python has no signals, nothing is caught.
+    signals to the training process, which the answer names, or start that with `python`. Outside the main thread,
+    where Python has no signals, nothing is caught.
 
     Args:
         accelerator: of the run; all its processes stop after the same step, and the main one answers.
