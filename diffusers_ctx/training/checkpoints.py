@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .concept_progress import PROGRESS_NAME, options_of_progress
+from .record import CONTENT
 
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,11 @@ def _check_options(kept: Path, before: dict[str, Any], options: dict[str, Any]) 
     """Checks that a run has the options of what was kept: others would be half ignored, half obeyed."""
     changed = [
         f"`{name}` was {before.get(name)} and is {options.get(name)}"
-        for name in sorted({*before, *options}.difference(_OF_LENGTH))
+        for name in sorted({*before, *options}.difference(_OF_LENGTH, [CONTENT]))
         if before.get(name) != options.get(name)
     ]
+    if CONTENT in before and before[CONTENT] != options.get(CONTENT):  # checkpoints of the first days do not say
+        changed.append("images, captions or their order are not what they were")
     if changed:
         raise ValueError(
             f"{kept} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"

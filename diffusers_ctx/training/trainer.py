@@ -115,7 +115,7 @@ class ContextTrainer:
             self.concepts,
             self._resolution,
             self.max_train_steps,
-            dataset["context"],
+            dataset,
             [pipeline.unet, pipeline.vae, *pipeline.text_encoders.values()],
         )
         self.checkpoint = choose_checkpoint(

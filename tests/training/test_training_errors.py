@@ -204,6 +204,30 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
     refuses(ValueError, message, resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize("what", ["image", "caption", "order"])
+def test_going_on_with_as_many_other_images_or_captions(refuses, options, own_photos, what):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    shutil.move(own_photos, elsewhere := own_photos.with_name("elsewhere"))
+    changes = {"train_data_dir": str(elsewhere), "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    create_trainer(options | changes)
+    captions = elsewhere / "night" / "metadata.csv"
+    if what == "image":
+        (elsewhere / "night" / "3.png").write_bytes((elsewhere / "night" / "2.png").read_bytes())
+    elif what == "caption":
+        captions.write_text(captions.read_text().replace("a street number 3", "a house number 3"))
+    else:  # the same pictures in each context, of which two have changed places
+        (elsewhere / "night" / "3.png").rename(elsewhere / "night" / "4th.png")
+        captions.write_text(captions.read_text().replace("3.png", "4th.png"))
+    message = "other options: images, captions or their order are not what they were. Resume with the same ones"
+    refuses(ValueError, message, **changes)
+
+
+def test_going_on_with_images_from_a_table_of_the_same_files(options, parquet):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    changes = {"train_data_dir": None, "dataset_name": str(parquet), "resume_from_checkpoint": "latest"}
+    assert create_trainer(options | changes).checkpoint is not None
+
+
 def test_going_on_with_another_base_model(refuses, options, tmp_path):
     create_trainer(options | {"checkpointing_steps": 2}).train()
     other = ComposablePipeline.from_pretrained(options["pretrained_model_name_or_path"], safety_checker=None)
