@@ -1,5 +1,6 @@
 """What cannot work stops before anything is computed or written, with one message that names the mend."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +356,36 @@ def test_values_of_a_yaml_file(tmp_path, line, name, value):
 def test_values_of_a_yaml_file_that_are_not_of_their_options_type(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         parse_yaml(tmp_path, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "", "a.yaml holds no options; write each as"),
+        ("a.yaml", "- mode: lora\n", "a.yaml holds no options; write each as"),
+        ("a.json", "[1]", "a.json holds no options; write each as"),
+        ("a.yaml", "mode: [lora\n", "a.yaml is no valid YAML: "),
+        ("a.json", "{'mode': 'lora'}", "a.json is no valid JSON: "),
+        ("a.yaml", "lerning_rate: 1e-4\n", "a.yaml: there is no option `lerning_rate`; did you mean `learning_rate`?"),
+        ("a.yaml", "xyz: 1\n", "a.yaml: there is no option `xyz`; `--help` lists all"),
+        ("a.yaml", "train_data_dir: photos\n", "a.yaml names no `pretrained_model_name_or_path`; add it, or give it"),
+    ],
+)
+def test_files_that_are_not_of_options(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_training_config([str(tmp_path / name)])
+
+
+def test_flags_after_a_file_go_before_it(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("train_data_dir: photos\nlearning_rate: 1e-5\nrank: 4\nconcepts: [snow]\nrandom_flip: true\n")
+    flags = "--pretrained_model_name_or_path base --rank 8 --resume_from_checkpoint latest --random_flip false"
+    got = options_of(parse_training_config([str(file), *flags.split()]))
+    changed = {"train_data_dir": "photos", "learning_rate": 1e-5, "rank": 8, "concepts": ["snow"]}
+    changed |= {"pretrained_model_name_or_path": "base", "resume_from_checkpoint": "latest", "random_flip": False}
+    plain = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "photos"]
+    assert got == options_of(parse_training_config(plain)) | changed
 
 
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
