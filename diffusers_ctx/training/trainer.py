@@ -55,7 +55,7 @@ from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
-from .optimizer import check_optimizer, create_optimizer, create_schedule
+from .optimizer import check_optimizer, create_optimizer, create_schedule, warn_of_warm_up
 from .posterior_input import create_image_features, with_posterior_encoder
 from .preparation import count_steps, create_context_module, describe_images, load_images
 from .record import deciding_options, options_of, training_record
@@ -109,6 +109,7 @@ class ContextTrainer:
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = count_steps(config, len(self.sampler), self._global_batch_size)
+        warn_of_warm_up(config.optimization, self.max_train_steps)
         self.options = deciding_options(
             config,
             self.accelerator,

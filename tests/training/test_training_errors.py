@@ -1,7 +1,9 @@
 """What cannot work stops before anything is computed or written, with one message that names the mend."""
 
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import TrainingConfig, parse_training_config
+from diffusers_ctx.training import TrainingConfig, check_base_model, parse_training_config
 from diffusers_ctx.training.record import options_of
 
-from .conftest import create_trainer, files_in
+from .conftest import SCRIPT, XL_SCRIPT, create_trainer, files_in, flags
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
@@ -119,6 +121,11 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"abduction_learning_rate": 0.0}, "`abduction_learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": "nan"}, "`learning_rate` is nan; it must be above 0"),
+        ({"learning_rate": "inf"}, "`learning_rate` is inf; it must be finite"),
+        ({"noise_offset": "nan"}, "`noise_offset` is nan; it must be finite"),
+        ({"validation_guidance_scale": "nan"}, "`validation_guidance_scale` is nan; it must be finite"),
+        ({"max_grad_norm": "nan"}, "`max_grad_norm` is nan; it must be above 0"),
+        ({"seed": 2**32}, "`seed` is 4294967296; it must be 4294967295 or less"),
         ({"snr_gamma": -5.0}, "`snr_gamma` is -5.0; it must be above 0"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` is 0.0; it must be above 0"),
         ({"adam_beta1": 1.0}, r"`adam_beta1` is 1.0; it must be in \[0, 1\)"),
@@ -159,6 +166,47 @@ def test_too_few_epochs_for_one_step(refuses):
 )
 def test_options_that_cannot_work(refuses, changes, message):
     refuses(ValueError, message, **changes)
+
+
+def test_gradients_may_be_left_as_they_are(options):
+    assert create_trainer(options | {"max_grad_norm": "inf"}).config.optimization.max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize(("scheduler", "warm_up"), [("cosine", 2), ("constant_with_warmup", None)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(options, caplog, scheduler, warm_up):
+    changes = {"lr_scheduler": scheduler, "lr_warmup_steps": warm_up}
+    create_trainer(options | changes)
+    assert f"grows for {warm_up or 500} steps, and the run has 2:" in caplog.text
+    caplog.clear()
+    create_trainer(options | changes | {"max_train_steps": 501})
+    create_trainer(options)
+    assert "grows for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/base", "'/nowhere/base' is not there, and no name on the Hub; give the folder"),
+        ("models/old/base", "'models/old/base' is not there"),
+        (__file__, "is no folder, and no name on the Hub"),
+    ],
+)
+def test_a_base_model_that_is_not_there(name, message):
+    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` .*{message}"):
+        check_base_model(name)
+
+
+@pytest.mark.parametrize("script", [SCRIPT, XL_SCRIPT])
+def test_the_scripts_ask_for_the_base_model_before_they_load_it(options, monkeypatch, script):
+    changes = {"pretrained_model_name_or_path": "/nowhere/base"}
+    monkeypatch.setattr(sys, "argv", [str(script), *flags(options | changes)])
+    with pytest.raises(ValueError, match="'/nowhere/base' is not there"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_a_base_model_may_be_a_folder_or_on_the_hub(base_model):
+    check_base_model(str(base_model))
+    check_base_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
 def test_half_precision_without_a_gpu(refuses):
