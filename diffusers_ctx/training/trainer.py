@@ -23,7 +23,7 @@ from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
-from ..hub import create_repository, push_adapter_folder
+from ..hub import RECORD_NAME, create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
@@ -449,7 +449,7 @@ class ContextTrainer:
         )
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
-        (self.output_dir / "training_config.json").write_text(json.dumps(options_of(self.config), indent=2) + "\n")
+        (self.output_dir / RECORD_NAME).write_text(json.dumps(options_of(self.config), indent=2) + "\n")
         if self.repo_id is not None:
             push_adapter_folder(self.output_dir, self.repo_id, token=self.config.output.hub_token)
 
