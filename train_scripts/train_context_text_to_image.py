@@ -5,7 +5,7 @@
         --train_data_dir photos --output_dir weather-context
 
 `photos` has a sub-folder of images per context: `obs`, and one for each concept, such as `night` and `snow`. `--help`
-lists all flags; they may stand in a YAML or JSON file instead, and flags after the file go before it.
+lists all flags; they may stand in a YAML or JSON file instead, and flags after the file override it.
 """
 
 from diffusers_ctx import ComposablePipeline

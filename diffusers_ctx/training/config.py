@@ -213,8 +213,8 @@ class TrainingConfig:
 
 
 def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """Reads the command line. Options may stand in a `.json` or `.yaml` file, which goes first; flags after it go
-    before what it says.
+    """Reads the command line. Options may stand in a `.json` or `.yaml` file, which goes first; flags after it
+    override what it says.
 
     Raises:
         ValueError: if the file is not of options, or they are not of their types.

@@ -425,7 +425,7 @@ def test_files_that_are_not_of_options(tmp_path, name, text, message):
         parse_training_config([str(tmp_path / name)])
 
 
-def test_flags_after_a_file_go_before_it(tmp_path):
+def test_flags_after_a_file_override_it(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("train_data_dir: photos\nlearning_rate: 1e-5\nrank: 4\nconcepts: [snow]\nrandom_flip: true\n")
     flags = "--pretrained_model_name_or_path base --rank 8 --resume_from_checkpoint latest --random_flip false"
