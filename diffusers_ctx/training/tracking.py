@@ -28,7 +28,7 @@ def start_trackers(accelerator: Accelerator, options: dict[str, Any]) -> None:
         accelerator.init_trackers("context-adapter", config=options)
     except Exception as error:  # each raises errors of its own
         raise RuntimeError(
-            f"`report_to` cannot be followed: {error}. Log in to the tracker, or choose another one, or `none`."
+            f"`report_to` cannot be followed ({error}): log in to the tracker, or choose another one, or `none`."
         ) from error
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
