@@ -5,15 +5,16 @@
         --train_data_dir photos --output_dir weather-context
 
 `photos` has a sub-folder of images per context: `obs`, and one for each concept, such as `night` and `snow`. `--help`
-lists all flags; they may stand in a YAML or JSON file instead, given as the only argument.
+lists all flags; they may stand in a YAML or JSON file instead, and flags after the file override it.
 """
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import ContextTrainer, parse_training_config
+from diffusers_ctx.training import ContextTrainer, check_base_model, parse_training_config
 
 
 def main() -> None:
     config = parse_training_config()
+    check_base_model(config.model.pretrained_model_name_or_path)
     pipeline = ComposablePipeline.from_pretrained(
         config.model.pretrained_model_name_or_path,
         safety_checker=None,

@@ -215,6 +215,18 @@ def _command(arguments: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
+def is_public(options: Mapping[str, Any]) -> bool:
+    """Whether the card would show all of them as they are: none is an access token or a folder of a machine."""
+    return all(
+        value is None or (not _is_secret(name) and all(_shown(text) == str(text) for text in _texts(value)))
+        for name, value in options.items()
+    )
+
+
+def _texts(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _is_secret(name: str) -> bool:
     return name.lower().endswith("token")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,8 +16,19 @@ from urllib.parse import unquote
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-from .validation import CARD_NAME, LIBRARY, LORA_WEIGHTS_NAME, AdapterError, adapter_files, validate_adapter_folder
+from .model_card import is_public
+from .validation import (
+    CARD_NAME,
+    LIBRARY,
+    LORA_WEIGHTS_NAME,
+    RECORD_NAME,
+    AdapterError,
+    adapter_files,
+    validate_adapter_folder,
+)
 
+
+logger = logging.getLogger(__name__)
 
 _LOGIN = "Log in with `hf auth login`, or pass a token that may write (`--hub_token` on the command line)"
 _PICTURE = re.compile(r"!\[.*?\]\(\s*<?([^)\s>]+)")
@@ -34,7 +46,8 @@ def push_adapter_folder(
 ) -> CommitInfo:
     """Uploads the adapter in `folder`, its model card and the pictures that the card shows, as one commit.
 
-    An adapter of mode `full` takes the pipeline that learned with it along.
+    The options that it was trained with (`training_config.json`) go along where they name no folder of this machine
+    and hold no access token. An adapter of mode `full` takes the pipeline that learned with it along.
 
     Args:
         folder: an adapter's folder; checkpoints, logs and whatever else lies in it stay where they are.
@@ -62,8 +75,8 @@ def push_adapter_folder(
             repo_id=repo_id,
             folder_path=Path(folder),
             allow_patterns=[glob.escape(name) for name in files],
-            # the LoRA of an earlier push must not outlive an adapter that came without one; one that is uploaded stays
-            delete_patterns=LORA_WEIGHTS_NAME,
+            # those of an earlier push must not outlive an adapter that came without them; what is uploaded stays
+            delete_patterns=[LORA_WEIGHTS_NAME, RECORD_NAME],
             commit_message=commit_message,
             create_pr=create_pr,
         )
@@ -105,7 +118,7 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
     if not card.is_file():
         raise AdapterError(f"There is no {card}: write the model card first, with `render_model_card`.")
     pipeline = _pipeline_files(Path(folder)) if config["mode"] == "full" else []
-    return [*adapter_files(config), *pipeline, CARD_NAME, *_pictures(card)]
+    return [*adapter_files(config), *pipeline, CARD_NAME, *_record(Path(folder)), *_pictures(card)]
 
 
 def _pipeline_files(folder: Path) -> list[str]:
@@ -118,6 +131,17 @@ def _pipeline_files(folder: Path) -> list[str]:
     components = [folder / name for name in json.loads(index.read_text(encoding="utf-8"))]
     files = [path for component in components for path in sorted(component.rglob("*")) if path.is_file()]
     return [path.relative_to(folder).as_posix() for path in (index, *files)]
+
+
+def _record(folder: Path) -> list[str]:
+    """The options of the training run, if they are there and may be seen."""
+    file = folder / RECORD_NAME
+    if not file.is_file():
+        return []
+    if is_public(json.loads(file.read_text(encoding="utf-8"))):
+        return [RECORD_NAME]
+    logger.warning(f"{file} is not pushed: it names folders of this machine, or holds an access token.")
+    return []
 
 
 def _pictures(card: Path) -> list[str]:

@@ -30,6 +30,7 @@ WEIGHTS_NAME = "context_adapter.safetensors"
 MODULE_FOLDER = "context_module"
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 CARD_NAME = "README.md"
+RECORD_NAME = "training_config.json"
 
 _FIELDS: dict[str, type] = {"base": dict, "concepts": list, "obs_context": str, "mode": str}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

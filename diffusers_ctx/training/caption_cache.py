@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..pipelines import CompositionMixin
-from .files import wait_for_file
+from .files import check_room, check_writable, wait_for_file, writing_to_cache
 
 
 _BATCH_SIZE = 16
@@ -29,7 +29,7 @@ class CaptionCache:
         another_encodes: whether another process of this machine does it, whose file is waited for.
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: if the folder cannot be written to, or has no room for what is encoded.
     """
 
     def __init__(
@@ -52,17 +52,20 @@ class CaptionCache:
         file = folder / f"captions-{key}.arrow"
         if another_encodes:
             wait_for_file(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.encoded = datasets.Dataset.from_dict({"caption": ordered}).map(
-            encode,
-            batched=True,
-            batch_size=_BATCH_SIZE,
-            remove_columns="caption",
-            features=datasets.Features({name: datasets.Sequence(datasets.Value("float32")) for name in sample}),
-            cache_file_name=str(file),
-            new_fingerprint=key,
-            desc="Encoding captions",
-        )
+        elif not file.exists():
+            check_writable(folder, "cache_dir")
+            check_room(folder, 4 * len(ordered) * sum(shape.numel() for shape in self.shapes.values()))
+        with writing_to_cache(file):
+            self.encoded = datasets.Dataset.from_dict({"caption": ordered}).map(
+                encode,
+                batched=True,
+                batch_size=_BATCH_SIZE,
+                remove_columns="caption",
+                features=datasets.Features({name: datasets.Sequence(datasets.Value("float32")) for name in sample}),
+                cache_file_name=str(file),
+                new_fingerprint=key,
+                desc="Encoding captions",
+            )
         self.encoded.set_format("torch")
 
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:

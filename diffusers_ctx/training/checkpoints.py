@@ -10,15 +10,17 @@ import shutil
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .concept_progress import PROGRESS_NAME, options_of_progress
+from .record import CONTENT
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +140,8 @@ def choose_checkpoint(
 
     Raises:
         FileNotFoundError: if a named checkpoint does not exist.
-        ValueError: if the run cannot go on from there, or would begin anew beside an earlier run's checkpoints.
+        ValueError: if the run cannot go on from there, as where a file of it is cut off, or would begin anew beside
+            an earlier run's checkpoints.
     """
     if name is None:
         _check_no_checkpoints(output_dir)
@@ -157,6 +160,7 @@ def choose_checkpoint(
             " another checkpoint."
         )
     _check_kind(checkpoint, accelerator)
+    _check_whole(checkpoint)
     _check_options(checkpoint, _read_options(checkpoint), options)
     return checkpoint
 
@@ -185,9 +189,11 @@ def _check_options(kept: Path, before: dict[str, Any], options: dict[str, Any]) 
     """Checks that a run has the options of what was kept: others would be half ignored, half obeyed."""
     changed = [
         f"`{name}` was {before.get(name)} and is {options.get(name)}"
-        for name in sorted({*before, *options}.difference(_OF_LENGTH))
+        for name in sorted({*before, *options}.difference(_OF_LENGTH, [CONTENT]))
         if before.get(name) != options.get(name)
     ]
+    if CONTENT in before and before[CONTENT] != options.get(CONTENT):  # checkpoints of the first days do not say
+        changed.append("images, captions or their order are not what they were")
     if changed:
         raise ValueError(
             f"{kept} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
@@ -204,6 +210,30 @@ def _check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
             f"{checkpoint} was made {'without' if sharding else 'with'} FSDP or DeepSpeed; resume with the Accelerate"
             " configuration that it was made with."
         )
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Checks that none of its files is cut off. Weights are not read, only where a file says how long it must be."""
+    damaged = [file for file in sorted(checkpoint.iterdir()) if not _is_whole(file)]
+    if not damaged:
+        return
+    earlier = [x for x in list_checkpoints(checkpoint.parent) if checkpoint_step(x) < checkpoint_step(checkpoint)]
+    go_on = f"go on from the one before it with `--resume_from_checkpoint {earlier[-1]}`" if earlier else "train anew"
+    raise ValueError(f"{damaged[0]} is damaged, and nothing can go on from {checkpoint.name}; {go_on}.")
+
+
+def _is_whole(file: Path) -> bool:
+    if file.suffix in (".bin", ".pkl"):  # what `torch.save` writes ends with its table of contents
+        return is_zipfile(file)
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="numpy"):
+                pass
+    except (ValueError, SafetensorError):
+        return False
+    return True
 
 
 def _check_no_checkpoints(output_dir: Path) -> None:

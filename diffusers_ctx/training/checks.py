@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
@@ -62,9 +65,28 @@ _SMALLEST = {
     "validation_steps": 1,
     "num_validation_images": 1,
 }
+_LARGEST = {"seed": 2**32 - 1}  # NumPy's
 _ABOVE_ZERO = ("abduction_learning_rate", "learning_rate", "snr_gamma", "adam_epsilon", "max_grad_norm")
 _SHARES = ("proportion_empty_prompts", "ema_decay")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+
+def check_base_model(name: str) -> None:
+    """Checks, before it is loaded, that the base model is a folder, or could be on the Hub.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        found = "no folder" if Path(name).exists() else "not there"
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{name}' is {found}, and no name on the Hub; give the folder of a"
+            " pipeline that diffusers saved, or a name such as stabilityai/stable-diffusion-xl-base-1.0."
+        ) from error
 
 
 def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
@@ -114,12 +136,16 @@ def _check_ranges(options: dict[str, Any]) -> None:
         # asked in such a way that `nan` is refused too
         if name in _SMALLEST and not value >= _SMALLEST[name]:
             raise ValueError(f"`{name}` is {value}; it must be {_SMALLEST[name]} or more.")
+        if name in _LARGEST and not value <= _LARGEST[name]:
+            raise ValueError(f"`{name}` is {value}; it must be {_LARGEST[name]} or less.")
         if name in _ABOVE_ZERO and not value > 0:
             raise ValueError(f"`{name}` is {value}; it must be above 0.")
         if name in _SHARES and not 0 <= value <= 1:
             raise ValueError(f"`{name}` is {value}; it is a share in [0, 1].")
         if name in _BELOW_ONE and not 0 <= value < 1:
             raise ValueError(f"`{name}` is {value}; it must be in [0, 1).")
+        if isinstance(value, float) and not math.isfinite(value) and name != "max_grad_norm":  # which may be infinite
+            raise ValueError(f"`{name}` is {value}; it must be finite.")
 
 
 def _check_streaming(config: TrainingConfig) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_type_hints
+
+import yaml
 
 
 def _option(default, help: str):
@@ -160,6 +165,9 @@ class OutputConfig:
     hub_model_id: str | None = _option(None, "Repository to push to; by default the name of output_dir.")
 
 
+_GROUPS = (ModelConfig, DataConfig, ContextConfig, OptimizationConfig, OutputConfig)
+
+
 @dataclass
 class TrainingConfig:
     """All of the above."""
@@ -205,31 +213,63 @@ class TrainingConfig:
 
 
 def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """Reads the command line, or a `.json` or `.yaml` file given as its only argument."""
+    """Reads the command line. Options may stand in a `.json` or `.yaml` file, which goes first; flags after it
+    override what it says.
+
+    Raises:
+        ValueError: if the file is not of options, or they are not of their types.
+        OSError: if it cannot be read.
+    """
     import sys
 
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser((ModelConfig, DataConfig, ContextConfig, OptimizationConfig, OutputConfig))
+    parser = HfArgumentParser(_GROUPS)
     arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        read = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
-        return TrainingConfig(*map(_as_annotated, read(arguments[0])))
-    return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
+    if not arguments or arguments[0].startswith("-") or not arguments[0].endswith((".json", ".yaml", ".yml")):
+        return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
+    file, *flags = arguments
+    parser.set_defaults(**_read_options(Path(file)))
+    for action in parser._actions:  # what the file says need not be a flag
+        action.required = False
+    model, *others = parser.parse_args_into_dataclasses(flags)
+    if model.pretrained_model_name_or_path is None:
+        raise ValueError(f"{file} names no `pretrained_model_name_or_path`; add it, or give it as a flag.")
+    return TrainingConfig(model, *others)
 
 
-def _as_annotated(group: Any) -> Any:
-    """Options from a file, which may hold values of any type.
+def _read_options(file: Path) -> dict[str, Any]:
+    """Options from a file, each of its type.
 
     Raises:
-        ValueError: if one is not of its option's type.
+        ValueError: if the file holds no options, or ones that do not exist or are not of their types.
     """
-    for name, annotation in get_type_hints(type(group)).items():
-        kind = next(kind for kind in _KINDS if annotation in (kind, kind | None))
-        value = getattr(group, name)
-        if value is not None or annotation == kind:
-            setattr(group, name, _as_kind(name, value, kind))
-    return group
+    try:
+        options = (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no valid {file.suffix[1:].upper()}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} holds no options; write each as `name: value`, such as `train_data_dir: photos`.")
+    kinds = {name: kind for group in _GROUPS for name, kind in get_type_hints(group).items()}
+    for name in options:
+        if name not in kinds:
+            near = get_close_matches(str(name), kinds, n=1)
+            mend = f"did you mean `{near[0]}`?" if near else "`--help` lists all."
+            raise ValueError(f"{file}: there is no option `{name}`; {mend}")
+    try:
+        return {name: _as_annotated(name, value, kinds[name]) for name, value in options.items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _as_annotated(name: str, value: Any, annotation: Any) -> Any:
+    """An option from a file, which may hold values of any type.
+
+    Raises:
+        ValueError: if it is not of its option's type.
+    """
+    kind = next(kind for kind in _KINDS if annotation in (kind, kind | None))
+    return None if value is None and annotation != kind else _as_kind(name, value, kind)
 
 
 _KINDS: dict[Any, str] = {

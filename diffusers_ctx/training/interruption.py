@@ -13,7 +13,10 @@ import torch
 from accelerate import Accelerator
 
 
-_ANSWER = b"\nThe run will stop when it has saved what it has come to; a second Ctrl-C stops it at once.\n"
+_ANSWER = (
+    "\nThe run (process {pid}) will stop when it has saved what it has come to; a second Ctrl-C, or `kill -INT {pid}`"
+    " where a launcher has ended, stops it at once.\n"
+)
 
 
 class StopSignals:
@@ -21,8 +24,9 @@ class StopSignals:
     says that.
 
     A second SIGINT stops it at once. A second SIGTERM does not: launchers pass it on to processes that the cluster has
-    sent it to already. `accelerate launch` with a single process passes nothing on; send the signal to the training
-    process, or start that with `python`. Outside the main thread, where Python has no signals, nothing is caught.
+    sent it to already. `accelerate launch` with a single process passes nothing on, and ends at the first Ctrl-C; send
+    signals to the training process, which the answer names, or start that with `python`. Outside the main thread,
+    where Python has no signals, nothing is caught.
 
     Args:
         accelerator: of the run; all its processes stop after the same step, and the main one answers.
@@ -78,6 +82,7 @@ class StopSignals:
         first, self._received = not self.received, number
         if first and self.accelerator.is_main_process:
             with suppress(OSError):  # Ctrl-C may have ended what reads it
-                os.write(2, _ANSWER)  # a signal may come while Python's own streams are being written to
+                # a signal may come while Python's own streams are being written to
+                os.write(2, _ANSWER.format(pid=os.getpid()).encode())
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from .files import check_writable, wait_for_file, write_whole
+from .files import check_room, check_writable, wait_for_file, write_whole, writing_to_cache
 
 
 Latents = dict[str, torch.Tensor]
@@ -34,20 +34,25 @@ def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object
     return digest.hexdigest()[:32]
 
 
-def cached(folder: Path, key: str, encode: Callable[[], Latents], another_encodes: bool = False) -> Latents:
+def cached(
+    folder: Path, key: str, encode: Callable[[], Latents], another_encodes: bool = False, size: int = 0
+) -> Latents:
     """What is in the folder under that key, and otherwise what `encode` returns, which is kept there.
 
     Safe under several processes: each writes a file of its own, which takes its name when it is whole. With
     `another_encodes`, what is not there yet is waited for.
 
     Raises:
-        OSError: if the folder cannot be written to; nothing has been encoded then.
+        OSError: if the folder cannot be written to, or has no room for `size` bytes; nothing has been encoded then. If
+            what was encoded cannot be written, too.
     """
     file = folder / f"latents-{key}.safetensors"
     if another_encodes:
         wait_for_file(file)
     elif not file.exists():
         check_writable(folder, "cache_dir")  # and not only when all is encoded
+        check_room(folder, size)
         latents = encode()
-        write_whole(file, lambda unfinished: save_file(latents, unfinished))
+        with writing_to_cache(file):
+            write_whole(file, lambda unfinished: save_file(latents, unfinished))
     return load_file(file)

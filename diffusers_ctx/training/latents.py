@@ -134,6 +134,9 @@ def encode_images(
             transform and what makes the features.
         another_encodes: whether another process of this machine does it, whose file in `cache_dir` is waited for.
         image_features: what makes the features that the posterior sees, if it does not see latents.
+
+    Raises:
+        OSError: if `cache_dir` cannot take what is encoded; see [`~latent_cache.cached`].
     """
 
     def encode() -> dict[str, torch.Tensor]:
@@ -147,8 +150,16 @@ def encode_images(
         if image_features is not None:
             settings.append(image_features.digest())
         key = content_key(vae, dataset, *settings)
-        latents = cached(cache_dir, key, encode, another_encodes)
+        size = 4 * len(dataset) * (2 if random_flip else 1) * _numbers(vae, transform.resolution, image_features)
+        latents = cached(cache_dir, key, encode, another_encodes, size)
     return ContextLatents(masks=masks, contexts=list(dataset["context"]), captions=list(dataset["text"]), **latents)
+
+
+def _numbers(vae: AutoencoderKL, resolution: int, image_features: ImageFeatures | None) -> int:
+    """How many are kept of a view of an image: mean, standard deviation and features."""
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    numbers = 2 * vae.config.latent_channels * side**2
+    return numbers + (image_features.channels * image_features.size(side) ** 2 if image_features else 0)
 
 
 _KEPT = ("mean", "std", "geometry")

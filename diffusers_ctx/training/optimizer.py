@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .config import OptimizationConfig
 
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
 # piecewise_constant takes rules that no option gives
@@ -50,8 +53,21 @@ def create_optimizer(
 
 def create_schedule(optimizer: torch.optim.Optimizer, options: OptimizationConfig, steps: int) -> LambdaLR:
     """The learning rate over a run of so many steps."""
-    warm_up = _WARM_UP_STEPS if options.lr_warmup_steps is None else options.lr_warmup_steps
+    warm_up = _warm_up_steps(options)
     return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
+
+
+def warn_of_warm_up(options: OptimizationConfig, steps: int) -> None:
+    """Warns where a run ends before its learning rate has come to its peak."""
+    if options.lr_scheduler != "constant" and steps <= (warm_up := _warm_up_steps(options)):
+        logger.warning(
+            f"The learning rate grows for {warm_up} steps, and the run has {steps}: it ends before the rate has come"
+            " to its peak; lower `lr_warmup_steps`."
+        )
+
+
+def _warm_up_steps(options: OptimizationConfig) -> int:
+    return _WARM_UP_STEPS if options.lr_warmup_steps is None else options.lr_warmup_steps
 
 
 def check_optimizer(options: OptimizationConfig, learning_rate: float) -> None:

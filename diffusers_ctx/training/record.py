@@ -9,6 +9,8 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -24,6 +26,7 @@ from ..version import __version__
 from .config import TrainingConfig
 
 
+_AN_END = 1024  # bytes of a file
 _LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
 
 
@@ -40,10 +43,10 @@ def deciding_options(
     concepts: Sequence[str],
     resolution: int,
     steps: int,
-    contexts: Iterable[str],
+    images: datasets.Dataset,
     models: Iterable[nn.Module],
 ) -> dict[str, Any]:
-    """The options that decide what a run learns, and how many images of each context it sees.
+    """The options that decide what a run learns, and what it learns from.
 
     A run that resumes must have them as they were, but for its length. It may find the same model and images in other
     places, and divide a batch among other processes, unless each has its own part of a stream.
@@ -54,7 +57,7 @@ def deciding_options(
         concepts: the concepts that it learns.
         resolution: height and width of its images.
         steps: its optimizer steps.
-        contexts: the context of each image.
+        images: those that it trains on, or with streaming, learns the concepts on.
         models: those of the base, before anything has learned.
     """
     assert config.model.unfreeze_after is not None, "`with_unfreezing` chooses it"
@@ -64,17 +67,22 @@ def deciding_options(
     options = {name: value for name, value in options_of(config).items() if name not in free}
     if config.data.streaming:
         options["processes"] = accelerator.num_processes
+    else:
+        options[CONTENT] = _digest_of_images(images)
     return options | {
         "concepts": list(concepts),
         "resolution": resolution,
         "train_batch_size of all processes": config.optimization.train_batch_size * accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "images": dict(sorted(Counter(contexts).items())),
+        "images": dict(sorted(Counter(images["context"]).items())),
         "weights of the base model": _digest(models),
         "max_train_steps": steps,
         "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
     }
 
+
+CONTENT = "content of images, captions and contexts"
+"""The option that is a digest of them, which says nothing to people."""
 
 _MAY_CHANGE = (
     "pretrained_model_name_or_path",
@@ -101,6 +109,20 @@ def _digest(models: Iterable[nn.Module]) -> str:
     weights = (parameter for model in models for parameter in model.parameters())
     beginnings = (weight.detach().flatten()[:64].float().cpu().numpy() for weight in weights)
     return hashlib.sha256(b"".join(beginning.tobytes() for beginning in beginnings)).hexdigest()[:16]
+
+
+def _digest_of_images(images: datasets.Dataset) -> str:
+    """A digest of contexts and captions, in order, and of how long each image's file is, how it begins and ends."""
+    digest = hashlib.sha256(repr((list(images["context"]), list(images["text"]))).encode())
+    for row in images.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+        content, path = row["image"]["bytes"], row["image"]["path"]
+        with Path(path).open("rb") if content is None else BytesIO(content) as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - _AN_END))
+            end = file.read()
+            file.seek(0)
+            digest.update(repr((length, file.read(_AN_END), end)).encode())
+    return digest.hexdigest()[:16]
 
 
 def training_record(

@@ -19,8 +19,17 @@ _OVER_STEPS = ("loss", "lr", "gradient_norm", "validation", "validation_loss/*")
 
 
 def start_trackers(accelerator: Accelerator, options: dict[str, Any]) -> None:
-    """Starts the trackers of a run with these options."""
-    accelerator.init_trackers("context-adapter", config=options)
+    """Starts the trackers of a run with these options.
+
+    Raises:
+        RuntimeError: if one refuses, such as W&B where nobody is logged in.
+    """
+    try:
+        accelerator.init_trackers("context-adapter", config=options)
+    except Exception as error:  # each raises errors of its own
+        raise RuntimeError(
+            f"`report_to` cannot be followed ({error}): log in to the tracker, or choose another one, or `none`."
+        ) from error
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
             tracker.tracker.define_metric(f"{_CONCEPTS}*", step_metric=_CONCEPT_STEP)

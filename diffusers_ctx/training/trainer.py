@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
-from ..hub import create_repository, push_adapter_folder
+from ..hub import RECORD_NAME, create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
 from .abduction import learn_abduction
 from .accelerator import create_accelerator
@@ -48,13 +49,13 @@ from .checks import (
 )
 from .concept_progress import ConceptProgress, remove_progress
 from .config import TrainingConfig
-from .files import check_writable
+from .files import check_writable, held_for_one_run
 from .interruption import StopSignals
 from .latents import ContextLatents, ImageTransform, encode_images
 from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
 from .noise import KeyedNoise, sample_timesteps
 from .objective import CaptionEncoder, DiffusionObjective
-from .optimizer import check_optimizer, create_optimizer, create_schedule
+from .optimizer import check_optimizer, create_optimizer, create_schedule, warn_of_warm_up
 from .posterior_input import create_image_features, with_posterior_encoder
 from .preparation import count_steps, create_context_module, describe_images, load_images
 from .record import deciding_options, options_of, training_record
@@ -80,6 +81,7 @@ class ContextTrainer:
     Raises:
         ValueError, OSError: if data, concepts or options cannot work, or there is no way to write or push what will be
             learned. Nothing has been computed or written then.
+        RuntimeError: if a tracker does not start. Nothing has been computed then.
     """
 
     def __init__(self, config: TrainingConfig, pipeline: CompositionMixin):
@@ -107,13 +109,14 @@ class ContextTrainer:
         check_validation_contexts(self._validation_contexts, self.concepts, config.data.obs_context)
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = count_steps(config, len(self.sampler), self._global_batch_size)
+        warn_of_warm_up(config.optimization, self.max_train_steps)
         self.options = deciding_options(
             config,
             self.accelerator,
             self.concepts,
             self._resolution,
             self.max_train_steps,
-            dataset["context"],
+            dataset,
             [pipeline.unet, pipeline.vae, *pipeline.text_encoders.values()],
         )
         self.checkpoint = choose_checkpoint(
@@ -129,18 +132,15 @@ class ContextTrainer:
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        remove_unfinished(self.accelerator, self.output_dir)
-        check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
-        self.repo_id = self._create_repository()
-        self.latents = self._encode(dataset, config.optimization.seed)
-        held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
-        self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
-        self._encode_captions = pipeline.encode_captions
-        if config.data.cache_latents and not self._text_encoders:
-            self._encode_captions = CaptionCache(
-                pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
-            )
-        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator, self.stop)
+        with ExitStack() as held:
+            if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
+                held.enter_context(held_for_one_run(self.output_dir))
+            remove_unfinished(self.accelerator, self.output_dir)
+            check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
+            self.repo_id = self._create_repository()
+            start_trackers(self.accelerator, self._tracked_options())  # last: what they refuse costs no computing
+            self._encode_data(dataset, held_out)
+            self._held = held.pop_all()  # until training ends
 
     @property
     def concepts(self) -> list[str]:
@@ -155,12 +155,12 @@ class ContextTrainer:
         Raises:
             FloatingPointError: if loss or gradients are not finite; checkpoints and weights on disk are as they were.
         """
-        with self.stop:
-            start_trackers(self.accelerator, self._tracked_options())
-            self._run(self._begin())
-        self._save()
-        self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
-        self.accelerator.end_training()
+        with self._held:
+            with self.stop:
+                self._run(self._begin())
+            self._save()
+            self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
+            self.accelerator.end_training()
         return self.output_dir
 
     def _begin(self) -> int:
@@ -220,6 +220,19 @@ class ContextTrainer:
         if not (output.push_to_hub and self.accelerator.is_main_process):
             return None
         return create_repository(output.hub_model_id or self.output_dir.resolve().name, token=output.hub_token)
+
+    def _encode_data(self, dataset: datasets.Dataset, held_out: datasets.Dataset) -> None:
+        """All that is encoded before training, and the validation that uses it."""
+        config, pipeline = self.config, self.pipeline
+        self.latents = self._encode(dataset, config.optimization.seed)
+        held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
+        self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
+        self._encode_captions = pipeline.encode_captions
+        if config.data.cache_latents and not self._text_encoders:
+            self._encode_captions = CaptionCache(
+                pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
+            )
+        self.validator = Validator(config, pipeline, held_out_latents, self.accelerator, self.stop)
 
     def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
         """Latents of images, whose places of random crops have this seed."""
@@ -436,7 +449,7 @@ class ContextTrainer:
         )
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
-        (self.output_dir / "training_config.json").write_text(json.dumps(options_of(self.config), indent=2) + "\n")
+        (self.output_dir / RECORD_NAME).write_text(json.dumps(options_of(self.config), indent=2) + "\n")
         if self.repo_id is not None:
             push_adapter_folder(self.output_dir, self.repo_id, token=self.config.output.hub_token)
 

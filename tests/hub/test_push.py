@@ -200,6 +200,35 @@ def test_the_card_must_be_there(adapter):
         files_to_push(adapter)
 
 
+RECORD = {"train_data_dir": "photos", "concepts": ["night", "snow"], "seed": 0, "hub_model_id": None, "rank": 4}
+
+
+def test_the_options_of_the_training_run_go_along(hub, adapter, tmp_path):
+    record = adapter / "training_config.json"
+    record.write_text(json.dumps(RECORD))
+    push = (PUSH, {"folder": adapter, "repo_id": REPO, "token": TOKEN})
+    call(hub, tmp_path / "home", push)
+    assert hub.repos[REPO].branches["main"][-1].files[record.name] == record.read_bytes()
+    record.unlink()
+    call(hub, tmp_path / "home", push)
+    assert record.name not in hub.repos[REPO].branches["main"][-1].files  # another adapter, perhaps by hand
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        {"train_data_dir": "/home/ada/photos"},
+        {"cache_dir": "C:\\Users\\ada"},
+        {"hub_token": "secret"},
+        {"validation_interventions": ["night", "hf_" + 20 * "x"]},
+    ],
+)
+def test_options_that_hold_a_secret_stay_here(adapter, caplog, secret):
+    (adapter / "training_config.json").write_text(json.dumps(RECORD | secret))
+    assert set(files_to_push(adapter)) == ADAPTER_FILES
+    assert "training_config.json is not pushed" in caplog.text
+
+
 @pytest.mark.parametrize("target", ["gone.png", "../outside.png", "/etc/outside.png", "training_state.pt"])
 def test_a_picture_of_the_card_must_be_one_in_the_folder(adapter, target):
     (adapter / "training_state.pt").write_bytes(b"")

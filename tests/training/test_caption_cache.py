@@ -1,6 +1,8 @@
 """Encoded captions on disk are what the text encoders say, and are encoded once."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +69,18 @@ def test_what_another_process_encodes_is_waited_for(pipeline, tmp_path):
         first = CaptionCache(pipeline, CAPTIONS, tmp_path)(CAPTIONS)
         got = waiting.result(timeout=60)(CAPTIONS)
     assert all(torch.equal(got[name], first[name]) for name in first)
+
+
+def test_a_disk_without_room_is_named(pipeline, tmp_path, largest_file, monkeypatch):
+    size = sum(encoded.nbytes for encoded in pipeline.encode_captions(CAPTIONS).values())
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+        with pytest.raises(OSError, match=r"`cache_dir` .* GB free, and what is encoded takes"):
+            CaptionCache(pipeline, CAPTIONS, tmp_path)
+    largest_file(1000)
+    with pytest.raises(OSError, match=r"captions-\w+\.arrow could not be written .*choose another `cache_dir`"):
+        CaptionCache(pipeline, CAPTIONS, tmp_path)
+    assert list(tmp_path.glob("captions-*")) == []
 
 
 def test_a_run_learns_the_same_from_cached_captions(options, tmp_path, monkeypatch):

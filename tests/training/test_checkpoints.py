@@ -188,6 +188,18 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_same_options_alone(accelerator, 
         choose()
 
 
+@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.bin", "random_states_0.pkl", "options.json"])
+def test_one_that_was_cut_off_is_named_with_the_one_before_it(accelerator, tmp_path, file):
+    for step in (5, 10, 100):
+        save_checkpoint(accelerator, tmp_path, step, OPTIONS, total_limit=None)
+    for step, mend in ((10, f"go on from .* `--resume_from_checkpoint {tmp_path}/checkpoint-5`"), (5, "train anew")):
+        damaged = tmp_path / f"checkpoint-{step}" / file
+        damaged.write_bytes(damaged.read_bytes()[:-3])
+        with pytest.raises(ValueError, match=rf"{damaged} is damaged, .* from checkpoint-{step}; {mend}"):
+            choose_checkpoint(tmp_path, f"checkpoint-{step}", 100, accelerator, OPTIONS)
+    assert choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS) == tmp_path / "checkpoint-100"
+
+
 def test_finding(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None

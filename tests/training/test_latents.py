@@ -1,6 +1,8 @@
 """Images to latents, and the random numbers that make a run repeatable."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -8,8 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
 from diffusers_ctx.training.latent_cache import cached
@@ -133,9 +134,38 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_encoded(
 
 def test_nothing_is_left_of_what_could_not_be_written_whole(tmp_path, largest_file):
     largest_file(1000)
-    with pytest.raises(SafetensorError, match="File too large"):
+    message = (
+        r"latents-key\.safetensors could not be written \(.*File too large.*choose another `cache_dir`, or leave out"
+    )
+    with pytest.raises(OSError, match=message):
         cached(tmp_path, "key", lambda: {"mean": torch.zeros(1000)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_a_disk_without_room_is_found_before_anything_is_encoded(
+    plain_pipeline, dataset, tmp_path, monkeypatch, random_flip
+):
+    def encode_all() -> None:
+        masks, transform = torch.zeros(len(dataset), 2), ImageTransform(32, True, 0)
+        encode_images(
+            plain_pipeline.vae, dataset, masks, transform, random_flip, cache_dir=tmp_path, image_features=features
+        )
+
+    def have(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+
+    features = plain_pipeline.image_features("unet")
+    size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8)  # of latents and features, by hand
+    have(size - 1)
+    message = r"`cache_dir` .* GB free, and what is encoded takes .*; free some, choose another `cache_dir`"
+    with pytest.raises(OSError, match=message):
+        encode_all()
+    assert list(tmp_path.iterdir()) == []
+    have(size)
+    encode_all()
+    (file,) = tmp_path.iterdir()
+    assert sum(x.nbytes for name, x in load_file(file).items() if name != "geometry") == size
 
 
 def test_other_images_weights_or_settings_are_encoded_anew(plain_pipeline, dataset, tmp_path):

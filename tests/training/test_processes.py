@@ -276,7 +276,7 @@ def test_a_process_that_fails_ends_the_run(options, tmp_path, what, error):
     changes = {"train_batch_size": 2, "max_train_steps": 500, "checkpointing_steps": 1}
     launched = launch(tmp_path, FAILING.format(what=what) + TRAIN, options | changes)
     assert launched.returncode != 0 and error in launched.stderr
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"checkpoint-0", "checkpoint-1"}
+    assert {path.name for path in (tmp_path / "adapter").glob("[!.]*")} == {"checkpoint-0", "checkpoint-1"}
 
 
 def test_an_image_that_cannot_be_read_ends_the_run(options, photos, tmp_path):

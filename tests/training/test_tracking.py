@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_ctx.training import trainer
 from diffusers_ctx.training.tracking import start_trackers, track, track_concepts, track_step
 
 from .conftest import create_trainer
@@ -73,6 +74,33 @@ class StandInForWandB(GeneralTracker):
     def log(self, values: dict, step: int | None = None, **kwargs):
         assert step is None
         self.rows.append(values)
+
+
+class Refusing(GeneralTracker):
+    """As W&B without an API key."""
+
+    name = "refusing"
+    requires_logging_directory = False
+
+    @property
+    def tracker(self):
+        return None
+
+    def store_init_configuration(self, values: dict):
+        raise ValueError("No API key configured")
+
+    def log(self, values: dict, step: int | None = None, **kwargs):
+        pass
+
+
+def test_a_tracker_that_refuses_does_so_before_anything_is_encoded(options, monkeypatch):
+    def create(config) -> Accelerator:
+        return Accelerator(cpu=True, log_with=Refusing())
+
+    monkeypatch.setattr(trainer, "create_accelerator", create)
+    monkeypatch.setattr(trainer, "encode_images", lambda *_, **__: pytest.fail("images were encoded"))
+    with pytest.raises(RuntimeError, match=r"No API key configured.*log in to the tracker, or choose another one"):
+        create_trainer(options)
 
 
 def test_wandb_has_the_axes_as_metrics():

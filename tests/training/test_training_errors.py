@@ -1,6 +1,9 @@
 """What cannot work stops before anything is computed or written, with one message that names the mend."""
 
+import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import TrainingConfig, parse_training_config
+from diffusers_ctx.training import TrainingConfig, check_base_model, parse_training_config
 from diffusers_ctx.training.record import options_of
 
-from .conftest import create_trainer, files_in
+from .conftest import SCRIPT, XL_SCRIPT, create_trainer, files_in, flags
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
@@ -118,6 +121,11 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"abduction_learning_rate": 0.0}, "`abduction_learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": "nan"}, "`learning_rate` is nan; it must be above 0"),
+        ({"learning_rate": "inf"}, "`learning_rate` is inf; it must be finite"),
+        ({"noise_offset": "nan"}, "`noise_offset` is nan; it must be finite"),
+        ({"validation_guidance_scale": "nan"}, "`validation_guidance_scale` is nan; it must be finite"),
+        ({"max_grad_norm": "nan"}, "`max_grad_norm` is nan; it must be above 0"),
+        ({"seed": 2**32}, "`seed` is 4294967296; it must be 4294967295 or less"),
         ({"snr_gamma": -5.0}, "`snr_gamma` is -5.0; it must be above 0"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` is 0.0; it must be above 0"),
         ({"adam_beta1": 1.0}, r"`adam_beta1` is 1.0; it must be in \[0, 1\)"),
@@ -158,6 +166,47 @@ def test_too_few_epochs_for_one_step(refuses):
 )
 def test_options_that_cannot_work(refuses, changes, message):
     refuses(ValueError, message, **changes)
+
+
+def test_gradients_may_be_left_as_they_are(options):
+    assert create_trainer(options | {"max_grad_norm": "inf"}).config.optimization.max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize(("scheduler", "warm_up"), [("cosine", 2), ("constant_with_warmup", None)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(options, caplog, scheduler, warm_up):
+    changes = {"lr_scheduler": scheduler, "lr_warmup_steps": warm_up}
+    create_trainer(options | changes)
+    assert f"grows for {warm_up or 500} steps, and the run has 2:" in caplog.text
+    caplog.clear()
+    create_trainer(options | changes | {"max_train_steps": 501})
+    create_trainer(options)
+    assert "grows for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/base", "'/nowhere/base' is not there, and no name on the Hub; give the folder"),
+        ("models/old/base", "'models/old/base' is not there"),
+        (__file__, "is no folder, and no name on the Hub"),
+    ],
+)
+def test_a_base_model_that_is_not_there(name, message):
+    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` .*{message}"):
+        check_base_model(name)
+
+
+@pytest.mark.parametrize("script", [SCRIPT, XL_SCRIPT])
+def test_the_scripts_ask_for_the_base_model_before_they_load_it(options, monkeypatch, script):
+    changes = {"pretrained_model_name_or_path": "/nowhere/base"}
+    monkeypatch.setattr(sys, "argv", [str(script), *flags(options | changes)])
+    with pytest.raises(ValueError, match="'/nowhere/base' is not there"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_a_base_model_may_be_a_folder_or_on_the_hub(base_model):
+    check_base_model(str(base_model))
+    check_base_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
 def test_half_precision_without_a_gpu(refuses):
@@ -202,6 +251,30 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
     shutil.rmtree(own_photos / "snow")
     message = "`images` was {'night': 6, 'obs': 7, 'snow': 5} and is {'night': 6, 'obs': 7}"
     refuses(ValueError, message, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("what", ["image", "caption", "order"])
+def test_going_on_with_as_many_other_images_or_captions(refuses, options, own_photos, what):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    shutil.move(own_photos, elsewhere := own_photos.with_name("elsewhere"))
+    changes = {"train_data_dir": str(elsewhere), "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    create_trainer(options | changes)
+    captions = elsewhere / "night" / "metadata.csv"
+    if what == "image":
+        (elsewhere / "night" / "3.png").write_bytes((elsewhere / "night" / "2.png").read_bytes())
+    elif what == "caption":
+        captions.write_text(captions.read_text().replace("a street number 3", "a house number 3"))
+    else:  # the same pictures in each context, of which two have changed places
+        (elsewhere / "night" / "3.png").rename(elsewhere / "night" / "4th.png")
+        captions.write_text(captions.read_text().replace("3.png", "4th.png"))
+    message = "other options: images, captions or their order are not what they were. Resume with the same ones"
+    refuses(ValueError, message, **changes)
+
+
+def test_going_on_with_images_from_a_table_of_the_same_files(options, parquet):
+    create_trainer(options | {"checkpointing_steps": 2}).train()
+    changes = {"train_data_dir": None, "dataset_name": str(parquet), "resume_from_checkpoint": "latest"}
+    assert create_trainer(options | changes).checkpoint is not None
 
 
 def test_going_on_with_another_base_model(refuses, options, tmp_path):
@@ -270,7 +343,7 @@ def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
     with pytest.raises(FloatingPointError, match=r"Gradients are not finite at step 0\. Lower `learning_rate`"):
         trainer._run(0)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))
-    assert files_in(tmp_path / "adapter") == {}
+    assert set(files_in(tmp_path / "adapter")) == {".training.lock"}
 
 
 def test_a_validation_that_fails_in_the_end_takes_nothing_with_it(options, monkeypatch):
@@ -333,6 +406,36 @@ def test_values_of_a_yaml_file_that_are_not_of_their_options_type(tmp_path, line
         parse_yaml(tmp_path, line)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "", "a.yaml holds no options; write each as"),
+        ("a.yaml", "- mode: lora\n", "a.yaml holds no options; write each as"),
+        ("a.json", "[1]", "a.json holds no options; write each as"),
+        ("a.yaml", "mode: [lora\n", "a.yaml is no valid YAML: "),
+        ("a.json", "{'mode': 'lora'}", "a.json is no valid JSON: "),
+        ("a.yaml", "lerning_rate: 1e-4\n", "a.yaml: there is no option `lerning_rate`; did you mean `learning_rate`?"),
+        ("a.yaml", "xyz: 1\n", "a.yaml: there is no option `xyz`; `--help` lists all"),
+        ("a.yaml", "train_data_dir: photos\n", "a.yaml names no `pretrained_model_name_or_path`; add it, or give it"),
+    ],
+)
+def test_files_that_are_not_of_options(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_training_config([str(tmp_path / name)])
+
+
+def test_flags_after_a_file_override_it(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("train_data_dir: photos\nlearning_rate: 1e-5\nrank: 4\nconcepts: [snow]\nrandom_flip: true\n")
+    flags = "--pretrained_model_name_or_path base --rank 8 --resume_from_checkpoint latest --random_flip false"
+    got = options_of(parse_training_config([str(file), *flags.split()]))
+    changed = {"train_data_dir": "photos", "learning_rate": 1e-5, "rank": 8, "concepts": ["snow"]}
+    changed |= {"pretrained_model_name_or_path": "base", "resume_from_checkpoint": "latest", "random_flip": False}
+    plain = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "photos"]
+    assert got == options_of(parse_training_config(plain)) | changed
+
+
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
     trainer = create_trainer(options | {"abduction_learning_rate": 1e30, "abduction_steps": 20})
     with pytest.raises(FloatingPointError, match="learning the concepts; lower `abduction_learning_rate`"):
@@ -381,8 +484,8 @@ def test_what_a_run_that_died_has_left_is_removed_before_room_is_looked_for(opti
     leftover.mkdir(parents=True)
     room = 2 * sizes.checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if leftover.exists() else room))
-    create_trainer(options | RUN)
-    assert files_in(tmp_path / "adapter") == {}
+    trainer = create_trainer(options | RUN)
+    assert set(files_in(trainer.output_dir)) == {".training.lock"}
 
 
 def test_a_run_shorter_than_from_one_checkpoint_to_the_next_has_a_first_and_a_last_one(refuses, options, sizes, free):

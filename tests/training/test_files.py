@@ -1,0 +1,96 @@
+"""One run at a time in a folder."""
+
+import errno
+import fcntl
+import gc
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffusers_ctx.training.files import held_for_one_run
+
+from .conftest import create_trainer, files_in
+from .test_processes import TRAIN, launch
+
+
+HOLD = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from diffusers_ctx.training.files import held_for_one_run
+
+    with held_for_one_run(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(600)
+""")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "adapter").mkdir()
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def other_run(folder) -> Iterator[subprocess.Popen]:
+    """A process that holds the folder."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_another_run_in_the_folder_is_named(folder, other_run):
+    message = rf"Another run is training in .*adapter \(process {other_run.pid} of .*\); wait for it, .* `output_dir`"
+    for _ in range(2):  # who was refused has not wiped out the name
+        with pytest.raises(OSError, match=message), held_for_one_run(folder):
+            pytest.fail("two runs were let in")
+
+
+def test_what_a_killed_run_held_is_free(folder, other_run):
+    other_run.kill()
+    other_run.wait()
+    assert files_in(folder)  # it could not clean up
+    with held_for_one_run(folder):
+        assert f"process {os.getpid()} of" in files_in(folder)[".training.lock"].decode()
+    assert files_in(folder) == {}
+
+
+def test_trainers_of_one_process_share_the_folder(options, folder):
+    forgotten = create_trainer(options)
+    create_trainer(options).train()
+    assert (folder / ".training.lock").exists()  # one is still there
+    del forgotten
+    gc.collect()
+    assert not (folder / ".training.lock").exists()
+
+
+def test_a_file_system_that_cannot_lock_is_warned_of(folder, monkeypatch, caplog):
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held_for_one_run(folder):
+        pass
+    assert re.search("adapter cannot be locked .*see to it that no other run trains", caplog.text)
+    assert files_in(folder) == {}
+
+
+@pytest.mark.usefixtures("other_run")
+def test_a_second_run_leaves_alone_what_the_first_is_writing(options, folder):
+    (folder / "unfinished-checkpoint-2").mkdir()
+    with pytest.raises(OSError, match="Another run is training"):
+        create_trainer(options)
+    assert (folder / "unfinished-checkpoint-2").exists()
+
+
+@pytest.mark.usefixtures("other_run")
+def test_processes_of_a_second_run_do_not_wait_for_one_another(options, folder, tmp_path):
+    launched = launch(tmp_path, TRAIN, options | {"train_batch_size": 2})
+    assert launched.returncode != 0 and "Another run is training in" in launched.stderr
+    assert set(files_in(folder)) == {".training.lock"}
