@@ -65,13 +65,15 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Checks that the images in a folder, if there are any, were made with these settings.
 
     Raises:
-        ValueError: if they were not, naming what differs, or were not made by `make_images`.
+        ValueError: if they were not, naming what differs, or nothing says how they were made.
     """
     if not folder.exists() or not any(folder.rglob("*.png")):
         return
     file = folder / "settings.json"
     if not file.exists():
-        raise ValueError(f"{folder} holds images that were not made here; choose another folder.")
+        raise ValueError(
+            f"{folder} holds images and no {file.name} that says how they were made; choose another folder."
+        )
     found = json.loads(file.read_text(encoding="utf-8"))
     different = [
         f"`{name}` was {found.get(name)!r} and is {settings.get(name)!r}"

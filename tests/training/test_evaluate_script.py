@@ -288,7 +288,7 @@ def test_samples_of_other_settings(refuses, results, options, own_data):
 
 
 def test_a_folder_with_other_images(refuses, own_data):
-    refuses("holds images that were not made here; choose another folder", output_dir=str(own_data))
+    refuses("holds images and no settings.json that says how they were made", output_dir=str(own_data))
 
 
 def test_samples_of_another_adapter(script, refuses, results, options, adapter, held_out, tmp_path):
@@ -310,4 +310,4 @@ def test_samples_of_another_base_of_the_same_name(refuses, results, options, bas
 
 def test_samples_of_unknown_settings(refuses, results, options):
     shutil.copytree(results / "samples", Path(options["output_dir"]) / "samples")
-    refuses("`seed` was None and is 0")
+    refuses("holds images and no settings.json that says how they were made; choose another folder")
