@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
 from methods.ours import adapter_sampler, load_pipeline
-from provenance import adapter_digest, commit, machine
+from provenance import made_with
 
 from diffusers_ctx import embedded_base
 
@@ -32,14 +32,14 @@ def main() -> None:
 
     file = args.output or args.adapter / "compositions.json"
     options = {"n": args.n, "num_inference_steps": args.num_inference_steps, "independent": args.independent}
-    measured = {"adapter": adapter_digest(args.adapter), "options": options}
-    results = json.loads(file.read_text()) if file.exists() else measured | {"contexts": {}}
-    if any(results.get(key) != value for key, value in measured.items()):
+    now = made_with(args.adapter, options)
+    results = json.loads(file.read_text()) if file.exists() else now | {"contexts": {}}
+    if any(results.get(key) != now[key] for key in ("adapter", "options")):
         raise ValueError(
             f"{file} has figures of the adapter {results.get('adapter')} with {results['options']}, and this one is"
-            f" {measured['adapter']} with {options}; give another --output, or remove that file."
+            f" {now['adapter']} with {options}; give another --output, or remove that file."
         )
-    results |= {"commit": commit(), "machine": machine()}
+    results |= now
     pipeline = load_pipeline(args.adapter, embedded_base())
     sample = adapter_sampler(pipeline, args.num_inference_steps)
 

@@ -35,10 +35,14 @@ def adapter_digest(adapter: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def made_with(adapter: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What goes beside the figures of an adapter."""
+    return {"adapter": adapter_digest(adapter), "options": options, "commit": commit(), "machine": machine()}
+
+
 def write_figures(file: Path | None, adapter: str | Path, options: dict[str, Any], figures: dict[str, Any]) -> None:
     """Writes what was measured of an adapter, where a file is given."""
     if file is None:
         return
-    made = {"adapter": adapter_digest(adapter), "options": options, "commit": commit(), "machine": machine()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(made | figures, indent=1) + "\n")
+    file.write_text(json.dumps(made_with(adapter, options) | figures, indent=1) + "\n")

@@ -86,7 +86,9 @@ def _merit(vectors: torch.Tensor, shift: torch.Tensor, spread: torch.Tensor, pla
     variance = ((units @ spread) * units).sum(dim=1)
     divergence = (variance + (units @ shift).square() - 1 - variance.log()) / 2
     along = plain @ units.T
-    along = (along - along.mean(dim=0)) / along.std(dim=0)
+    # of a single image, or of one repeated, there is no law to be seen
+    variances = along.var(dim=0, correction=min(1, len(along) - 1)).clamp(min=1e-24)
+    along = (along - along.mean(dim=0)) / variances.sqrt()
     skewness, kurtosis = along.pow(3).mean(dim=0), along.pow(4).mean(dim=0) - 3
     negentropy = (skewness.square() + kurtosis.square() / 4) / 12
     return divergence - _NEGENTROPY_WEIGHT * negentropy

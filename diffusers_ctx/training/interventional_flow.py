@@ -153,18 +153,13 @@ def learn_values(
         FloatingPointError: if the loss is not finite.
     """
     steps = _STEPS_FACTOR * options.abduction_steps
-    start = concept_directions(codes.mean, codes.std.square(), codes.labels, contexts, context_module.config.noise_dim)
+    directed = concept_directions(
+        codes.mean, codes.std.square(), codes.labels, contexts, context_module.config.noise_dim
+    )
+    starts = [directed if number < _DIRECTED_ATTEMPTS else None for number in range(_ATTEMPTS)]
     attempts = [
-        _Attempt(
-            deepcopy(context_module),
-            codes,
-            contexts,
-            options,
-            seed,
-            number,
-            start if number < _DIRECTED_ATTEMPTS else None,
-        )
-        for number in range(_ATTEMPTS)
+        _Attempt(deepcopy(context_module), codes, contexts, options, seed, number, start)
+        for number, start in enumerate(starts)
     ]
     goals = [max(1, round(share * steps)) for share, _ in _RUNGS]
     total = sum(number * (goal - before) for (_, number), goal, before in zip(_RUNGS, goals, [0, *goals]))

@@ -59,3 +59,11 @@ def test_two_concepts_of_one_direction_share_it():
     codes[labels == 2] = codes[labels == 1][: (labels == 2).sum()]  # the same images in both contexts
     weight, _ = concept_directions(codes, torch.zeros_like(codes), labels, same, 1)
     assert torch.linalg.cond(weight).item() < 20
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_few_images_of_each_context_or_the_same_ones_will_do(n):
+    labels = torch.arange(len(CONTEXTS)).repeat_interleave(n)
+    for codes in (torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(3)), torch.ones(len(labels), 5)):
+        weight, bias = concept_directions(codes, torch.full_like(codes, 0.1), labels, CONTEXTS, 1)
+        assert weight.isfinite().all() and bias.isfinite().all() and torch.linalg.matrix_rank(weight) == 5
