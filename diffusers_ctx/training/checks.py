@@ -37,6 +37,7 @@ _SMALLEST = {
     "rank": 1,
     "max_train_samples": 1,
     "validation_images": 0,
+    "dataloader_num_workers": 0,
     "streaming_concept_images": 1,
     "streaming_shuffle_buffer": 1,
     "resolution": 1,

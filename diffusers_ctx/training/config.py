@@ -69,6 +69,9 @@ class DataConfig:
     cache_latents: bool = _option(
         False, "Keep encoded images, and captions unless text encoders learn, on disk; encode each once."
     )
+    dataloader_num_workers: int = _option(
+        0, "Processes that read images to be encoded before training; with none, the one that encodes does."
+    )
     streaming: bool = _option(False, "Read images as they are needed, for collections that do not fit on the disk.")
     streaming_concept_images: int = _option(
         1000, "With streaming, the images of each context that are taken first, to learn the concepts on."

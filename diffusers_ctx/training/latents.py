@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..adapter.image_features import ImageFeatures
@@ -119,6 +120,7 @@ def encode_images(
     cache_dir: Path | None = None,
     another_encodes: bool = False,
     image_features: ImageFeatures | None = None,
+    num_workers: int = 0,
 ) -> ContextLatents:
     """Encodes a dataset with the columns `image`, `context` and `text`.
 
@@ -134,13 +136,17 @@ def encode_images(
             transform and what makes the features.
         another_encodes: whether another process of this machine does it, whose file in `cache_dir` is waited for.
         image_features: what makes the features that the posterior sees, if it does not see latents.
+        num_workers: processes that read and transform images; with none, this one does.
 
     Raises:
         OSError: if `cache_dir` cannot take what is encoded; see [`~latent_cache.cached`].
     """
 
     def encode() -> dict[str, torch.Tensor]:
-        return _encode(vae, dataset, transform, random_flip, batch_size, show_progress, image_features)
+        images = _ImageViews(dataset, transform, [False, True] if random_flip else [False])
+        # a generator of its own: a loader draws from the global one, with or without workers
+        loader = DataLoader(images, batch_size, num_workers=num_workers, generator=torch.Generator())
+        return _encode(vae, tqdm(loader, desc="Encoding images", disable=not show_progress), image_features)
 
     if cache_dir is None:
         latents = encode()
@@ -165,26 +171,35 @@ def _numbers(vae: AutoencoderKL, resolution: int, image_features: ImageFeatures 
 _KEPT = ("mean", "std", "geometry")
 
 
+class _ImageViews(Dataset):
+    """Pixels (V, 3, H, W) and geometry (V, 6) of images, of the mirror image in views that `flips` marks."""
+
+    def __init__(self, dataset: datasets.Dataset, transform: ImageTransform, flips: Sequence[bool]):
+        self.dataset = dataset
+        self.transform = transform
+        self.flips = flips
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.dataset[row]["image"]
+        pixels = self.transform(image, row)
+        views = torch.stack([pixels.flip(-1) if flip else pixels for flip in self.flips])
+        return views, torch.stack([self.transform.geometry(image, row, flip) for flip in self.flips])
+
+
 @torch.no_grad()
 def _encode(
     vae: AutoencoderKL,
-    dataset: datasets.Dataset,
-    transform: ImageTransform,
-    random_flip: bool,
-    batch_size: int,
-    show_progress: bool,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     image_features: ImageFeatures | None,
 ) -> dict[str, torch.Tensor]:
     """What of `ContextLatents` is `_KEPT`, and the features."""
     means, stds, geometries, features = [], [], [], []
-    flips = [False, True] if random_flip else [False]
-    for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding images", disable=not show_progress):
-        rows = range(start, min(start + batch_size, len(dataset)))
-        images = [dataset[row]["image"] for row in rows]
-        pixels = torch.stack([transform(image, row) for image, row in zip(images, rows)])
-        views = torch.stack([pixels.flip(-1) if flip else pixels for flip in flips])
-        crops = [transform.geometry(image, row, flip) for flip in flips for image, row in zip(images, rows)]
-        geometries.append(torch.stack(crops).unflatten(0, views.shape[:2]))
+    for pixels, geometry in batches:
+        views = pixels.transpose(0, 1)
+        geometries.append(geometry.transpose(0, 1))
         inputs = views.flatten(0, 1)
         mean, std = encode_pixels(vae, inputs)
         means.append(mean.unflatten(0, views.shape[:2]))

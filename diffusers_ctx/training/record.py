@@ -96,6 +96,7 @@ _MAY_CHANGE = (
     "dataset_split",
     "skip_unreadable",
     "cache_latents",
+    "dataloader_num_workers",
     "cache_dir",
     "unfreeze_after",
     "train_batch_size",

@@ -247,6 +247,7 @@ class ContextTrainer:
             another_encodes=not self.accelerator.is_local_main_process,  # what one process has kept, the others find
             show_progress=self.accelerator.is_main_process,
             image_features=self._image_features,
+            num_workers=data.dataloader_num_workers,
         )
 
     def _prepare_training(self) -> None:

@@ -108,6 +108,22 @@ def test_encoding_is_the_autoencoders_scaled(plain_pipeline, dataset, random_fli
     assert latents[3]["index"] == 3 and latents[3]["caption"] == "d" and latents[3]["mask"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_read_the_same_images_and_no_random_number_is_drawn(plain_pipeline, dataset, num_workers):
+    def run(**options) -> ContextLatents:
+        transform = ImageTransform(16, center_crop=False, seed=0)
+        masks = torch.zeros(len(dataset), 2)
+        return encode_images(
+            plain_pipeline.vae, dataset, masks, transform, True, batch_size=2, show_progress=False, **options
+        )
+
+    expected, state = run(), torch.get_rng_state()
+    latents = run(num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("mean", "std", "geometry"):
+        assert torch.equal(getattr(latents, name), getattr(expected, name))
+
+
 def encode(vae: AutoencoderKL, dataset: datasets.Dataset, cache_dir: Path, **changes) -> ContextLatents:
     transform = ImageTransform(32, changes.get("center_crop", True), seed=0)
     random_flip = changes.get("random_flip", False)

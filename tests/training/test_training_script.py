@@ -183,7 +183,7 @@ def resumed(run, tmp_path_factory) -> Path:
     output_dir.mkdir()
     shutil.copytree(run.output_dir / "checkpoint-3", output_dir / "checkpoint-3")
     (output_dir / "unfinished-checkpoint-5").mkdir()
-    changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest"}
+    changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest", "dataloader_num_workers": 2}
     launch(run.options | changes, config_file=root / "options.yaml")
     return output_dir
 
