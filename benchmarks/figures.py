@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from sheets import COLUMNS, DRAWN, tiles
+from sheets import COLUMNS, DRAWN, join_tiles, tiles
 from tables import distances, summarize_row
 
 from diffusers_ctx.data import quad
-from diffusers_ctx.training import draw_grid
 
 
 _CURVE_SAMPLES = 500  # samples of each combination: distances of different numbers cannot be compared
@@ -28,19 +27,22 @@ _REFERENCE_SAMPLES = "quad-ours-seed0-n500.json"  # of its weights
 _CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
 
 
-def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Image.Image:
-    """Combinations that were never seen: real images first, beneath them the samples of every row."""
-    pictures, labels = [], []
-    for name in DRAWN:
-        if "+" not in name:
-            continue
+def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Figure:
+    """Combinations that were never seen, one a column: real images first, beneath them the samples of every row."""
+    combinations = [name for name in DRAWN if "+" in name]
+    labels = ["real images, held out", *rows]
+    figure = Figure(figsize=(4 * len(combinations) + 1.6, 0.53 * len(labels) + 0.3), layout="constrained")
+    grid = figure.subplots(len(labels), len(combinations), squeeze=False)
+    for column, name in zip(grid.T, combinations):
         real = quad.generate(name.split("+"), n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=dependent)
-        pictures.append(real.images)
-        labels.append(f"do({name.replace('+', ', ')}): real images, held out")
-        for row in rows:
-            pictures.append(tiles(Image.open(folder / f"{row}.png"), name))
-            labels.append(row)
-    return draw_grid(pictures, labels)
+        column[0].set_title(f"do({name.replace('+', ', ')})")
+        drawn = [real.images, *(tiles(Image.open(folder / f"{row}.png"), name) for row in rows)]
+        for axes, images in zip(column, drawn):
+            axes.imshow(join_tiles([images]), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    for axes, label in zip(grid[:, 0], labels):
+        axes.set_ylabel(label, rotation=0, horizontalalignment="right", verticalalignment="center")
+    return figure
 
 
 def draw_errors(results: list[dict[str, Any]]) -> Figure:
@@ -124,8 +126,8 @@ def main() -> None:
     chosen = [row for name in args.rows for row in results if row["row"] == name]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     by_error = sorted(results, key=lambda row: summarize_row(row)["pairs"])
-    draw_compositions(args.results, [row["row"] for row in by_error], dependent).save(
-        args.output_dir / "compositions.png"
+    draw_compositions(args.results, [row["row"] for row in by_error], dependent).savefig(
+        args.output_dir / "compositions.png", dpi=128
     )
     draw_errors(results).savefig(args.output_dir / "errors.png")
     draw_interference(chosen).savefig(args.output_dir / "interference.png")
