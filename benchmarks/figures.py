@@ -93,9 +93,10 @@ def draw_curves(results_dir: Path) -> Figure:
         places, *lines = zip(*line)
         for name, line in zip(("singles", "pairs", "triples"), lines):
             axes.plot(places, line, "o-", label=name)
-        axes.set(xscale="log", xlabel=label, ylim=(0, None))
+        axes.set(xscale="log", xlabel=label)
         axes.set_xticks(places, [f"{place:,}" for place in places], minor=False)
         axes.minorticks_off()
+    figure.axes[0].set_ylim(bottom=0)  # only now: it would keep the top as it is, and both axes share it
     figure.axes[0].set_ylabel(f"debiased distance, {_CURVE_SAMPLES} samples")
     figure.axes[0].legend()
     return figure
