@@ -7,10 +7,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from methods.setting import Sampler
+import torch
+from diffusers import AutoencoderKL
+from methods.setting import Sampler, device
 from scipy.stats import wasserstein_distance
 
-from diffusers_ctx import ContextModule
+from diffusers_ctx import ContextModule, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import (
     conformity,
@@ -18,12 +20,14 @@ from diffusers_ctx.evaluation import (
     edge_auroc,
     image_diversity,
     interference_matrix,
+    kernel_distance,
     mean_difference,
     read_attributes,
     sliced_wasserstein_distance,
     spillover,
     structural_hamming_distance,
 )
+from diffusers_ctx.evaluation.features import Features, latent_features
 from diffusers_ctx.evaluation.quad_attributes import attribute_difference
 from diffusers_ctx.evaluation.report import measure_context
 
@@ -35,6 +39,7 @@ COMBINATIONS = {
 REAL_SEED, AGAIN_SEED, SAMPLE_SEED = 3_000_000, 3_000_001, 5
 FLOOR_SEEDS = range(3_100_000, 3_100_008)
 READ_SAMPLES = 2000  # attributes are read off no more of them: it takes as long as sampling does
+KERNEL_SAMPLES = 500  # images of the kernel distance at most: its expectation does not depend on their number
 INTERFERENCE_SAMPLES = 200
 _READING_ERROR = 2e-3  # of attributes that are read off real images, at most on average
 EDGE_SHARE = 0.25  # of the strongest edge; weaker ones are not counted as learned
@@ -62,11 +67,37 @@ def real_floor(interventions: tuple[str, ...], n: int, dependent: bool) -> float
     return float(np.sqrt(np.mean([sliced_wasserstein_distance(other, real.images) ** 2 for other in others])))
 
 
+@cache
+def features_of_base() -> Features:
+    """The base's latents of the first images, which the kernel distance compares."""
+    vae = AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae", torch_dtype=torch.float32)
+    latents = latent_features(vae.requires_grad_(False).to(device()))
+    return lambda images: latents(images[:KERNEL_SAMPLES])
+
+
+@cache
+def real_features(interventions: tuple[str, ...], n: int, seed: int, dependent: bool) -> np.ndarray:
+    """Features of held-out images."""
+    sample, _ = real_sample(interventions, n, seed, dependent)
+    return features_of_base()(sample.images)
+
+
+def measure_kernel_distance(
+    images: np.ndarray, interventions: tuple[str, ...], n: int, dependent: bool
+) -> dict[str, float]:
+    """`kid` of images to held-out ones, its standard error over subsets `kid_error`, and `kid_floor` of other ones."""
+    real, again = (real_features(interventions, n, seed, dependent) for seed in (REAL_SEED, AGAIN_SEED))
+    subset = len(real) // 2
+    distance, error = kernel_distance(features_of_base()(images), real, subset)
+    return {"kid": distance, "kid_error": error, "kid_floor": kernel_distance(again, real, subset)[0]}
+
+
 def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int, dependent: bool) -> dict[str, Any]:
     """Figures of one combination of interventions.
 
     Returns:
-        All that `measure_context` returns, with the floor of `real_floor`, and `diversity` of the images; `conformity`
+        All that `measure_context` returns, with the floor of `real_floor`, and what `measure_kernel_distance` does;
+        `diversity` of the images; `conformity`
         of the attributes that were intervened on; the mean `drift`, in unit coordinates, of those that neither were
         nor descend from one that was; `shape_met`, the share of images with their caption's shape; and the last three
         of real images beside them.
@@ -78,6 +109,7 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
     figures = measure_context(images, real.images, again.images)
     figures["floor"] = real_floor(interventions, n, dependent)
     figures["debiased"] = debiased(figures["swd"], figures["floor"])
+    figures |= measure_kernel_distance(images, interventions, n, dependent)
     figures["diversity"] = image_diversity(images, real.images)
     values = read_attributes(images[:READ_SAMPLES]).values
     queried = [quad.FACTORS.index(name) for name in interventions if name in _READ]

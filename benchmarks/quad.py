@@ -4,8 +4,9 @@
     python benchmarks/quad.py --rows ours prompt-lora --seed 1
     python benchmarks/quad.py --table              # the tables of what has been measured
 
-Each row's figures go to a file in benchmarks/results/quad as they are measured: the same command, given again, goes on
-where it stopped. Weights, images, latents and concepts are kept in --work_dir: other code wants another one.
+Each row's figures, the log of its training and a picture go to files in benchmarks/results/quad, figures as they are
+measured: the same command, given again, goes on where it stopped. Weights, images, latents and concepts are kept in
+--work_dir: other code wants another one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from PIL import Image
 from provenance import commit, machine
 from sheets import COLUMNS, DRAWN, join_tiles
 from tables import render_tables
+from training_logs import write_log
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.training.config import ContextConfig
@@ -125,6 +127,9 @@ class Row:
                 spent = self.results.get("spent", 0.0) + time.monotonic() - start
                 self._add(spent=spent)
             self._add(seconds=spent, commit=commit(), machine=machine())
+        log = self.file.with_suffix(".csv")
+        if not log.exists():
+            write_log(self.folder, log)
         sample = method.load(self.setting, self.folder)
         for name, interventions in COMBINATIONS.items():
             if name not in self.results["contexts"]:

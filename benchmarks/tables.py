@@ -43,6 +43,7 @@ def summarize_row(results: dict[str, Any]) -> dict[str, Any] | None:
         "conformity of pairs": mean(pairs, "conformity") / mean(pairs, "conformity_real"),
         "drift": mean(singles + pairs, "drift") / mean(singles + pairs, "drift_real"),
         "diversity": mean(pairs, "diversity"),
+        "KID of pairs": mean(pairs, "kid"),
         "edges": results.get("graph", {}).get("auroc"),
         "minutes": results["seconds"] / 60,
     }
@@ -59,6 +60,7 @@ _COLUMNS = (
     "conformity of pairs",
     "drift",
     "diversity",
+    "KID of pairs",
     "edges",
     "minutes",
 )
@@ -75,9 +77,10 @@ def names_of(contexts: dict[str, Any], count: int) -> list[str]:
     return [name for name in contexts if len([part for part in name.split("+") if part != "obs"]) == count]
 
 
-def mean_over(contexts: dict[str, Any], names: list[str], key: str) -> float:
-    """Mean of a figure over those combinations that have it."""
-    return float(np.mean([contexts[name][key] for name in names if contexts[name].get(key) is not None]))
+def mean_over(contexts: dict[str, Any], names: list[str], key: str) -> float | None:
+    """Mean of a figure over those combinations that have it, `None` if none has."""
+    found = [contexts[name][key] for name in names if contexts[name].get(key) is not None]
+    return float(np.mean(found)) if found else None
 
 
 def _cell(value: Any) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.context import intervention_mask
@@ -80,12 +81,14 @@ class LightVae:
         decoder = create_decoder(module)
         parameters = [*module.parameters(), *decoder.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+        log = SummaryWriter(folder / "logs")
         start, step = time.monotonic(), 0
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             for rows in torch.tensor(list(sampler)).split(BATCH_SIZE):
                 left = 1 - (time.monotonic() - start) / self.seconds
                 if left <= 0:
+                    log.close()
                     return self._save(module, decoder, folder, step)
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * min(1, 5 * left)
@@ -95,6 +98,7 @@ class LightVae:
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
+                log.add_scalar("loss", loss.item(), step)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         module, decoder, _ = torch.load(folder / "vae.pt", weights_only=False)

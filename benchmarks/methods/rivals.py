@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from diffusers_ctx.data import ContextBalancedSampler, quad
@@ -82,11 +83,15 @@ class LoraTraining:
         pipeline: what is trained.
         latents: all images.
         seed: of batches and noise.
+        log_dir: where TensorBoard is told of the loss.
+        name: what is trained, for the log.
     """
 
     pipeline: StableDiffusionPipeline
     latents: ContextLatents
     seed: int
+    log_dir: Path
+    name: str
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -107,7 +112,9 @@ class LoraTraining:
         optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        for rows in tqdm(itertools.islice(self._batches(contexts), steps), total=steps, desc="Training"):
+        log = SummaryWriter(self.log_dir)
+        batches = itertools.islice(self._batches(contexts), steps)
+        for step, rows in enumerate(tqdm(batches, total=steps, desc="Training"), start=1):
             shape = (len(rows), *self.latents.mean.shape[2:])
             clean = self.latents.draw(rows, torch.randn(shape, generator=generator), torch.zeros(len(rows)))
             noise = torch.randn(shape, generator=generator)
@@ -120,6 +127,8 @@ class LoraTraining:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            log.add_scalar(f"loss/{self.name}", loss.item(), step)
+        log.close()
 
     def prompts(self, rows: torch.Tensor, name: bool) -> list[str]:
         """Captions, with the rare token of each image's context if `name`; some are left empty."""
@@ -189,7 +198,7 @@ class PromptLora:
 
     def train(self, setting: Setting, folder: Path) -> None:
         pipeline = load_base(setting)
-        training = LoraTraining(pipeline, setting.latents(), setting.seed)
+        training = LoraTraining(pipeline, setting.latents(), setting.seed, folder / "logs", "names")
         parameters = add_lora(pipeline.unet, LORA_TARGETS, "names")
         parameters += add_lora(pipeline.text_encoder, _TEXT_TARGETS, "names")
 
@@ -226,7 +235,7 @@ class LoraPerContext:
         latents, contexts = setting.latents(), quad.contexts()
         for name in contexts:
             pipeline = load_base(setting)
-            training = LoraTraining(pipeline, latents, setting.seed)
+            training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
 
             def predict(noisy, timesteps, target, rows, training=training):
                 return training.predict(noisy, timesteps, training.prompts(rows, name=False)), target
@@ -313,7 +322,7 @@ class ConceptSliders:
         latents = setting.latents()
         for name in quad.CONCEPTS:
             pipeline = load_prompt_lora(setting, folder.parent / self.source)
-            training = LoraTraining(pipeline, latents, setting.seed)
+            training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
             parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
 
             def predict(noisy, timesteps, target, rows, pipeline=pipeline, training=training, name=name):

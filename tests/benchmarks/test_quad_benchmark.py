@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from measure import AGAIN_SEED, REAL_SEED, measure_kernel_distance
 from methods.ours import GivenNoiseModule, UntoldModule, given_noise, oracle_graph, set_mechanisms
 from methods.rivals import (
     ComposableDiffusion,
@@ -20,9 +22,14 @@ from methods.rivals import (
 from methods.setting import Setting, in_batches
 from PIL import Image
 from tables import summarize_row
+from torch.utils.tensorboard import SummaryWriter
+from training_logs import write_log
 
+from diffusers_ctx import embedded_base
 from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.data import load_context_dataset, quad
+from diffusers_ctx.evaluation import kernel_distance
+from diffusers_ctx.evaluation.features import latent_features
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -85,8 +92,8 @@ def test_a_posterior_that_is_not_told_the_context_does_not_depend_on_it():
     assert torch.equal(module.abduct(latents, mask).mean, module.abduct(latents, 0 * mask).mean)
 
 
-def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting):
-    training = LoraTraining(load_base(setting), setting.latents(), seed=0)
+def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting, tmp_path):
+    training = LoraTraining(load_base(setting), setting.latents(), seed=0, log_dir=tmp_path, name="names")
     rows = next(training._batches(["obs", "size"]))
     contexts = [training.latents.contexts[row] for row in rows]
     assert contexts.count("obs") == contexts.count("size") == len(rows) / 2
@@ -116,6 +123,33 @@ def test_composing_without_the_lora_says_what_to_run(setting, tmp_path):
         ComposableDiffusion("prompt-lora").train(setting, tmp_path / "composable")
 
 
+def test_a_log_has_every_tenth_step_and_the_last_one_as_a_resumed_run_told_them_last(tmp_path):
+    for start, loss in ((0, 1.0), (20, 2.0)):  # stopped after step 33, and gone on from a checkpoint at step 20
+        with SummaryWriter(tmp_path / "logs", filename_suffix=str(start)) as log:
+            for step in range(start + 1, start + 34):
+                log.add_scalar("loss", loss, step)
+    write_log(tmp_path, tmp_path / "row.csv")
+    heading, *lines = (tmp_path / "row.csv").read_text().splitlines()
+    assert heading == "figure,step,value"
+    assert lines == ["loss,10,1", "loss,20,1", "loss,30,2", "loss,40,2", "loss,50,2", "loss,53,2"]
+
+
+def test_what_has_no_training_has_no_log(tmp_path):
+    write_log(tmp_path, tmp_path / "row.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
+    names = ("quad3",)
+    law = quad.generate(names, n=200, seed=12).images
+    other = quad.generate(("quad2",), n=200, seed=12).images
+    of_law, of_other = (measure_kernel_distance(images, names, 200, True) for images in (law, other))
+    assert abs(of_law["kid"]) < 0.1 * of_other["kid"]
+    real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, AGAIN_SEED))
+    features = latent_features(AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae"))
+    assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_row_is_trained_measured_and_not_measured_again(tmp_path):
     command = [sys.executable, FOLDER / "quad.py", "--rows", "ours", "--work_dir", tmp_path, "--results_dir", tmp_path]
@@ -128,4 +162,6 @@ def test_a_row_is_trained_measured_and_not_measured_again(tmp_path):
     assert written[0] == written[1]
     row = summarize_row(json.loads(file.read_text()))
     assert row is not None and 0 < row["pairs"] < 0.5 and 0 <= row["edges"] <= 1
+    assert row["KID of pairs"] > 0
+    assert "concepts/" in file.with_suffix(".csv").read_text()
     assert Image.open(file.with_suffix(".png")).width > 64
