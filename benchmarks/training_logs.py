@@ -12,7 +12,7 @@ LOGGED_EVERY = 10  # steps
 
 
 def write_log(folder: Path, file: Path) -> None:
-    """Writes figure, step and value, every tenth step and the last one, to a CSV file, if the folder has event files."""
+    """Writes figure, step and value, every tenth step and the last one, to a CSV file, if there are event files."""
     lines = [line for events in _event_folders(folder) for line in _scalars(events)]
     if not lines:
         return
