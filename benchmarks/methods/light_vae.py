@@ -27,7 +27,9 @@ from .setting import Sampler, Setting, in_batches
 TOKEN_DIM = 32
 BATCH_SIZE = 126  # 18 images of each context
 LEARNING_RATE = 1e-3
-KL_WARMUP_STEPS = 500
+# of the likelihood's own weight. At 1, the divergence weighs so little beside thousands of pixels that noise of images
+# never comes to match its prior; and begun with the last of these, noise holds what contexts do before mechanisms can
+FIRST_WEIGHT, LAST_WEIGHT = 3e-4, 3e-3
 _WIDTH = 64
 _PATCH = 4  # convolutions see patches of so many pixels as one: sixteen times as many steps in the same time
 
@@ -92,7 +94,8 @@ class LightVae:
                     return self._save(module, decoder, folder, step)
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * min(1, 5 * left)
-                loss = negative_bound(module, decoder, pixels[rows] / 127.5 - 1, masks[rows // count], step)
+                weight = likelihood_weight(1 - left)
+                loss = negative_bound(module, decoder, pixels[rows] / 127.5 - 1, masks[rows // count], weight)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 50.0)
                 optimizer.step()
@@ -121,12 +124,19 @@ class LightVae:
         torch.save((module, decoder, steps), folder / "vae.pt")
 
 
+def likelihood_weight(progress: float) -> float:
+    """Grows by the same factor in equal times over the first half of training, of which `progress` is done."""
+    return FIRST_WEIGHT * (LAST_WEIGHT / FIRST_WEIGHT) ** min(1.0, 2 * progress)
+
+
 def negative_bound(
-    module: ContextModule, decoder: nn.Module, pixels: torch.Tensor, mask: torch.Tensor, step: int
+    module: ContextModule, decoder: nn.Module, pixels: torch.Tensor, mask: torch.Tensor, weight: float
 ) -> torch.Tensor:
-    """Negative evidence bound, with the Gaussian likelihood at its best variance, as in learning the concepts."""
+    """Negative evidence bound, with the Gaussian likelihood at its best variance, as in learning the concepts.
+
+    `weight` is that of the likelihood: 1 / β.
+    """
     posterior = module.abduct(F.pixel_unshuffle(pixels, _PATCH), mask)
     z = posterior.at(torch.randn(len(pixels), *module.noise_shape))
     error = F.mse_loss(decoder(module(z, mask).flatten(1)), pixels)
-    warm_up = min(1.0, (step + 1) / KL_WARMUP_STEPS)
-    return pixels[0].numel() / 2 * error.log() + warm_up * posterior.kl().sum(dim=1).mean()
+    return weight * pixels[0].numel() / 2 * error.log() + posterior.kl().sum(dim=1).mean()

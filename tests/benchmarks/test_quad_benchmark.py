@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from measure import AGAIN_SEED, REAL_SEED, measure_kernel_distance
+from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
 from methods.ours import GivenNoiseModule, UntoldModule, given_noise, oracle_graph, set_mechanisms
 from methods.rivals import (
     ComposableDiffusion,
@@ -137,6 +138,22 @@ def test_a_log_has_every_tenth_step_and_the_last_one_as_a_resumed_run_told_them_
 def test_what_has_no_training_has_no_log(tmp_path):
     write_log(tmp_path, tmp_path / "row.csv")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_weight_of_the_likelihood_grows_by_the_same_factor_until_half_of_the_training():
+    weights = [likelihood_weight(progress) for progress in (0, 0.125, 0.25, 0.5, 0.75, 1)]
+    quarter = (LAST_WEIGHT / FIRST_WEIGHT) ** 0.25
+    middle = [FIRST_WEIGHT * quarter, FIRST_WEIGHT * quarter**2]
+    assert weights == pytest.approx([FIRST_WEIGHT, *middle, *[LAST_WEIGHT] * 3])
+
+
+def test_a_light_vae_trains_as_long_as_it_is_told_and_draws_contexts_with_the_same_noise(setting, tmp_path):
+    LightVae(seconds=2).train(setting, tmp_path)
+    sample = LightVae(seconds=2).load(setting, tmp_path)
+    captions = ["a picture of a circle"] * 3
+    plain, changed = (sample(captions, names, 0) for names in ([], ["quad1", "size"]))
+    assert plain.shape == (3, 64, 64, 3) and plain.dtype == np.uint8
+    assert np.array_equal(plain, sample(captions, [], 0)) and not np.array_equal(plain, changed)
 
 
 def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
