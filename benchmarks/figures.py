@@ -20,7 +20,6 @@ from diffusers_ctx.data import quad
 
 
 _CURVE_SAMPLES = 500  # samples of each combination: distances of different numbers cannot be compared
-_NOT_DRAWN = ("paper-vae",)  # ours of it does not work yet, which says nothing of the paper's
 _CURVE_RUNS = "quad/dependent-seed0-*/ours.json"
 _REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000}
 _REFERENCE_SAMPLES = "quad-ours-seed0-n500.json"  # of its weights
@@ -122,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
 
     results = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]
-    results = [row for row in results if summarize_row(row) is not None and row["row"] not in _NOT_DRAWN]
+    results = [row for row in results if summarize_row(row) is not None]
     dependent = not results[0]["options"]["independent"]
     chosen = [row for name in args.rows for row in results if row["row"] == name]
     args.output_dir.mkdir(parents=True, exist_ok=True)
