@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.data import quad
@@ -75,7 +76,14 @@ class BenchmarkTrainer(ContextTrainer):
     def _concepts_key(self) -> str:
         module = {name: value for name, value in self.context_module.config.items() if not name.startswith("_")}
         decisive = [type(self).__name__, self._features_digest, module, asdict(self.config.context)]
+        decisive.append(learning_code_digest(Path(diffusers_ctx.__file__).parent))
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def learning_code_digest(package: Path) -> str:
+    """Of the code that learns concepts: what an earlier version learned must not be taken for what this one would."""
+    files = sorted(file for name in ("context", "training") for file in (package / name).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class PooledTrainer(BenchmarkTrainer):

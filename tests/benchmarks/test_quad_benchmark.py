@@ -1,6 +1,7 @@
 """The benchmark's methods: what they are told, and that the bound knows quad's own mechanisms."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 from diffusers import AutoencoderKL
 from measure import AGAIN_SEED, REAL_SEED, measure_kernel_distance
 from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
-from methods.ours import GivenNoiseModule, UntoldModule, given_noise, oracle_graph, set_mechanisms
+from methods.ours import (
+    GivenNoiseModule,
+    UntoldModule,
+    given_noise,
+    learning_code_digest,
+    oracle_graph,
+    set_mechanisms,
+)
 from methods.rivals import (
     ComposableDiffusion,
     LoraTraining,
@@ -26,6 +34,7 @@ from tables import summarize_row
 from torch.utils.tensorboard import SummaryWriter
 from training_logs import write_log
 
+import diffusers_ctx
 from diffusers_ctx import embedded_base
 from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.data import load_context_dataset, quad
@@ -165,6 +174,16 @@ def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
     real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, AGAIN_SEED))
     features = latent_features(AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae"))
     assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name, decides", [("training/abduction.py", True), ("hub/push.py", False)])
+def test_concepts_of_other_code_are_not_taken_up(tmp_path, name, decides):
+    source = Path(diffusers_ctx.__file__).parent
+    package = shutil.copytree(source, tmp_path / "package", ignore=shutil.ignore_patterns("assets"))
+    before = learning_code_digest(package)
+    file = package / name
+    file.write_text(file.read_text() + "# changed\n")
+    assert (learning_code_digest(package) != before) == decides
 
 
 @pytest.mark.slow
