@@ -41,13 +41,13 @@ def photo() -> torch.Tensor:
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def everything(pipeline) -> dict[str, np.ndarray]:
+def everything(pipeline, **arguments) -> dict[str, np.ndarray]:
     counterfactual = pipeline.counterfactual(photo(), ["snow"], ["fog"], num_inference_steps=3, output_type="np")
     return {
-        "plain": images(pipeline, []),
-        "snow": images(pipeline),
-        "soft": sample(pipeline, interventions={"snow": 0.5, "night": 1.0}).images,
-        "guided": images(pipeline, context_guidance_scale=1.5),
+        "plain": images(pipeline, [], **arguments),
+        "snow": images(pipeline, **arguments),
+        "soft": sample(pipeline, interventions={"snow": 0.5, "night": 1.0}, **arguments).images,
+        "guided": images(pipeline, context_guidance_scale=1.5, **arguments),
         "noise": pipeline.abduct(photo(), ["fog"]).float().cpu().numpy(),
         "counterfactual": counterfactual.images,
     }
@@ -68,7 +68,10 @@ def test_a_seed_gives_what_it_gives_on_the_cpu(pipeline, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_near(pipeline, expected, dtype):
-    got = everything(pipeline.to(dtype))
+    size = pipeline.unet.config.sample_size
+    # of its own, a pipeline draws it in half precision, for which some versions of PyTorch draw other numbers
+    noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
+    got = everything(pipeline.to(dtype), latents=noise.to(dtype))
     for name in expected:
         assert got[name].shape == expected[name].shape and np.isfinite(got[name]).all()
         assert np.abs(got[name] - expected[name]).mean() < 0.03, name
