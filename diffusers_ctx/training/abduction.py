@@ -163,7 +163,7 @@ class AbductionLearning:
             self.progress.before_step(stage, 0, objective=self.objective)
             codes, contexts, look = self._codes(), self.objective.contexts, self.progress.look
             self.progress.values = learn_values(
-                self.module, codes, contexts, self.options, self.seed, self.show_progress, between=look
+                self.module, codes, contexts, self.options, self.seed, self.show_progress, before_step=look
             )
         assert self.progress.values is not None
         return self.progress.values

@@ -129,7 +129,7 @@ def learn_values(
     options: ContextConfig,
     seed: int,
     show_progress: bool = True,
-    between: Callable[[], None] = lambda: None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Learns mechanisms and causal layer together with a map from codes to node values.
 
@@ -144,7 +144,7 @@ def learn_values(
         options: weights of the terms; there are two steps for each of its `abduction_steps`.
         seed: seed of everything random.
         show_progress: whether to show a progress bar.
-        between: called after each part of an attempt; may raise something to end it all.
+        before_step: called before each step of an attempt; may raise something to end it all.
 
     Returns:
         Node values (n, N, d) of the images' mean codes.
@@ -167,8 +167,7 @@ def learn_values(
         for (_, number), goal in zip(_RUNGS, goals):
             attempts = sorted(attempts, key=lambda attempt: attempt.score, reverse=True)[:number]
             for attempt in attempts:
-                attempt.advance(goal, progress)
-                between()
+                attempt.advance(goal, progress, before_step)
     best = attempts[0]
     if not math.isfinite(best.score):
         raise FloatingPointError("The loss of telling concepts apart is not finite; lower `contrastive_weight`.")
@@ -208,10 +207,11 @@ class _Attempt:
         self._steps_done = 0
         self.score = -math.inf  # the mean of its last steps; more is better
 
-    def advance(self, step: int, progress: tqdm) -> None:
+    def advance(self, step: int, progress: tqdm, before_step: Callable[[], None]) -> None:
         """Goes on to this step, and fits mechanisms and causal layer anew; stops where the loss is not finite."""
         scores = []
         for _ in range(step - self._steps_done):
+            before_step()
             loss, score = self._loss()
             scores.append(score.item())
             if not loss.isfinite():
