@@ -49,7 +49,8 @@ def main() -> None:
     for name in args.combinations:
         if name not in results["contexts"]:
             interventions = () if name == "obs" else tuple(name.split("+"))
-            results["contexts"][name] = measure_combination(sample, interventions, args.n, not args.independent)
+            figures = measure_combination(sample, interventions, args.n, not args.independent)
+            results["contexts"][name] = figures | {"commit": now["commit"]}
             keep()
         figures = results["contexts"][name]
         keys = ("swd", "floor", "debiased", "drift", "drift_real")

@@ -17,6 +17,7 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import (
     conformity,
     debiased,
+    diversity,
     edge_auroc,
     image_diversity,
     interference_matrix,
@@ -97,10 +98,10 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
 
     Returns:
         All that `measure_context` returns, with the floor of `real_floor`, and what `measure_kernel_distance` does;
-        `diversity` of the images; `conformity`
-        of the attributes that were intervened on; the mean `drift`, in unit coordinates, of those that neither were
-        nor descend from one that was; `shape_met`, the share of images with their caption's shape; and the last three
-        of real images beside them.
+        `diversity` of the images; `conformity` of the attributes that were intervened on, jointly and as
+        `conformity_of` each; of those that neither were nor descend from one that was, `diversity_of` each and the
+        mean `drift`, in unit coordinates; `shape_met`, the share of images with their caption's shape; and
+        conformity, drift and shapes of real images beside them.
     """
     (real, real_values), (again, again_values) = (
         real_sample(interventions, n, seed, dependent) for seed in (REAL_SEED, AGAIN_SEED)
@@ -115,9 +116,14 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
     queried = [quad.FACTORS.index(name) for name in interventions if name in _READ]
     if queried:
         law = real_values[:, queried]
-        figures["conformity"] = conformity(values[:, queried], law, tolerance=_READING_ERROR).joint
+        found = conformity(values[:, queried], law, tolerance=_READING_ERROR)
+        figures["conformity"] = found.joint
+        figures["conformity_of"] = _by_factor(queried, found.per_attribute)
         figures["conformity_real"] = conformity(again_values[:, queried], law, tolerance=_READING_ERROR).joint
     moved = may_move(interventions, dependent)
+    still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
+    if still:
+        figures["diversity_of"] = _by_factor(still, diversity(values[:, still], real_values[:, still]))
     figures["drift"] = attribute_drift(values, real_values, moved)
     figures["drift_real"] = attribute_drift(again_values, real_values, moved)
     figures["shape_met"] = shape_met(values, again.captions)
@@ -181,6 +187,10 @@ def shape_met(values: np.ndarray, captions: Sequence[str]) -> float:
     """Share of attributes (n, 8) whose shape is the one that the first n captions name."""
     named = [next(index for index, name in enumerate(quad.SHAPES) if name in caption) for caption in captions]
     return float(np.mean(np.rint(3 * values[:, quad.FACTORS.index("shape")]) == named[: len(values)]))
+
+
+def _by_factor(columns: Sequence[int], figures: np.ndarray) -> dict[str, float]:
+    return {quad.FACTORS[column]: float(figure) for column, figure in zip(columns, figures)}
 
 
 def _as_lists(matrix: np.ndarray) -> list[list[float | None]]:

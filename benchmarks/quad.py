@@ -70,6 +70,7 @@ def rows(dependent: bool) -> dict[str, Method]:
         "base": PromptLora(contexts=("obs",), named=False),
         "base-pooled": PromptLora(named=False),
         "module-pooled": ContextAdapter(context=of_latents, trainer=PooledTrainer, told=False),
+        "amortized": ContextAdapter(context=amortized),
         "posterior-untold": ContextAdapter(context=amortized, trainer=UntoldTrainer),
         "labels-only": ContextAdapter(context=of_latents, trainer=LabelsTrainer, noise=False),
         "prompt-lora": PromptLora(),
@@ -134,7 +135,7 @@ class Row:
         for name, interventions in COMBINATIONS.items():
             if name not in self.results["contexts"]:
                 figures = measure_combination(sample, interventions, self.n, self.setting.dependent)
-                self.results["contexts"][name] = figures
+                self.results["contexts"][name] = figures | {"commit": commit()}
                 self._add()
                 print(f"{self.name} {name}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
         if "interference" not in self.results:
