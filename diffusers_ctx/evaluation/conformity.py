@@ -30,7 +30,7 @@ def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99, t
     is near an end. NaN, an attribute that could not be read or that is not defined, is an outcome of its own: it
     conforms where more than `1 - level` of the reference is NaN too (the orientation of quad's circles), and nowhere
     else. Give the attributes that were intervened on, read off the samples, and as reference the same ones read off
-    real held-out images of the same interventions, at least some `10 / (1 - level)` of them.
+    real held-out images of the same interventions, at least some `10 / (1 - level)` of them. The measure is ours.
 
     Read it beside the conformity of a second real sample: about `level` for an attribute, and between `level**A`, for
     independent attributes, and `level` jointly. Attributes that were all intervened on are independent, so that the
@@ -76,7 +76,8 @@ def _in_region(values: np.ndarray, reference: np.ndarray, level: float, toleranc
 def composition_gap(single: Sequence[float] | np.ndarray, pair: Sequence[float] | np.ndarray) -> float:
     """What composing costs: the mean error of pairs of interventions less the mean error of single ones.
 
-    Lower is better: 0 where combinations that were never trained on are met as well as what was. Below 0 is possible.
+    A measure of ours, in the unit of the errors. Lower is better: 0 where combinations that were never trained on are
+    met as well as what was. Below 0 is possible.
     The errors are of one kind, such as debiased sliced Wasserstein distances at the same number of images.
 
     Args:

@@ -77,7 +77,7 @@ def counterfactual_effectiveness(
         difference: as in `mean_difference`.
 
     Returns:
-        the mean absolute error (A,) of each attribute, in its unit.
+        the mean absolute error (A,) of each attribute, in its unit; at least 0, lower is better.
 
     Raises:
         ValueError: if the two are not matrices of the same shape.
@@ -106,7 +106,7 @@ def counterfactual_minimality(
         difference: as in `mean_difference`.
 
     Returns:
-        the mean absolute change of each fixed attribute, (number of fixed,), in its unit.
+        the mean absolute change of each fixed attribute, (number of fixed,), in its unit; at least 0, lower is better.
 
     Raises:
         ValueError: if the attributes are not matrices of the same shape or `fixed` is not one boolean for each.

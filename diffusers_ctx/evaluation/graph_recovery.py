@@ -14,9 +14,9 @@ from scipy.stats import mannwhitneyu
 def edge_auroc(strengths: np.ndarray, adjacency: np.ndarray) -> float:
     """Area under the ROC curve of the strengths as scores of "is an edge"; higher is better.
 
-    It is the probability that a true edge is stronger than a pair that is none, ties counting half: 1 is perfect,
-    0.5 is chance, below 0.5 edges point the wrong way. It needs no threshold. Block norms are only as comparable as
-    the scales of the nodes are; standardise these first if they differ.
+    It is the probability that a true edge is stronger than a pair that is none, ties counting half (Hanley and McNeil,
+    1982), in [0, 1]: 1 is perfect, 0.5 is chance, below 0.5 edges point the wrong way. It needs no threshold. Block
+    norms are only as comparable as the scales of the nodes are; standardise these first if they differ.
 
     Args:
         strengths: strengths (K, K).

@@ -59,7 +59,9 @@ def interference_matrix(
     Entry `[i, j]` is the mean absolute change of attribute `j` between samples with the same noise without and with
     intervention `i`, divided by the mean absolute difference of `j` between two independent observational samples. It
     is 0 where nothing moves, and 1 where the intervention might as well have drawn another image; above 1 where it
-    moves the attribute further than chance would. The errors of reading attributes are in it: a floor.
+    moves the attribute further than chance would. The errors of reading attributes are in it: a floor. Which way is
+    better depends on the entry: lower, where the causal graph lets nothing move, and otherwise near what the true
+    intervention moves; [`spillover`] tells the two apart. The measure is ours; its unit is Gini's mean difference.
 
     Args:
         before: attributes (n, A) of the samples without an intervention.
@@ -81,7 +83,9 @@ def interference_matrix(
 
 
 def spillover(matrix: np.ndarray, allowed: np.ndarray) -> Spillover:
-    """Mean interference with what an intervention must leave as it is, and with what it may move.
+    """Mean interference with what an intervention must leave as it is, and with what it may move; both at least 0.
+
+    A summary of ours of [`interference_matrix`]; see [`Spillover`] for what is better.
 
     With the causal graph, an intervention may move its target and the target's descendants, here for quad:
 

@@ -13,8 +13,8 @@ def kernel_distance(
     The kernel is `k(x, y) = (x·y / d + 1)³`, the estimate is the mean over random subsets of each set. With features
     of the Inception network it is the Kernel Inception Distance (Bińkowski et al., 2018, arXiv 1801.01401);
     any other features do, and figures of different features cannot be compared. In contrast to the Fréchet distance
-    and to the sliced Wasserstein distance its expectation does not depend on the number of images: it is 0 for two
-    samples of the same law, so that single estimates may be negative.
+    and to the sliced Wasserstein distance its expectation does not depend on the number of images: it is at least 0,
+    without a bound above, and 0 for two samples of the same law, so that single estimates may be negative.
 
     Args:
         a: features (n, d).

@@ -42,6 +42,11 @@ def sliced_wasserstein_distance(a: np.ndarray, b: np.ndarray, n_projections: int
 def debiased(distance: float, floor: float) -> float:
     """A distance without the share that the finite samples contribute: `sqrt(max(0, distance² - floor²))`.
 
+    At least 0; lower is better, 0 where samples are no further from real images than other real images are. The
+    square of a sliced Wasserstein distance between two samples has an expectation of about that between their laws
+    plus that of two samples of one law, hence the squares; the correction is ours. It is as uncertain as the distance
+    itself: see [`bootstrap_interval`], and near 0 more so, since a distance below the floor is cut off.
+
     Args:
         distance: a sliced Wasserstein distance, at least 0.
         floor: the distance between two sets of real images of the same law, as large as those of `distance`.
