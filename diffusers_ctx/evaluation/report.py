@@ -226,6 +226,6 @@ _LEGEND = (
     " first half; floor: that of the second half to the first, which samples of the true law would have; debiased: the"
     " SWD without the floor; KID: kernel distance, of expectation 0 for samples of the true law, on the features that"
     " were chosen (by default the autoencoder's latents, not to be held against published figures). Lower is better."
-    " The floor is that of one split, and other images would have given another; with few images it may be off by"
-    " a fifth, and debiased distances near it with it: hold contexts and adapters against one another on the same images."
+    " The floor is that of one split, and other images would have given another; with few images it may be off by a"
+    " fifth, and debiased distances near it with it: hold adapters against one another on the same images."
 )
