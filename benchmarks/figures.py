@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="Folder of one comparison's results.")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/benchmark"))
     parser.add_argument("--rows", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices.")
+    parser.add_argument("--shipped", type=Path, help="Figures of the adapter that is shipped, for the matrices too.")
     parser.add_argument("--curves", type=Path, help="Folder of all results, with runs of other steps and images.")
     args = parser.parse_args()
 
@@ -124,6 +125,8 @@ def main() -> None:
     results = [row for row in results if summarize_row(row) is not None]
     dependent = not results[0]["options"]["independent"]
     chosen = [row for name in args.rows for row in results if row["row"] == name]
+    if args.shipped:
+        chosen.insert(0, {"row": "shipped adapter"} | json.loads(args.shipped.read_text()))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     by_error = sorted(results, key=lambda row: summarize_row(row)["pairs"])
     draw_compositions(args.results, [row["row"] for row in by_error], dependent).savefig(
