@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,18 @@ from methods.ours import (
 )
 from methods.rivals import (
     ComposableDiffusion,
+    ConceptSliders,
+    LoraPerContext,
     LoraTraining,
     PromptLora,
     load_base,
     load_prompt_lora,
     name_concepts,
+    plain_sampler,
 )
 from methods.setting import Setting, in_batches
 from PIL import Image
+from safetensors.torch import load_file
 from tables import summarize_row
 from torch.utils.tensorboard import SummaryWriter
 from training_logs import write_log
@@ -126,6 +131,46 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     expected = alone(captions, ["quad1"], 0).astype(int)
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
     assert composed(captions, ["quad1", "size"], 0).shape == (3, 64, 64, 3)
+
+
+def add_by_hand(pipeline, folder: Path) -> None:
+    """Adds a LoRA of the UNet, whose rank is its scale, to the weights themselves."""
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    for name in (key for key in weights if key.endswith(".lora_A.weight")):
+        layer = pipeline.unet.get_submodule(name.removeprefix("unet.").removesuffix(".lora_A.weight"))
+        down, up = weights[name], weights[name.replace("lora_A", "lora_B")]
+        getattr(layer, "base_layer", layer).weight.data += up @ down
+
+
+def test_loras_of_several_contexts_are_added(setting, tmp_path):
+    setting = replace(setting, rival_steps=7)  # one for each
+    LoraPerContext().train(setting, tmp_path)
+    composed = LoraPerContext().load(setting, tmp_path)
+    captions = ["a picture of a circle"] * 3
+    got = {names: composed(captions, names, 0).astype(int) for names in ((), ("quad4",), ("quad4", "size"))}
+    pipeline = load_base(setting)
+    for name in ("quad4", "size"):
+        add_by_hand(pipeline, tmp_path / name)
+    expected = plain_sampler(pipeline, setting, lambda caption, _: caption)(captions, [], 0).astype(int)
+    assert np.abs(got.pop(("quad4", "size")) - expected).max() <= 1
+    assert min(np.abs(other - expected).max() for other in got.values()) > 1
+
+
+def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, tmp_path):
+    setting = replace(setting, rival_steps=6)
+    PromptLora().train(setting, tmp_path / "prompt-lora")
+    method = ConceptSliders("prompt-lora")
+    method.train(setting, tmp_path / "sliders")
+    composed = method.load(setting, tmp_path / "sliders")
+    captions = ["a picture of a circle"] * 3
+    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
+    plain = plain_sampler(pipeline, setting, lambda caption, _: caption)
+    before = plain(captions, [], 0).astype(int)
+    for name in ("quad4", "size"):
+        add_by_hand(pipeline, tmp_path / "sliders" / name)
+    expected = plain(captions, [], 0).astype(int)
+    assert np.abs(composed(captions, ["quad4", "size"], 0) - expected).max() <= 1 < np.abs(before - expected).max()
+    assert np.abs(composed(captions, [], 0) - before).max() <= 1
 
 
 def test_composing_without_the_lora_says_what_to_run(setting, tmp_path):
