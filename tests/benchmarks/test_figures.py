@@ -1,0 +1,67 @@
+"""The benchmark's figures show the numbers they are made from."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figures import draw_errors, draw_graphs, draw_interference
+
+from diffusers_ctx.data import quad
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    folder = RESULTS / "quad" / "dependent-seed0-images4000-steps1000"
+    return [json.loads((folder / f"{name}.json").read_text()) for name in ("prompt-lora", "ours")]
+
+
+def matrices_in(figure) -> dict[str, np.ndarray]:
+    return {axes.get_title(): axes.get_images()[0].get_array() for axes in figure.axes if axes.images}
+
+
+def test_matrices_are_beside_the_truth(rows):
+    names = {
+        axes.get_title(): axes.get_images()[0].get_array() for axes in draw_interference(rows).axes if axes.images
+    }
+    assert list(names) == ["truth", "prompt-lora", "ours"]
+    np.testing.assert_array_equal(names["ours"], rows[1]["interference"]["matrix"])
+    np.testing.assert_array_equal(names["truth"], rows[0]["interference"]["true_matrix"])
+
+    graphs = matrices_in(draw_graphs(rows))
+    assert list(graphs) == ["truth", "ours"]  # the other has no graph
+    np.testing.assert_array_equal(graphs["ours"], rows[1]["graph"]["strengths"])
+    edges = {(quad.CONCEPTS[cause], quad.CONCEPTS[effect]) for effect, cause in zip(*np.nonzero(graphs["truth"]))}
+    assert edges == {edge for edge in quad.EDGES if set(edge) <= set(quad.CONCEPTS)}
+
+
+def test_the_best_row_is_on_top_with_its_means(rows):
+    (axes,) = draw_errors(rows).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["prompt-lora", "ours"]  # from below
+    pairs = [bar.get_width() for bar in axes.containers[1]]
+    contexts = rows[1]["contexts"]
+    assert pairs[1] == pytest.approx(np.mean([contexts["+".join(pair)]["debiased"] for pair in quad.HELD_OUT_PAIRS]))
+    assert pairs[0] > pairs[1]
+
+
+def test_figures_are_drawn_from_the_results(tmp_path):
+    program = RESULTS.parent / "figures.py"
+    folder = RESULTS / "quad" / "independent-seed0-images4000-steps1000"
+    options = [
+        "--output_dir",
+        tmp_path,
+        "--rows",
+        "ours",
+        "--curves",
+        RESULTS,
+        "--shipped",
+        RESULTS / "quad-context.json",
+    ]
+    subprocess.run([sys.executable, program, folder, *options], check=True)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"compositions.png", "errors.png", "interference.png", "graphs.png", "curves.png"}
