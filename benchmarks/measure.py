@@ -121,7 +121,7 @@ def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int,
         figures["conformity_of"] = _by_factor(queried, found.per_attribute)
         figures["conformity_real"] = conformity(again_values[:, queried], law, tolerance=_READING_ERROR).joint
     moved = may_move(interventions, dependent)
-    still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
+    still = _columns_without(moved)
     if still:
         figures["diversity_of"] = _by_factor(still, diversity(values[:, still], real_values[:, still]))
     figures["drift"] = attribute_drift(values, real_values, moved)
@@ -176,8 +176,7 @@ def attribute_drift(values: np.ndarray, reference: np.ndarray, moved: Collection
 
     Where none could, 1; `None` if all have moved.
     """
-    still = [quad.FACTORS.index(name) for name in _READ if name not in moved]
-    pairs = [(values[:, column], reference[:, column]) for column in still]
+    pairs = [(values[:, column], reference[:, column]) for column in _columns_without(moved)]
     readable = [(a[~np.isnan(a)], b[~np.isnan(b)]) for a, b in pairs]
     distances = [wasserstein_distance(a, b) if len(a) else 1.0 for a, b in readable]
     return float(np.mean(distances)) if distances else None
@@ -187,6 +186,11 @@ def shape_met(values: np.ndarray, captions: Sequence[str]) -> float:
     """Share of attributes (n, 8) whose shape is the one that the first n captions name."""
     named = [next(index for index, name in enumerate(quad.SHAPES) if name in caption) for caption in captions]
     return float(np.mean(np.rint(3 * values[:, quad.FACTORS.index("shape")]) == named[: len(values)]))
+
+
+def _columns_without(moved: Collection[str]) -> list[int]:
+    """Of the attributes that did not have to move."""
+    return [quad.FACTORS.index(name) for name in _READ if name not in moved]
 
 
 def _by_factor(columns: Sequence[int], figures: np.ndarray) -> dict[str, float]:

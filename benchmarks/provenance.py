@@ -28,11 +28,9 @@ def machine() -> str:
 
 def _processor() -> str:
     """The model's name, for which Python has nothing that works everywhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    file = Path("/proc/cpuinfo")
+    names = (line for line in file.read_text().splitlines() if line.startswith("model name")) if file.exists() else ()
+    return next((line.split(": ")[1] for line in names), platform.processor() or platform.machine())
 
 
 def adapter_digest(adapter: str | Path) -> str:

@@ -132,10 +132,11 @@ class Row:
         if not log.exists():
             write_log(self.folder, log)
         sample = method.load(self.setting, self.folder)
+        measured = {"commit": commit()}
         for name, interventions in COMBINATIONS.items():
             if name not in self.results["contexts"]:
                 figures = measure_combination(sample, interventions, self.n, self.setting.dependent)
-                self.results["contexts"][name] = figures | {"commit": commit()}
+                self.results["contexts"][name] = figures | measured
                 self._add()
                 print(f"{self.name} {name}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
         if "interference" not in self.results:

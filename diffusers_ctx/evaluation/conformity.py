@@ -77,8 +77,8 @@ def composition_gap(single: Sequence[float] | np.ndarray, pair: Sequence[float] 
     """What composing costs: the mean error of pairs of interventions less the mean error of single ones.
 
     A measure of ours, in the unit of the errors. Lower is better: 0 where combinations that were never trained on are
-    met as well as what was. Below 0 is possible.
-    The errors are of one kind, such as debiased sliced Wasserstein distances at the same number of images.
+    met as well as what was. Below 0 is possible. The errors are of one kind, such as debiased sliced Wasserstein
+    distances at the same number of images.
 
     Args:
         single: an error for each single intervention.
