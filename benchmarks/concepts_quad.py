@@ -23,10 +23,10 @@ from diffusers_ctx.evaluation import (
 )
 
 
-def abduct(pipeline: ComposablePipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def infer_nodes(pipeline: ComposablePipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Noise and values (n, nodes) of observational images (n, 64, 64, 3)."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    noise = torch.cat([pipeline.abduct(batch) for batch in pixels.split(100)])
+    noise = torch.cat([pipeline.infer_exogenous_noise(batch) for batch in pixels.split(100)])
     observational = torch.zeros(len(noise), len(pipeline.concepts), device=noise.device)
     with torch.no_grad():
         values = pipeline.context_module.concept_values(noise, observational)
@@ -56,7 +56,7 @@ def main() -> None:
 
     pipeline = load_pipeline(args.adapter, embedded_base())
     sample = quad.generate(n=args.n, seed=args.seed)
-    noise, values = abduct(pipeline, sample.images)
+    noise, values = infer_nodes(pipeline, sample.images)
     places, dim = [quad.FACTORS.index(name) for name in pipeline.concepts], pipeline.context_module.config.noise_dim
     factors, true_noise = sample.factors[:, places], sample.noise[:, places]
     figures = {

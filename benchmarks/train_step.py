@@ -31,7 +31,7 @@ import peft
 import torch
 import transformers
 from methods.setting import device
-from methods.steps import AdapterRun, Contestant, PlainLora, StepSetting, create_run
+from methods.steps import AdapterRun, PlainLora, StepCase, StepSetting, create_run
 
 from diffusers_ctx import embedded_base
 
@@ -41,15 +41,15 @@ REFERENCE = "plain-lora"
 _WARMUP_ROUNDS = 5
 _MEMORY_STEPS = 3  # the optimizer's state is there from the first one on
 _RESAMPLES = 2000
-CONTESTANTS = {
-    REFERENCE: Contestant(None),
-    "frozen": Contestant("frozen"),
-    "lora": Contestant("lora"),
-    "lora-first-share": Contestant("lora", first_share=True),
-    "full": Contestant("full"),
-    "full-first-share": Contestant("full", first_share=True),
-    "plain-lora-encoding": Contestant(None, cached=False),
-    "lora-encoding": Contestant("lora", cached=False),
+CASES = {
+    REFERENCE: StepCase(None),
+    "frozen": StepCase("frozen"),
+    "lora": StepCase("lora"),
+    "lora-first-share": StepCase("lora", first_share=True),
+    "full": StepCase("full"),
+    "full-first-share": StepCase("full", first_share=True),
+    "plain-lora-encoding": StepCase(None, cached=False),
+    "lora-encoding": StepCase("lora", cached=False),
 }
 
 
@@ -71,7 +71,7 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int, warmup_rounds: 
 
 
 def ratio_of_medians(seconds: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """The ratio of the medians of two contestants, and its 95 % bootstrap interval over the rounds they share."""
+    """The ratio of the medians of two cases, and its 95 % bootstrap interval over the rounds they share."""
     rounds = np.random.default_rng(0).integers(0, len(seconds), (_RESAMPLES, len(seconds)))
     resampled = np.median(seconds[rounds], axis=1) / np.median(reference[rounds], axis=1)
     return {
@@ -101,7 +101,7 @@ def peak_resident() -> float:
 
 
 def peak_memory_alone(name: str, args: argparse.Namespace) -> float:
-    """`peak_memory` of a contestant in a process of its own.
+    """`peak_memory` of a case in a process of its own.
 
     On Linux a process starts with the peak of the one that started it: call this before models are loaded.
     """
@@ -116,13 +116,13 @@ def peak_memory_alone(name: str, args: argparse.Namespace) -> float:
 
 
 def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    """Figures of all contestants."""
+    """Figures of all cases."""
     imported = peak_resident()
-    memory = {name: peak_memory_alone(name, args) for name in CONTESTANTS}
+    memory = {name: peak_memory_alone(name, args) for name in CASES}
     setting = create_setting(args, work_dir)
-    runs = {name: create_run(setting, contestant) for name, contestant in CONTESTANTS.items()}
+    runs = {name: create_run(setting, case) for name, case in CASES.items()}
     seconds = alternate({name: run.step for name, run in runs.items()}, args.steps, _WARMUP_ROUNDS)
-    contestants = {
+    cases = {
         name: {
             "optimizer_parameters": sum(p.numel() for p in run.learning),
             "median_seconds": float(np.median(seconds[name])),
@@ -134,10 +134,10 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     }
     caching = {
         name: ratio_of_medians(seconds[f"{name}-encoding"], seconds[name])
-        for name in CONTESTANTS
-        if f"{name}-encoding" in CONTESTANTS
+        for name in CASES
+        if f"{name}-encoding" in CASES
     }
-    return {"contestants": contestants, "encoding_to_cached": caching, "imported_mib": imported}
+    return {"cases": cases, "encoding_to_cached": caching, "imported_mib": imported}
 
 
 def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
@@ -147,7 +147,7 @@ def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """How, where and with what it was measured."""
-    from provenance import commit, machine  # not above: what it imports would count as the contestants' memory
+    from provenance import commit, machine  # not above: what it imports would count as the cases' memory
 
     base = Path(args.pretrained_model_name_or_path)
     libraries = (torch, diffusers, transformers, accelerate, peft)
@@ -176,7 +176,7 @@ def render_table(results: dict[str, Any]) -> str:
         "| | parameters in the optimizer | step, ms | quartiles | of plain LoRA | 95 % interval | peak memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, row in results["contestants"].items():
+    for name, row in results["cases"].items():
         lower, upper = (1000 * quartile for quartile in row["quartiles_seconds"])
         ratio, (low, high) = row["to_plain_lora"]["ratio"], row["to_plain_lora"]["interval"]
         lines.append(
@@ -199,9 +199,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--allow_tf32", action="store_true", help="Let a GPU multiply in TF32.")
-    parser.add_argument("--steps", type=int, default=100, help="Steps of each contestant, after a few to warm up.")
+    parser.add_argument("--steps", type=int, default=100, help="Steps of each case, after a few to warm up.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
-    parser.add_argument("--only", choices=list(CONTESTANTS), help="Print the peak memory of this one alone, in MiB.")
+    parser.add_argument("--only", choices=list(CASES), help="Print the peak memory of this one alone, in MiB.")
     return parser.parse_args()
 
 
@@ -212,7 +212,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if args.only is not None:
             setting = create_setting(args, Path(folder))
-            print(peak_memory(create_run(setting, CONTESTANTS[args.only])))
+            print(peak_memory(create_run(setting, CASES[args.only])))
             return
         results = measure(args, Path(folder))
     results = circumstances(args) | results

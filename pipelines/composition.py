@@ -20,17 +20,17 @@ from PIL.Image import Image, Resampling
 
 from diffusers_ctx.adapter import (
     ContextAdapterLoaderMixin,
+    add_context_tokens,
+    check_no_disk_offload,
     lora_detached,
-    refuse_weights_on_disk,
-    weights_at_hand,
-    with_context,
+    on_device,
 )
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
 from diffusers_ctx.context import ContextModule, Interventions, embed_captions, intervention_mask
 
 from .guidance import context_guidance
 from .inversion import denoise, evenly_spaced_timesteps, invert
-from .noise import draw_apart
+from .noise import fork_generator_randn
 
 
 _CANDIDATES = 64  # of exogenous noise, of which the prompt chooses
@@ -137,7 +137,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         if encoder == "vae":
             return None
         if encoder == "unet":
-            return UNetFeatures(self.unet, list(self.text_encoders.values()), self._told_without_prompt)
+            return UNetFeatures(self.unet, list(self.text_encoders.values()), self._unconditional_kwargs)
         if self._clip_features is None and getattr(self, "image_encoder", None) is not None:
             return ClipFeatures(self.image_encoder)
         if self._clip_features is None:
@@ -213,9 +213,9 @@ class CompositionMixin(ContextAdapterLoaderMixin):
                 )
             return exogenous_noise
         if captions is None:
-            return draw_apart(shape, generator)
+            return fork_generator_randn(shape, generator)
         # candidates, and a number each to choose by
-        numbers = draw_apart((num_images, _CANDIDATES, shape[1] * shape[2] + 1), generator)
+        numbers = fork_generator_randn((num_images, _CANDIDATES, shape[1] * shape[2] + 1), generator)
         candidates, uniform = numbers[..., :-1].unflatten(-1, shape[1:]), torch.special.ndtr(numbers[..., -1])
         with self._module_at_hand() as (module, device):
             return module.choose_noise(candidates.to(device), captions.to(device), uniform.to(device)).cpu()
@@ -250,7 +250,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         return ip_adapter_image_embeds
 
     @torch.no_grad()
-    def abduct(
+    def infer_exogenous_noise(
         self, image: PipelineImageInput, factual: Interventions | Sequence[Interventions] = None
     ) -> torch.Tensor:
         """The exogenous noise (B, N, d_z) that explains images: the mean of the posterior.
@@ -262,7 +262,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             factual: the interventions under which they came about; none if they are observational.
         """
         pixels = self._preprocess(image)
-        noise = self._abduct(pixels, self._encode_images(pixels), factual)
+        noise = self._infer_noise(pixels, self._encode_images(pixels), factual)
         self.maybe_free_model_hooks()
         return noise
 
@@ -283,7 +283,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         mechanisms of `interventions` take the place of the factual ones. Prediction: both noises are run forward.
 
         Args:
-            image: one image or several, see `abduct`.
+            image: one image or several, see `infer_exogenous_noise`.
             interventions: the counterfactual context, as in `__call__`; equal to `factual`, it gives the images back.
             factual: the interventions under which the images came about.
             prompt: describes the images; one for all or one each.
@@ -298,13 +298,13 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be 1 or more.")
         pixels = self._preprocess(image)
         latents = self._encode_images(pixels)
-        noise = self._abduct(pixels, latents, factual)
+        noise = self._infer_noise(pixels, latents, factual)
         prompts = [prompt] * len(latents) if isinstance(prompt, str) else prompt
         if len(prompts) != len(latents):
             raise ValueError(
                 f"`prompt` has {len(prompts)} entries for {len(latents)} images; give one for all or each."
             )
-        conditions = self.unet_conditions(self.encode_captions(prompts), self._uncropped(latents))
+        conditions = self.unet_conditions(self.encode_captions(prompts), self.full_image_geometry(latents))
         # the noise schedule alone, whichever scheduler samples: not every class builds all of them
         alphas = DDIMScheduler.from_config(self.scheduler.config).alphas_cumprod.to(latents.device)
         prediction_type = self.scheduler.config.prediction_type
@@ -314,7 +314,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             tokens = self._context_tokens(noise, self._mask(context, len(latents)))
 
             def model(x, t):
-                return self.unet(x.to(tokens.dtype), t, **with_context(conditions, tokens), return_dict=False)[0]
+                return self.unet(x.to(tokens.dtype), t, **add_context_tokens(conditions, tokens), return_dict=False)[0]
 
             return model
 
@@ -344,24 +344,24 @@ class CompositionMixin(ContextAdapterLoaderMixin):
         with self._module_at_hand() as (module, device):
             return module(noise.to(device), mask.to(device))
 
-    def _abduct(
+    def _infer_noise(
         self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
     ) -> torch.Tensor:
         mask = self._mask(factual, len(latents))
-        seen = self._seen_by_posterior(pixels, latents)
+        seen = self._posterior_input(pixels, latents)
         with self._module_at_hand() as (module, device):
-            return module.abduct(seen.to(device), mask.to(device)).mean
+            return module.posterior(seen.to(device), mask.to(device)).mean
 
     @contextmanager
     def _module_at_hand(self) -> Iterator[tuple[ContextModule, torch.device]]:
         """The context module and the device that its weights are on while this is open."""
         module, device = self._require_context_module(), self._execution_device
-        refuse_weights_on_disk(self.unet)
+        check_no_disk_offload(self.unet)
         self._warn_of_inactive_lora()
-        with weights_at_hand(module, device):
+        with on_device(module, device):
             yield module, device
 
-    def _seen_by_posterior(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _posterior_input(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         config = self._require_context_module().config
         image_features = self.image_features(config.posterior_encoder)
         if image_features is None:
@@ -374,8 +374,8 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             )
         return image_features(pixels.to(self._execution_device), latents)
 
-    def _told_without_prompt(self, latents: torch.Tensor) -> dict[str, Any]:
-        return self.unet_conditions(self.encode_captions([""] * len(latents)), self._uncropped(latents))
+    def _unconditional_kwargs(self, latents: torch.Tensor) -> dict[str, Any]:
+        return self.unet_conditions(self.encode_captions([""] * len(latents)), self.full_image_geometry(latents))
 
     def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1]; PIL images are brought to the adapter's size as `ImageTransform` does it."""
@@ -411,7 +411,7 @@ class CompositionMixin(ContextAdapterLoaderMixin):
             if overflows:
                 self.vae.to(dtype)
 
-    def _uncropped(self, latents: torch.Tensor) -> torch.Tensor:
+    def full_image_geometry(self, latents: torch.Tensor) -> torch.Tensor:
         """The geometry (B, 6) of whole images with these latents."""
         size = [side * self.vae_scale_factor for side in latents.shape[2:]]
         return torch.tensor([*size, 0, 0, *size]).repeat(len(latents), 1)

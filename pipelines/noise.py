@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def draw_apart(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+def fork_generator_randn(
+    shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
     """Standard normal noise that depends on the generator's state but leaves it as it is.
 
     A copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
@@ -19,7 +21,7 @@ def draw_apart(shape: tuple[int, ...], generator: torch.Generator | list[torch.G
     if isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} images.")
-        return torch.cat([draw_apart((1, *shape[1:]), one) for one in generator])
+        return torch.cat([fork_generator_randn((1, *shape[1:]), one) for one in generator])
     copy = torch.Generator(device=generator.device)
     copy.set_state(generator.get_state())
     seed = torch.randint(2**62, (), generator=copy, device=generator.device).item()

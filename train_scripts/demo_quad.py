@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
-from diffusers_ctx.training import ContextTrainer, TrainingConfig, draw_grid, sample_rows
-from diffusers_ctx.training.checkpoints import list_checkpoints
+from diffusers_ctx.evaluation.grids import draw_grid, sample_rows
+from diffusers_ctx.training import ContextTrainer, TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
+from diffusers_ctx.training.run.checkpoints import list_checkpoints
 
 
 CONTEXTS = (*quad.contexts().values(), ("quad1", "quad4"), ("quad2", "size"), ("quad1", "quad3", "orientation"))

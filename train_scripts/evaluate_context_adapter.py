@@ -28,11 +28,13 @@ from transformers import HfArgumentParser
 
 import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, embedded_base
-from diffusers_ctx.adapter.format import public_name
+from diffusers_ctx.adapter.weights import public_name
+from diffusers_ctx.adapter_format import adapter_files, read_adapter_config
 from diffusers_ctx.data import load_context_dataset
 from diffusers_ctx.data.held_out import split_held_out
 from diffusers_ctx.embedded import EMBEDDED_BASE
 from diffusers_ctx.evaluation.features import autoencode, clip_features, latent_features
+from diffusers_ctx.evaluation.grids import draw_grid
 from diffusers_ctx.evaluation.image_store import ImageJob, check_settings, make_images, write_settings
 from diffusers_ctx.evaluation.report import (
     draw_strengths,
@@ -41,11 +43,9 @@ from diffusers_ctx.evaluation.report import (
     render_markdown,
     summarize,
 )
-from diffusers_ctx.hub import pipeline_name, read_adapter_config, resolve_adapter_folder
-from diffusers_ctx.hub.validation import adapter_files
+from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 from diffusers_ctx.pipelines import CompositionMixin
-from diffusers_ctx.training import draw_grid
-from diffusers_ctx.training.files import check_writable
+from diffusers_ctx.training.run.files import check_writable
 
 
 ROUNDS = 10  # of counterfactuals without an intervention

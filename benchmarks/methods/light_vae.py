@@ -136,7 +136,7 @@ def negative_bound(
 
     `weight` is that of the likelihood: 1 / β.
     """
-    posterior = module.abduct(F.pixel_unshuffle(pixels, _PATCH), mask)
+    posterior = module.posterior(F.pixel_unshuffle(pixels, _PATCH), mask)
     z = posterior.at(torch.randn(len(pixels), *module.noise_shape))
     error = F.mse_loss(decoder(module(z, mask).flatten(1)), pixels)
     return weight * pixels[0].numel() / 2 * error.log() + posterior.kl().sum(dim=1).mean()

@@ -20,8 +20,8 @@ from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.data import quad
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
-from diffusers_ctx.training.latent_cache import cached
-from diffusers_ctx.training.latents import ContextLatents
+from diffusers_ctx.training.encoding.latent_cache import cached
+from diffusers_ctx.training.encoding.latents import ContextLatents
 
 from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
 
@@ -97,8 +97,8 @@ class PooledTrainer(BenchmarkTrainer):
 class UntoldModule(ContextModule):
     """A module whose posterior is not told the context."""
 
-    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
-        return super().abduct(latents, torch.zeros_like(mask))
+    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        return super().posterior(latents, torch.zeros_like(mask))
 
 
 class UntoldTrainer(BenchmarkTrainer):
@@ -111,7 +111,7 @@ class UntoldTrainer(BenchmarkTrainer):
 class GivenNoiseModule(ContextModule):
     """A module without a posterior: the noise is the standard normal numbers it is handed."""
 
-    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
         nodes, dim = self.noise_shape
         mean = latents.new_zeros(len(latents), nodes, dim)
         factor = torch.eye(nodes * dim, device=mean.device).expand(len(mean), -1, -1)
@@ -206,7 +206,7 @@ class ContextAdapter:
         return TrainingConfig(
             ModelConfig(setting.base, mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
             DataConfig(train_data_dir=str(setting.data_dir), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
-            replace(self.context, abduction_steps=setting.concept_steps),
+            replace(self.context, concept_steps=setting.concept_steps),
             OptimizationConfig(
                 seed=setting.seed,
                 train_batch_size=64,

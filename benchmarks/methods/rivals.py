@@ -19,8 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from diffusers_ctx.data import ContextBalancedSampler, quad
-from diffusers_ctx.training.latents import ContextLatents
-from diffusers_ctx.training.modes import LORA_TARGETS
+from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
+from diffusers_ctx.training.encoding.latents import ContextLatents
 
 from .setting import Sampler, Setting, device, in_batches
 

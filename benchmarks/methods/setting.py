@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 from diffusers_ctx import embedded_base
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
-from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
 
 
 BATCH_SIZE = 100  # images sampled at once

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
-from diffusers_ctx.training.accelerator import create_accelerator
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
-from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
-from diffusers_ctx.training.modes import LORA_TARGETS
+from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
+from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.run.accelerator import create_accelerator
 
 from .setting import device
 
@@ -32,7 +32,7 @@ _ENDLESS = 1_000_000  # steps of a run that is never finished
 
 
 @dataclass(frozen=True)
-class Contestant:
+class StepCase:
     """Whose steps are measured.
 
     Attributes:
@@ -69,7 +69,7 @@ class EncodedLatents(ContextLatents):
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What all contestants share.
+    """What all cases share.
 
     Attributes:
         base: local folder or Hub id of a Stable Diffusion.
@@ -90,13 +90,13 @@ class StepSetting:
     def load_pipeline(self) -> ComposablePipeline:
         return ComposablePipeline.from_pretrained(self.base, safety_checker=None, requires_safety_checker=False)
 
-    def config(self, contestant: Contestant) -> TrainingConfig:
+    def config(self, case: StepCase) -> TrainingConfig:
         return TrainingConfig(
             ModelConfig(
                 self.base,
-                mode=contestant.mode or "lora",
+                mode=case.mode or "lora",
                 rank=self.rank,
-                unfreeze_after=0.5 if contestant.first_share else 0.0,
+                unfreeze_after=0.5 if case.first_share else 0.0,
             ),
             DataConfig(
                 train_data_dir=str(self._data_dir), concepts=list(quad.CONCEPTS), resolution=self._pixels.shape[-1]
@@ -148,19 +148,19 @@ class AdapterRun(ContextTrainer):
     Concepts are not learned first: a step takes as long with any.
 
     Args:
-        setting: what all contestants share.
-        contestant: its mode and latents.
+        setting: what all cases share.
+        case: its mode and latents.
     """
 
-    def __init__(self, setting: StepSetting, contestant: Contestant):
-        self.setting, self.contestant = setting, contestant
-        super().__init__(setting.config(contestant), setting.load_pipeline())
+    def __init__(self, setting: StepSetting, case: StepCase):
+        self.setting, self.case = setting, case
+        super().__init__(setting.config(case), setting.load_pipeline())
         self._prepare_training()
         self.pipeline.unet.train()
         self.numbered_batches = self._batches(0)
 
     def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
-        return self.setting.latents(self.pipeline.vae, self.contestant.cached)
+        return self.setting.latents(self.pipeline.vae, self.case.cached)
 
     @property
     def learning(self) -> list[torch.nn.Parameter]:
@@ -175,13 +175,13 @@ class PlainLora:
     """A LoRA's training as in diffusers' `train_text_to_image_lora.py`, a step at a time.
 
     Args:
-        setting: what all contestants share.
-        contestant: its latents.
+        setting: what all cases share.
+        case: its latents.
     """
 
-    def __init__(self, setting: StepSetting, contestant: Contestant):
-        self.options = setting.config(contestant).optimization
-        self.accelerator = create_accelerator(setting.config(contestant))
+    def __init__(self, setting: StepSetting, case: StepCase):
+        self.options = setting.config(case).optimization
+        self.accelerator = create_accelerator(setting.config(case))
         self.pipeline = setting.load_pipeline().to(self.accelerator.device)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(setting.mixed_precision, torch.float32)
         for module in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.unet):
@@ -196,7 +196,7 @@ class PlainLora:
         cast_training_params(self.pipeline.unet, torch.float32)
         self.learning = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        latents = setting.latents(self.pipeline.vae, contestant.cached)
+        latents = setting.latents(self.pipeline.vae, case.cached)
         device = self.accelerator.device
         self.latents = replace(latents, mean=latents.mean.to(device), std=latents.std.to(device))
         self._prepare()
@@ -258,5 +258,5 @@ class PlainLora:
         ).input_ids
 
 
-def create_run(setting: StepSetting, contestant: Contestant) -> AdapterRun | PlainLora:
-    return (PlainLora if contestant.mode is None else AdapterRun)(setting, contestant)
+def create_run(setting: StepSetting, case: StepCase) -> AdapterRun | PlainLora:
+    return (PlainLora if case.mode is None else AdapterRun)(setting, case)

@@ -29,8 +29,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapter_format import INJECTIONS
 from ..context import ContextModule
-from ..hub import INJECTIONS
 
 
 _CROSS_ATTENTION = "attn2.processor"
@@ -199,7 +199,7 @@ def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
 
 
 @contextmanager
-def weights_at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """All weights are on the device while this is open, if offloading has put them away in memory.
 
     Groups of layers that are offloaded come by themselves, but one by one, and only where a layer's own `forward` is
@@ -219,10 +219,10 @@ def weights_at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
             nn.Module.to(module, before)
 
 
-def refuse_weights_on_disk(unet: UNet2DConditionModel) -> None:
+def check_no_disk_offload(unet: UNet2DConditionModel) -> None:
     """Group offloading brings weights back when a layer's `forward` is called, and not for other methods of it.
 
-    In memory they are where `weights_at_hand` finds them; on disk, what is left in their place is not theirs.
+    In memory they are where `on_device` finds them; on disk, what is left in their place is not theirs.
 
     Raises:
         ValueError: if weights have been put away on disk.
@@ -262,7 +262,7 @@ def lora_detached(model: nn.Module) -> Iterator[None]:
             _bring(layer, layer.get_base_layer().weight.device)
 
 
-def with_context(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
+def add_context_tokens(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments of the UNet's call: `conditions`, and the context's tokens (B, N, T, token_dim)."""
     return conditions | {"added_cond_kwargs": conditions.get("added_cond_kwargs", {}) | {"image_embeds": [tokens]}}
 

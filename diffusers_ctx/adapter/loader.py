@@ -15,32 +15,23 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 
+from ..adapter_format import CONFIG_NAME, LORA_WEIGHTS_NAME, MODULE_FOLDER, AdapterError, validate_adapter_folder
 from ..context import ContextModule
-from ..hub import (
-    CONFIG_NAME,
-    LORA_WEIGHTS_NAME,
-    MODULE_FOLDER,
-    AdapterError,
-    push_adapter_folder,
-    render_model_card,
-    resolve_adapter_folder,
-    save_model_card,
-    validate_adapter_folder,
-)
+from ..hub import push_adapter_folder, render_model_card, resolve_adapter_folder, save_model_card
 from .attention import (
     attach_context_module,
     attached_adapter,
     attached_context_module,
+    check_no_disk_offload,
     check_unoccupied,
     context_module_detached,
     detach_context_module,
     has_context_module,
     lora_detached,
-    refuse_weights_on_disk,
     set_context_scale,
 )
-from .format import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
 from .lora import LORA_ADAPTER, ContextLoraMixin
+from .weights import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
 
 
 logger = logging.get_logger(__name__)
@@ -143,7 +134,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             RuntimeError: if a part of it has been removed or replaced since.
         """
         module, adapter = self._require_context_module(), attached_adapter(self.unet)
-        refuse_weights_on_disk(self.unet)
+        check_no_disk_offload(self.unet)
         mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

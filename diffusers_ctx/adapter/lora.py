@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..hub import LORA_WEIGHTS_NAME, AdapterError
+from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
 from .attention import attached_adapter
 
 

@@ -51,7 +51,7 @@ class ReducedForm(nn.Module):
 
     def inverse_matrix(self, mask: torch.Tensor) -> torch.Tensor:
         """The matrix (B, N d, N d) that takes `c` back to `e`."""
-        return torch.linalg.inv(at_least_single(self.matrix(mask)))
+        return torch.linalg.inv(upcast_half(self.matrix(mask)))
 
     def acyclicity(self) -> torch.Tensor:
         """Zero: a reduced form states total effects, among which cycles have no meaning."""
@@ -109,7 +109,7 @@ class Structural(nn.Module):
         return _identity_plus(-self.blocks * self.allowed[:, :, None, None] * _receives(mask, len(self.allowed)))
 
     def forward(self, e: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        solved = torch.linalg.solve(at_least_single(self.inverse_matrix(mask)), at_least_single(e.flatten(1)))
+        solved = torch.linalg.solve(upcast_half(self.inverse_matrix(mask)), upcast_half(e.flatten(1)))
         return solved.view_as(e).to(e.dtype)
 
     def acyclicity(self) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Structural(nn.Module):
         return (_norms(self.blocks) * self.allowed).sum()
 
 
-def at_least_single(x: torch.Tensor) -> torch.Tensor:
+def upcast_half(x: torch.Tensor) -> torch.Tensor:
     """`x` in single precision where it has less: linear systems cannot be solved in half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from .captions import CaptionLikelihood
-from .causal import ReducedForm, Structural, at_least_single
+from .causal import ReducedForm, Structural, upcast_half
 from .layers import ExpressiveLayers, MechanismLayer, ReadOut
 from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
 
@@ -164,7 +164,7 @@ class ContextModule(ModelMixin, ConfigMixin):
             )
         return self.captions
 
-    def abduct(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
         """The posterior of the noise, given latents (B, C, h, w) and the mask (B, K) of the context they came from.
 
         It is in single precision at least, also under autocast where the module itself is.
@@ -173,9 +173,9 @@ class ContextModule(ModelMixin, ConfigMixin):
             features = self.encoder(latents.to(self.dtype))
             mask = mask.to(features)
             if self.config.posterior_type == "inverse":
-                mean, log_variance = map(at_least_single, self.head(features))
+                mean, log_variance = map(upcast_half, self.head(features))
                 return self._invert_mechanisms(mean, log_variance, mask)
-            mean, log_variance = map(at_least_single, self.head(torch.cat([features, mask], dim=1)))
+            mean, log_variance = map(upcast_half, self.head(torch.cat([features, mask], dim=1)))
             return GaussianPosterior.diagonal(mean, log_variance)
 
     def log_prob(self, values: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -236,8 +236,8 @@ def inverse_mechanisms(
     Returns:
         `L` (B, N d, N d), `s` (B, N d) and each node's share of `log |det L|` (B, N), in single precision at least.
     """
-    weight, bias = map(at_least_single, mechanism.coefficients(mask))
-    unmix = at_least_single(causal.inverse_matrix(mask))
+    weight, bias = map(upcast_half, mechanism.coefficients(mask))
+    unmix = upcast_half(causal.inverse_matrix(mask))
     inverse_weight = torch.linalg.inv(weight)
     batch, nodes, dim = bias.shape
     matrix = (inverse_weight @ unmix.view(batch, nodes, dim, nodes * dim)).flatten(1, 2)

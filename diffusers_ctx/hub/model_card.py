@@ -17,8 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined, Template
 
+from ..adapter_format import CARD_NAME
 from ..embedded import EMBEDDED_BASE
-from .validation import CARD_NAME
 
 
 _MARKER = (

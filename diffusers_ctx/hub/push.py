@@ -16,8 +16,7 @@ from urllib.parse import unquote
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-from .model_card import is_public
-from .validation import (
+from ..adapter_format import (
     CARD_NAME,
     LIBRARY,
     LORA_WEIGHTS_NAME,
@@ -26,6 +25,7 @@ from .validation import (
     adapter_files,
     validate_adapter_folder,
 )
+from .model_card import is_public
 
 
 logger = logging.getLogger(__name__)

@@ -19,14 +19,14 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
+from ..adapter_format import INJECTIONS
 from ..data import context_mask
-from ..hub import INJECTIONS
 from ..pipelines import CompositionMixin
-from .checkpoints import checkpoint_step, list_checkpoints
 from .config import TrainingConfig
-from .noise import TIMESTEP_SAMPLING
-from .objective import PREDICTION_TYPES
-from .record import options_of
+from .diffusion.objective import PREDICTION_TYPES
+from .diffusion.timesteps import TIMESTEP_SAMPLING
+from .run.checkpoints import checkpoint_step, list_checkpoints
+from .run.record import flatten_options
 
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ _SMALLEST = {
     "generation_weight": 0,
     "acyclicity_weight": 0,
     "sparsity_weight": 0,
-    "abduction_steps": 2,  # the contrast goes first, alone
-    "abduction_batch_size": 1,
+    "concept_steps": 2,  # the contrast goes first, alone
+    "concept_batch_size": 1,
     "seed": 0,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -67,7 +67,7 @@ _SMALLEST = {
     "num_validation_images": 1,
 }
 _LARGEST = {"seed": 2**32 - 1}  # NumPy's
-_ABOVE_ZERO = ("abduction_learning_rate", "learning_rate", "snr_gamma", "adam_epsilon", "max_grad_norm")
+_ABOVE_ZERO = ("concept_learning_rate", "learning_rate", "snr_gamma", "adam_epsilon", "max_grad_norm")
 _SHARES = ("proportion_empty_prompts", "ema_decay")
 _BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -97,7 +97,7 @@ def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
         ValueError: if an option cannot work.
         ImportError: if an option needs a package that is not installed.
     """
-    _check_ranges(options_of(config))
+    _check_ranges(flatten_options(config))
     if (config.data.resolution or 0) % vae_scale_factor:
         raise ValueError(
             f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"

@@ -111,9 +111,9 @@ class ContextConfig:
     sparsity_weight: float = _option(
         0.0, "Weight of the group lasso on the edges of the causal layer; fits of a learned graph add 0.03 to it."
     )
-    abduction_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
-    abduction_batch_size: int = _option(336, "Images per such step, all contexts together.")
-    abduction_learning_rate: float = _option(
+    concept_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
+    concept_batch_size: int = _option(336, "Images per such step, all contexts together.")
+    concept_learning_rate: float = _option(
         3e-3, "Peak learning rate of these steps; mechanisms and graph learn ten times as fast in the end."
     )
 

@@ -13,7 +13,7 @@ from ..context import ContextModule
 from ..data import load_context_dataset
 from ..pipelines import CompositionMixin
 from .config import TrainingConfig
-from .posterior_input import posterior_input
+from .encoding.posterior_features import posterior_input
 
 
 def load_images(config: TrainingConfig) -> datasets.Dataset:

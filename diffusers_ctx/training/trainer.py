@@ -19,27 +19,13 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..adapter_format import RECORD_NAME
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
-from ..hub import RECORD_NAME, create_repository, push_adapter_folder
+from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
-from .abduction import learn_abduction
-from .accelerator import create_accelerator
-from .averaging import averaged, create_average
-from .backbone import learning_text_encoders, prepare_backbone
-from .caption_cache import CaptionCache
-from .caption_fit import fit_captions
-from .checkpoints import (
-    checkpoint_step,
-    choose_checkpoint,
-    find_checkpoint,
-    keep_to_plan,
-    register_trained_weights,
-    remove_unfinished,
-    save_checkpoint,
-)
 from .checks import (
     check_accelerator,
     check_backbone,
@@ -47,22 +33,45 @@ from .checks import (
     check_options,
     check_validation_contexts,
 )
-from .concept_progress import ConceptProgress, remove_progress
+from .concepts.caption_fit import fit_captions
+from .concepts.stage import learn_concepts
 from .config import TrainingConfig
-from .files import check_writable, held_for_one_run
-from .interruption import StopSignals
-from .latents import ContextLatents, ImageTransform, encode_images
-from .modes import count_learned, gradients_off, prepare_mode, schedule_options, split_parameters, with_unfreezing
-from .noise import KeyedNoise, sample_timesteps
-from .objective import CaptionEncoder, DiffusionObjective
-from .optimizer import check_optimizer, create_optimizer, create_schedule, warn_of_warm_up
-from .posterior_input import create_image_features, with_posterior_encoder
+from .diffusion.backbone import learning_text_encoders, prepare_backbone
+from .diffusion.ema import averaged, create_average
+from .diffusion.objective import CaptionEncoder, DiffusionObjective
+from .diffusion.optimizer import check_optimizer, create_optimizer, create_schedule, warn_of_warm_up
+from .diffusion.timesteps import sample_timesteps
+from .diffusion.trainable import (
+    count_learned,
+    gradients_off,
+    prepare_mode,
+    schedule_options,
+    split_parameters,
+    with_unfreezing,
+)
+from .diffusion.validation import HELD_OUT_SEED, Validator
+from .encoding.caption_cache import CaptionCache
+from .encoding.latents import ContextLatents, ImageTransform, encode_images
+from .encoding.posterior_features import create_image_features, with_posterior_encoder
+from .encoding.streaming import StreamedBatches, open_images, take_concept_images
 from .preparation import count_steps, create_context_module, describe_images, load_images
-from .record import deciding_options, options_of, training_record
-from .sharding import gather_weights, start_moments, whole
-from .streamed_batches import StreamedBatches, open_images, take_concept_images
-from .tracking import start_trackers, track_step
-from .validation import HELD_OUT_SEED, Validator
+from .run.accelerator import create_accelerator
+from .run.checkpoints import (
+    checkpoint_step,
+    choose_checkpoint,
+    find_checkpoint,
+    register_trained_weights,
+    remove_unfinished,
+    restore_unfreeze_step,
+    save_checkpoint,
+)
+from .run.concept_checkpoint import ConceptProgress, remove_progress
+from .run.files import check_writable, run_lock
+from .run.keyed_noise import KeyedNoise
+from .run.record import flatten_options, resume_contract, training_record
+from .run.sharding import full_tensor, gather_weights, start_moments
+from .run.stop_signals import StopSignals
+from .run.tracking import start_trackers, track_step
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +119,7 @@ class ContextTrainer:
         self.sampler = ContextBalancedSampler(dataset["context"], config.optimization.seed)
         self.max_train_steps = count_steps(config, len(self.sampler), self._global_batch_size)
         warn_of_warm_up(config.optimization, self.max_train_steps)
-        self.options = deciding_options(
+        self.options = resume_contract(
             config,
             self.accelerator,
             self.concepts,
@@ -123,7 +132,7 @@ class ContextTrainer:
             self.output_dir, config.output.resume_from_checkpoint, self.max_train_steps, self.accelerator, self.options
         )
         if self.checkpoint is not None:
-            keep_to_plan(self.checkpoint, self.options)
+            restore_unfreeze_step(self.checkpoint, self.options)
         self.stream = None if self._images is None else self._stream_batches(self._images, dataset.unique("context"))
         check_writable(self.output_dir)
         prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
@@ -134,7 +143,7 @@ class ContextTrainer:
         start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         with ExitStack() as held:
             if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
-                held.enter_context(held_for_one_run(self.output_dir))
+                held.enter_context(run_lock(self.output_dir))
             remove_unfinished(self.accelerator, self.output_dir)
             check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
             self.repo_id = self._create_repository()
@@ -183,7 +192,7 @@ class ContextTrainer:
             self.accelerator, self.output_dir, self.options, self.stop, self.config.output.checkpointing_steps
         )
         try:
-            figures = learn_abduction(self.accelerator, self.context_module, self.latents, self.config, progress)
+            figures = learn_concepts(self.accelerator, self.context_module, self.latents, self.config, progress)
         except FloatingPointError:  # other options are needed, with which nothing of it can be taken up
             remove_progress(self.accelerator, self.output_dir)
             raise
@@ -244,7 +253,7 @@ class ContextTrainer:
             ImageTransform(self._resolution, data.center_crop, seed),
             random_flip=data.random_flip,
             cache_dir=self._cache_dir if data.cache_latents else None,
-            another_encodes=not self.accelerator.is_local_main_process,  # what one process has kept, the others find
+            wait_for_other_process=not self.accelerator.is_local_main_process,
             show_progress=self.accelerator.is_main_process,
             image_features=self._image_features,
             num_workers=data.dataloader_num_workers,
@@ -378,7 +387,7 @@ class ContextTrainer:
                     for parameter in self._backbone_parameters:
                         parameter.grad = None
                 norm = accelerator.clip_grad_norm_(self._learning, self.config.optimization.max_grad_norm)
-                self._gradient_norm = float(whole(norm))
+                self._gradient_norm = float(full_tensor(norm))
                 # a gradient scaler leaves such steps out by itself
                 if accelerator.scaler is None and not math.isfinite(self._gradient_norm):
                     raise FloatingPointError(
@@ -450,7 +459,7 @@ class ContextTrainer:
         )
         if mode == "full":  # the adapter belongs to the UNet that learned with it
             self.pipeline.save_pretrained(self.output_dir)
-        (self.output_dir / RECORD_NAME).write_text(json.dumps(options_of(self.config), indent=2) + "\n")
+        (self.output_dir / RECORD_NAME).write_text(json.dumps(flatten_options(self.config), indent=2) + "\n")
         if self.repo_id is not None:
             push_adapter_folder(self.output_dir, self.repo_id, token=self.config.output.hub_token)
 
@@ -458,7 +467,7 @@ class ContextTrainer:
         """Every option, as trackers take them."""
         return {
             name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
-            for name, value in options_of(self.config).items()
+            for name, value in flatten_options(self.config).items()
         }
 
     def _last_checkpoint(self) -> str:

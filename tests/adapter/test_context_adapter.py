@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers, loader
-from diffusers_ctx.hub import AdapterError
+from diffusers_ctx.adapter_format import AdapterError
 from diffusers_ctx.hub.push import files_to_push
 
 

@@ -77,7 +77,7 @@ def test_an_adapters_lora_that_was_switched_off_stays_so(pipeline, style):
 
 
 @pytest.mark.parametrize("switch_off", ["set_adapters", "disable_lora"])
-@pytest.mark.parametrize("use", ["sample", "abduct"])
+@pytest.mark.parametrize("use", ["sample", "infer"])
 def test_an_adapters_lora_that_is_not_active_is_missed_once(pipeline, style, caplog, switch_off, use):
     pipeline.load_lora_weights(style, adapter_name="style")
     sample(pipeline)
@@ -90,5 +90,5 @@ def test_an_adapters_lora_that_is_not_active_is_missed_once(pipeline, style, cap
         if use == "sample":
             sample(pipeline)
         else:
-            pipeline.abduct(torch.zeros(1, 3, 32, 32))
+            pipeline.infer_exogenous_noise(torch.zeros(1, 3, 32, 32))
     assert len(missed(caplog)) == 1

@@ -9,7 +9,7 @@ from conftest import make_context_module, make_pipeline, make_xl_pipeline
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from diffusers_ctx.adapter import attach_context_module, with_context
+from diffusers_ctx.adapter import add_context_tokens, attach_context_module
 
 
 PROMPT = "a picture of a circle"
@@ -34,7 +34,9 @@ def test_the_unet_sees_a_longer_text():
     expected = unet(x, 10, torch.cat([text, tokens.flatten(1, 2)], dim=1)).sample
     attach_context_module(unet, module, "prompt")
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
-    torch.testing.assert_close(unet(x, 10, **with_context({"encoder_hidden_states": text}, tokens)).sample, expected)
+    torch.testing.assert_close(
+        unet(x, 10, **add_context_tokens({"encoder_hidden_states": text}, tokens)).sample, expected
+    )
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -98,13 +98,13 @@ def test_the_bounds_noise_is_that_of_the_images(setting):
 def test_a_module_without_a_posterior_gets_the_noise_it_is_handed():
     module = make_module(GivenNoiseModule)
     eps = torch.randn(3, *module.noise_shape)
-    assert torch.equal(module.abduct(torch.randn(3, 4, 8, 8), torch.zeros(3, 6)).at(eps), eps)
+    assert torch.equal(module.posterior(torch.randn(3, 4, 8, 8), torch.zeros(3, 6)).at(eps), eps)
 
 
 def test_a_posterior_that_is_not_told_the_context_does_not_depend_on_it():
     module = UntoldModule(quad.CONCEPTS, token_dim=8, posterior_type="amortized")
     latents, mask = torch.randn(2, 4, 8, 8), intervention_mask(["quad1"], quad.CONCEPTS, 2)
-    assert torch.equal(module.abduct(latents, mask).mean, module.abduct(latents, 0 * mask).mean)
+    assert torch.equal(module.posterior(latents, mask).mean, module.posterior(latents, 0 * mask).mean)
 
 
 def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting, tmp_path):
@@ -221,7 +221,7 @@ def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
     assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name, decides", [("training/abduction.py", True), ("hub/push.py", False)])
+@pytest.mark.parametrize("name, decides", [("training/concepts/stage.py", True), ("hub/push.py", False)])
 def test_concepts_of_other_code_are_not_taken_up(tmp_path, name, decides):
     source = Path(diffusers_ctx.__file__).parent
     package = shutil.copytree(source, tmp_path / "package", ignore=shutil.ignore_patterns("assets"))

@@ -1,4 +1,4 @@
-"""The benchmark of a step: every contestant trains what it says, and times are taken and compared as they should."""
+"""The benchmark of a step: every case trains what it says, and times are taken and compared as they should."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import train_step
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import make_components
 from methods.steps import EncodedLatents, StepSetting, create_run
-from train_step import CONTESTANTS, alternate, ratio_of_medians
+from train_step import CASES, alternate, ratio_of_medians
 
 from diffusers_ctx import ComposablePipeline
 
@@ -30,9 +30,9 @@ def accelerate_on_the_cpu(monkeypatch):
         state._reset_state()
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_changes_what_the_contestant_trains(setting, name):
-    run = create_run(setting, CONTESTANTS[name])
+    run = create_run(setting, CASES[name])
     unet = run.pipeline.unet
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
     for _ in range(2):  # in the first one, keys and read-out have no gradient yet: values start at zero
@@ -76,9 +76,9 @@ def test_figures_are_written_and_shown(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_step, "peak_memory_alone", lambda name, args: 100.0)  # a process each takes too long
     train_step.main()
     results = json.loads(file.read_text())
-    assert list(results["contestants"]) == list(CONTESTANTS)
-    assert results["contestants"]["plain-lora"]["to_plain_lora"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
-    assert results["contestants"]["lora"]["median_seconds"] > 0 and results["encoding_to_cached"]["lora"]["ratio"] > 0
+    assert list(results["cases"]) == list(CASES)
+    assert results["cases"]["plain-lora"]["to_plain_lora"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
+    assert results["cases"]["lora"]["median_seconds"] > 0 and results["encoding_to_cached"]["lora"]["ratio"] > 0
     options = {"base": Path(setting.base).name, "train_batch_size": 2, "rank": 2, "steps": 2}
     options |= {"mixed_precision": "no", "allow_tf32": False}
     assert results["options"] == options

@@ -260,7 +260,7 @@ def test_the_inverse_posterior_inverts_the_mechanisms(form):
 def test_kl_divergence_and_draws(posterior_type):
     module = make_module(posterior_type=posterior_type)
     latents = torch.randn(3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    posterior = module.abduct(latents, torch.tensor(MASKS[:3]))
+    posterior = module.posterior(latents, torch.tensor(MASKS[:3]))
     size = posterior.mean[0].numel()
     for row in range(3):
         covariance = posterior.factor[row] @ posterior.factor[row].T
@@ -278,7 +278,7 @@ def test_the_posterior_is_told_the_context():
     for posterior_type in ("inverse", "amortized"):
         module = make_module(posterior_type=posterior_type)
         latents = torch.ones(2, 4, 8, 8, dtype=torch.float64)
-        mean = module.abduct(latents, torch.tensor([[0, 0, 0], [1, 0, 0]])).mean
+        mean = module.posterior(latents, torch.tensor([[0, 0, 0], [1, 0, 0]])).mean
         assert (mean[0, 0] - mean[1, 0]).abs().max() > 1e-3
 
 
@@ -311,7 +311,7 @@ def test_saving_and_loading_changes_nothing(tmp_path, form):
     z, mask = noise_for(module, 2).float(), torch.tensor([[0, 1, 0], [1, 0, 0]])
     assert torch.equal(module(z, mask), loaded(z, mask))
     latents = torch.randn(2, 4, 8, 8)
-    assert torch.equal(module.abduct(latents, mask).mean, loaded.abduct(latents, mask).mean)
+    assert torch.equal(module.posterior(latents, mask).mean, loaded.posterior(latents, mask).mean)
 
 
 def test_half_precision_runs():
@@ -319,7 +319,7 @@ def test_half_precision_runs():
     z = noise_for(module, 2).to(torch.bfloat16)
     mask = torch.tensor([[0, 0, 0], [0, 1, 0]])
     assert module(z, mask).dtype == torch.bfloat16
-    mean = module.abduct(torch.ones(2, 4, 8, 8, dtype=torch.bfloat16), mask).mean
+    mean = module.posterior(torch.ones(2, 4, 8, 8, dtype=torch.bfloat16), mask).mean
     assert mean.dtype == torch.float32 and mean.isfinite().all()
 
 
@@ -387,7 +387,7 @@ def test_features_are_standardised_before_the_posterior_sees_them(context_module
     deviations = standardized.std(dim=(0, 2, 3))
     assert deviations[0] == pytest.approx(1, abs=1e-3) and deviations[1] < 1 and deviations[2] == 0
     mask = torch.zeros(20, len(CONCEPTS))
-    expected = module.abduct(features, mask).mean
+    expected = module.posterior(features, mask).mean
     other = ContextModule(CONCEPTS, token_dim=32, posterior_sample_size=64, **options)
     other.load_state_dict(module.state_dict())
-    assert torch.equal(other.abduct(features, mask).mean, expected) and expected.isfinite().all()
+    assert torch.equal(other.posterior(features, mask).mean, expected) and expected.isfinite().all()

@@ -48,7 +48,7 @@ def everything(pipeline, **arguments) -> dict[str, np.ndarray]:
         "snow": images(pipeline, **arguments),
         "soft": sample(pipeline, interventions={"snow": 0.5, "night": 1.0}, **arguments).images,
         "guided": images(pipeline, context_guidance_scale=1.5, **arguments),
-        "noise": pipeline.abduct(photo(), ["fog"]).float().cpu().numpy(),
+        "noise": pipeline.infer_exogenous_noise(photo(), ["fog"]).float().cpu().numpy(),
         "counterfactual": counterfactual.images,
     }
 
@@ -148,7 +148,7 @@ def test_exogenous_noise_may_come_from_either_device(pipeline):
     for device in ("cpu", "cuda"):
         again = images(pipeline, exogenous_noise=first.exogenous_noise.to(device))
         np.testing.assert_allclose(again, first.images, atol=1e-5)
-    explained = images(pipeline, exogenous_noise=pipeline.abduct(photo()))
+    explained = images(pipeline, exogenous_noise=pipeline.infer_exogenous_noise(photo()))
     assert np.isfinite(explained).all()
 
 

@@ -190,7 +190,7 @@ def test_a_run_that_goes_on_from_the_cpu_learns_what_it_would_have_learned_there
 def test_concepts_are_learned_as_on_the_cpu(options, trainer_on, posterior_type):
     figures = []
     for device in ("cpu", "cuda"):
-        given = options(device, posterior_type=posterior_type, abduction_steps=30, abduction_batch_size=18)
+        given = options(device, posterior_type=posterior_type, concept_steps=30, concept_batch_size=18)
         figures.append(trainer_on(device, given)._learn_concepts())
     assert all(np.isfinite(list(figures[1].values())))
     assert figures[1] == pytest.approx(figures[0], rel=0.02, abs=2e-3)

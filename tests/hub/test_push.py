@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffusers_ctx.hub import AdapterError, render_model_card
+from diffusers_ctx.adapter_format import AdapterError
+from diffusers_ctx.hub import render_model_card
 from diffusers_ctx.hub.push import files_to_push
 
 from .conftest import CONFIG, contents, write_adapter

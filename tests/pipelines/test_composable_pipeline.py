@@ -16,7 +16,7 @@ from PIL import Image
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.pipelines.guidance import context_guidance
-from diffusers_ctx.training.latents import ImageTransform
+from diffusers_ctx.training.encoding.latents import ImageTransform
 
 
 PROMPT = "a picture of a circle"
@@ -303,7 +303,7 @@ def test_a_counterfactual_changes_with_the_intervention_alone(pipeline):
     factual = pipeline.counterfactual(image, [], num_inference_steps=5, output_type="pt")
     changed = pipeline.counterfactual(image, ["snow"], num_inference_steps=5, output_type="pt")
     assert torch.equal(factual.exogenous_noise, changed.exogenous_noise)
-    torch.testing.assert_close(factual.exogenous_noise, pipeline.abduct(image))
+    torch.testing.assert_close(factual.exogenous_noise, pipeline.infer_exogenous_noise(image))
     assert (factual.images - changed.images).abs().max() > 1e-3
 
 
@@ -350,7 +350,7 @@ def test_pictures_arrays_and_tensors_are_taken(pipeline):
     picture = pipeline.image_processor.numpy_to_pil(array)
     integers = [np.rint(array * 255).astype(np.uint8), (tensor * 255).round().to(torch.uint8)]
     integers += [list(integers[0]), integers[1].long()]
-    noises = [pipeline.abduct(image) for image in (array, tensor, picture, picture[0], *integers)]
+    noises = [pipeline.infer_exogenous_noise(image) for image in (array, tensor, picture, picture[0], *integers)]
     for noise in noises[1:]:
         torch.testing.assert_close(noise, noises[0], atol=1e-4, rtol=1e-4)
 
@@ -361,13 +361,15 @@ def test_photos_of_any_size_and_mode_are_seen_as_training_sees_them(pipeline):
     pixels[..., 3] = 255
     photo = Image.fromarray(pixels)
     trained_on = ImageTransform(side, center_crop=True, seed=0)(photo, 0)
-    torch.testing.assert_close(pipeline.abduct(photo), pipeline.abduct(trained_on[None] / 2 + 0.5))
+    torch.testing.assert_close(
+        pipeline.infer_exogenous_noise(photo), pipeline.infer_exogenous_noise(trained_on[None] / 2 + 0.5)
+    )
     assert pipeline.counterfactual(photo, ["snow"], num_inference_steps=1).images[0].size == (side, side)
     turned = photo.convert("RGB").transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # the camera was held upright: seen as it is, the picture lies on its side
-    torch.testing.assert_close(pipeline.abduct(turned), pipeline.abduct(photo))
+    torch.testing.assert_close(pipeline.infer_exogenous_noise(turned), pipeline.infer_exogenous_noise(photo))
     for mode in ("L", "P", "CMYK"):
-        assert pipeline.abduct([photo.convert("RGB").convert(mode)]).isfinite().all()
+        assert pipeline.infer_exogenous_noise([photo.convert("RGB").convert(mode)]).isfinite().all()
 
 
 def test_custom_pipeline_from_the_folder(plain_pipeline, tmp_path):

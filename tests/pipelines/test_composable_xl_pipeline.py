@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from diffusers_ctx import ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
-from diffusers_ctx.hub import AdapterError
+from diffusers_ctx.adapter_format import AdapterError
 
 
 PROMPT = "a picture of a circle"

@@ -216,12 +216,12 @@ def test_a_unet_offloaded_layer_by_layer_gives_the_same(pipeline):
     embeds, negative = pipeline.encode_prompt(PROMPTS[0], "cpu", 1, True)
     if pipeline.context_module is not None:
         image = torch.rand(1, 3, 32, 32, generator=generators(0)[0])
-        noise = pipeline.abduct(image, ["fog"])
+        noise = pipeline.infer_exogenous_noise(image, ["fog"])
     cpu_offload(pipeline.unet, "cpu")
     got = images(pipeline, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     if pipeline.context_module is not None:
-        torch.testing.assert_close(pipeline.abduct(image, ["fog"]), noise)
+        torch.testing.assert_close(pipeline.infer_exogenous_noise(image, ["fog"]), noise)
     assert pipeline.unet.device.type == "meta"
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import make_pipeline, make_xl_pipeline
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training.caption_cache import CaptionCache
+from diffusers_ctx.training.encoding.caption_cache import CaptionCache
 
 from .conftest import create_trainer
 from .test_processes import assert_close
@@ -62,7 +62,7 @@ def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(p
 
 def test_what_another_process_encodes_is_waited_for(pipeline, tmp_path):
     with ThreadPoolExecutor() as another:
-        waiting = another.submit(CaptionCache, pipeline, CAPTIONS, tmp_path, another_encodes=True)
+        waiting = another.submit(CaptionCache, pipeline, CAPTIONS, tmp_path, wait_for_other_process=True)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=1)
         assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_ctx import ContextModule
-from diffusers_ctx.training.caption_fit import fit_captions
-from diffusers_ctx.training.latents import ContextLatents
+from diffusers_ctx.training.concepts.caption_fit import fit_captions
+from diffusers_ctx.training.encoding.latents import ContextLatents
 
 
 CAPTIONS = ["dark", "bright"]

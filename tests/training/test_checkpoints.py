@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from diffusers_ctx.training.checkpoints import (
+from diffusers_ctx.training.run.checkpoints import (
     checkpoint_step,
     choose_checkpoint,
     find_checkpoint,

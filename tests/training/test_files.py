@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ctx.training.files import held_for_one_run
+from diffusers_ctx.training.run.files import run_lock
 
 from .conftest import create_trainer, files_in
 from .test_processes import TRAIN, launch
@@ -22,9 +22,9 @@ from .test_processes import TRAIN, launch
 HOLD = textwrap.dedent("""
     import sys, time
     from pathlib import Path
-    from diffusers_ctx.training.files import held_for_one_run
+    from diffusers_ctx.training.run.files import run_lock
 
-    with held_for_one_run(Path(sys.argv[1])):
+    with run_lock(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(600)
 """)
@@ -48,7 +48,7 @@ def other_run(folder) -> Iterator[subprocess.Popen]:
 def test_another_run_in_the_folder_is_named(folder, other_run):
     message = rf"Another run is training in .*adapter \(process {other_run.pid} of .*\); wait for it, .* `output_dir`"
     for _ in range(2):  # who was refused has not wiped out the name
-        with pytest.raises(OSError, match=message), held_for_one_run(folder):
+        with pytest.raises(OSError, match=message), run_lock(folder):
             pytest.fail("two runs were let in")
 
 
@@ -56,7 +56,7 @@ def test_what_a_killed_run_held_is_free(folder, other_run):
     other_run.kill()
     other_run.wait()
     assert files_in(folder)  # it could not clean up
-    with held_for_one_run(folder):
+    with run_lock(folder):
         assert f"process {os.getpid()} of" in files_in(folder)[".training.lock"].decode()
     assert files_in(folder) == {}
 
@@ -75,7 +75,7 @@ def test_a_file_system_that_cannot_lock_is_warned_of(folder, monkeypatch, caplog
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with held_for_one_run(folder):
+    with run_lock(folder):
         pass
     assert re.search("adapter cannot be locked .*see to it that no other run trains", caplog.text)
     assert files_in(folder) == {}

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training import ContextTrainer, parse_training_config
-from diffusers_ctx.training.modes import prepare_mode
-from diffusers_ctx.training.objective import DiffusionObjective
+from diffusers_ctx.training.diffusion.objective import DiffusionObjective
+from diffusers_ctx.training.diffusion.trainable import prepare_mode
 
 from .conftest import flags, make_options
 
@@ -62,7 +62,7 @@ def test_stable_diffusion_15_trains_and_samples(photos, tmp_path):
     options = make_options(
         "random", photos, tmp_path, resolution=None, rank=16, train_batch_size=1, max_train_steps=2, unfreeze_after=0
     )
-    options |= {"max_train_samples": 2, "abduction_batch_size": 3}
+    options |= {"max_train_samples": 2, "concept_batch_size": 3}
     trainer = ContextTrainer(parse_training_config(flags(options)), pipeline)
     assert trainer.latents.mean.shape[2:] == (4, 64, 64)
     trainer.train()

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
-from diffusers_ctx.training.latent_cache import cached
-from diffusers_ctx.training.latents import ContextLatents, ImageTransform, encode_images
-from diffusers_ctx.training.noise import KeyedNoise, sample_timesteps
+from diffusers_ctx.training.diffusion.timesteps import sample_timesteps
+from diffusers_ctx.training.encoding.latent_cache import cached
+from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
 
 def gradient(width: int, height: int) -> Image.Image:

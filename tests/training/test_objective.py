@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
-from diffusers_ctx.training.objective import DiffusionObjective
+from diffusers_ctx.training.diffusion.objective import DiffusionObjective
 
 
 def with_module(unet: UNet2DConditionModel, context_module: ContextModule) -> UNet2DConditionModel:
@@ -75,7 +75,7 @@ def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, z
         a = signal_levels(zero_snr)[one["timesteps"].item()]
         s = np.sqrt(1 - a**2)
         noisy = a * one["latents"] + s * one["noise"]
-        posterior = context_module.abduct(one["latents"], one["mask"])
+        posterior = context_module.posterior(one["latents"], one["mask"])
         z = posterior.mean.flatten() + posterior.factor[0] @ one["eps"].flatten()
         tokens = context_module(z.view_as(one["eps"]), one["mask"])
         with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ctx.training.config import OptimizationConfig
-from diffusers_ctx.training.optimizer import check_optimizer, create_optimizer, create_schedule
+from diffusers_ctx.training.diffusion.optimizer import check_optimizer, create_optimizer, create_schedule
 
 from .conftest import create_trainer
 

@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import context_attention_layers
 from diffusers_ctx.training import ContextTrainer, parse_training_config
-from diffusers_ctx.training.latents import ImageTransform
-from diffusers_ctx.training.validation import validation_losses
+from diffusers_ctx.training.diffusion.validation import validation_losses
+from diffusers_ctx.training.encoding.latents import ImageTransform
 
 from .conftest import create_trainer, flags, launch, make_options
 from .test_training_script import weights_of
@@ -50,10 +50,10 @@ def assert_sees_what_training_saw(pipeline: DiffusionPipeline, trainer: ContextT
     views = [pixels, pixels.flip(-1)][: len(trainer.latents.mean)]
     for features, view in zip(trainer.latents.features, views, strict=True):
         latents = pipeline._encode_images(view)
-        seen = pipeline._seen_by_posterior(view, latents)
+        seen = pipeline._posterior_input(view, latents)
         torch.testing.assert_close(seen, features[list(rows)], atol=1e-5, rtol=1e-4)
-        noise = trainer.context_module.abduct(features[list(rows)], torch.zeros(len(rows), 2)).mean.detach()
-        torch.testing.assert_close(pipeline.abduct(view / 2 + 0.5), noise, atol=1e-3, rtol=1e-3)
+        noise = trainer.context_module.posterior(features[list(rows)], torch.zeros(len(rows), 2)).mean.detach()
+        torch.testing.assert_close(pipeline.infer_exogenous_noise(view / 2 + 0.5), noise, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -172,21 +172,21 @@ def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip
     pipeline("a street", interventions=["snow"], num_inference_steps=1)
     image = torch.rand(1, 3, 32, 32)
     with pytest.raises(ValueError, match="'tiny-clip' cannot be loaded; give the folder"):
-        pipeline.abduct(image)
+        pipeline.infer_exogenous_noise(image)
     pipeline.load_posterior_encoder(str(clip))
-    expected = pipeline.abduct(image)
+    expected = pipeline.infer_exogenous_noise(image)
     pipeline.unload_context_adapter()
     assert pipeline._clip_features is None
 
     pipeline = load(base_model, adapter)
     pipeline.register_modules(image_encoder=CLIPVisionModel.from_pretrained(clip))
-    assert torch.equal(pipeline.abduct(image), expected)
+    assert torch.equal(pipeline.infer_exogenous_noise(image), expected)
     shape = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     pipeline.register_modules(image_encoder=CLIPVisionModel(CLIPVisionConfig(**shape, image_size=16, patch_size=4)))
     with pytest.raises(
         ValueError, match=r"features of 4 channels, and the adapter's posterior sees 8: call .*tiny-clip"
     ):
-        pipeline.abduct(image)
+        pipeline.infer_exogenous_noise(image)
 
 
 def test_a_name_that_can_be_loaded_is_loaded_when_it_is_needed(options, encoders, base_model, clip, monkeypatch):
@@ -194,7 +194,10 @@ def test_a_name_that_can_be_loaded_is_loaded_when_it_is_needed(options, encoders
     monkeypatch.chdir(clip.parent)  # where the recorded name is that of a folder
     pipeline = load(base_model, adapter)
     assert pipeline._clip_features is None
-    assert pipeline.abduct(torch.rand(1, 3, 32, 32)).isfinite().all() and pipeline._clip_features is not None
+    assert (
+        pipeline.infer_exogenous_noise(torch.rand(1, 3, 32, 32)).isfinite().all()
+        and pipeline._clip_features is not None
+    )
 
 
 def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip):
@@ -208,7 +211,7 @@ def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip)
         both = given | {"posterior_encoder_model": str(clip), "output_dir": options["output_dir"] + "2"}
         ContextTrainer(parse_training_config(flags(options | both)), own)
     with pytest.raises(ValueError, match="load one that has it as component `image_encoder`"):
-        load(base_model, adapter).abduct(torch.rand(1, 3, 32, 32))
+        load(base_model, adapter).infer_exogenous_noise(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(

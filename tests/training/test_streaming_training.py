@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ctx.training.latents import ImageTransform, encode_images
-from diffusers_ctx.training.streamed_batches import StreamedBatches
+from diffusers_ctx.training.encoding.latents import ImageTransform, encode_images
+from diffusers_ctx.training.encoding.streaming import StreamedBatches
 
 from .conftest import create_trainer, files_in, make_options
 from .test_processes import TRAIN, launch

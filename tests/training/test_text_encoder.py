@@ -12,7 +12,7 @@ from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 from .conftest import SCRIPT, XL_SCRIPT, flags, launch_script, make_options
-from .test_modes import moved
+from .test_trainable import moved
 from .test_training_script import weights_of
 
 

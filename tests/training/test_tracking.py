@@ -11,7 +11,7 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.training import trainer
-from diffusers_ctx.training.tracking import start_trackers, track, track_concepts, track_step
+from diffusers_ctx.training.run.tracking import start_trackers, track, track_concepts, track_step
 
 from .conftest import create_trainer
 
@@ -33,7 +33,7 @@ def logged(options, tmp_path):
 
 
 def test_concepts_are_curves_of_their_own_steps(logged):
-    events = logged(abduction_steps=45, max_train_steps=3)
+    events = logged(concept_steps=45, max_train_steps=3)
     # 14 steps (0.3) on a code, 4 (0.1) of reading, the rest on all terms: every tenth, and the last of each stage
     steps = {"code/": [10, 14], "reading/": [18], "": [20, 30, 40, 45]}
     names = {"code/": ["reconstruction", "kl"], "reading/": ["reconstruction", "error"], "": FIGURES}

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import TrainingConfig, check_base_model, parse_training_config
-from diffusers_ctx.training.record import options_of
+from diffusers_ctx.training.run.record import flatten_options
 
 from .conftest import SCRIPT, XL_SCRIPT, create_trainer, files_in, flags
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
@@ -113,12 +113,12 @@ def test_too_few_epochs_for_one_step(refuses):
         ({"mode": "full", "train_text_encoder": True}, "`train_text_encoder` .* mode full has none; choose mode lora"),
         ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
         ({"train_batch_size": 0}, "`train_batch_size` is 0"),
-        ({"abduction_steps": 1}, "`abduction_steps` is 1; it must be 2 or more"),
+        ({"concept_steps": 1}, "`concept_steps` is 1; it must be 2 or more"),
         ({"proportion_empty_prompts": 1.5}, "`proportion_empty_prompts` is 1.5; it is a share in"),
         ({"kl_warmup_steps": 0}, "`kl_warmup_steps` is 0"),
         ({"kl_weight": -1.0}, "`kl_weight` is -1.0; it must be 0 or more"),
         ({"num_hidden_factors": -1}, "`num_hidden_factors` is -1; it must be 0 or more"),
-        ({"abduction_learning_rate": 0.0}, "`abduction_learning_rate` is 0.0; it must be above 0"),
+        ({"concept_learning_rate": 0.0}, "`concept_learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it must be above 0"),
         ({"learning_rate": "nan"}, "`learning_rate` is nan; it must be above 0"),
         ({"learning_rate": "inf"}, "`learning_rate` is inf; it must be finite"),
@@ -383,7 +383,7 @@ def parse_yaml(folder: Path, line: str) -> TrainingConfig:
     ],
 )
 def test_values_of_a_yaml_file(tmp_path, line, name, value):
-    read = options_of(parse_yaml(tmp_path, line))[name]
+    read = flatten_options(parse_yaml(tmp_path, line))[name]
     assert read == value and type(read) is type(value)
 
 
@@ -429,16 +429,16 @@ def test_flags_after_a_file_override_it(tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text("train_data_dir: photos\nlearning_rate: 1e-5\nrank: 4\nconcepts: [snow]\nrandom_flip: true\n")
     flags = "--pretrained_model_name_or_path base --rank 8 --resume_from_checkpoint latest --random_flip false"
-    got = options_of(parse_training_config([str(file), *flags.split()]))
+    got = flatten_options(parse_training_config([str(file), *flags.split()]))
     changed = {"train_data_dir": "photos", "learning_rate": 1e-5, "rank": 8, "concepts": ["snow"]}
     changed |= {"pretrained_model_name_or_path": "base", "resume_from_checkpoint": "latest", "random_flip": False}
     plain = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "photos"]
-    assert got == options_of(parse_training_config(plain)) | changed
+    assert got == flatten_options(parse_training_config(plain)) | changed
 
 
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
-    trainer = create_trainer(options | {"abduction_learning_rate": 1e30, "abduction_steps": 20})
-    with pytest.raises(FloatingPointError, match="learning the concepts; lower `abduction_learning_rate`"):
+    trainer = create_trainer(options | {"concept_learning_rate": 1e30, "concept_steps": 20})
+    with pytest.raises(FloatingPointError, match="learning the concepts; lower `concept_learning_rate`"):
         trainer.train()
     assert files_in(tmp_path / "adapter") == {}
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.data.held_out import hold_out
-from diffusers_ctx.training.validation import validation_losses
+from diffusers_ctx.training.diffusion.validation import validation_losses
 
 from .conftest import IMAGES, create_trainer
 from .test_training_script import weights_of

@@ -1,0 +1,84 @@
+"""Finds an adapter's folder, on disk or on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..adapter_format import CARD_NAME, CONFIG_NAME, AdapterError, adapter_files, read_adapter_config
+
+
+def resolve_adapter_folder(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+) -> Path:
+    """The local folder of an adapter; one on the Hub is downloaded first, or found in the cache.
+
+    Only the files of an adapter are downloaded, and only once its config is known to be one.
+
+    Args:
+        name_or_path: a local folder, which goes first as everywhere in diffusers, or a repository on the Hub.
+        revision: branch, tag or commit on the Hub.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+        cache_dir: folder of the Hub's cache.
+        local_files_only: look in the cache alone.
+        subfolder: folder of the adapter within the folder or repository.
+
+    Raises:
+        AdapterError: if there is no such folder, repository or revision, if the Hub cannot be reached and the cache
+            does not hold the adapter, or if its config is not that of a context adapter.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder / (subfolder or "")
+    if folder.exists():
+        raise AdapterError(f"{folder} is a file: pass the adapter's folder, the one that holds {CONFIG_NAME}.")
+
+    repo_id, prefix = str(name_or_path), f"{subfolder}/" if subfolder else ""
+    options: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    try:
+        config = read_adapter_config(Path(hf_hub_download(repo_id, prefix + CONFIG_NAME, **options)).parent)
+        names = [prefix + name for name in (*adapter_files(config), CARD_NAME)]
+        snapshot = snapshot_download(repo_id, allow_patterns=[glob.escape(name) for name in names], **options)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise AdapterError(
+            f"{repo_id!r} is neither a local folder nor a repository on the Hub that you may read. Check the name; if "
+            "the repository is private or gated, log in with `hf auth login` or pass `token`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AdapterError(f"{repo_id} has no revision {revision!r}: pass a branch, tag or commit of it.") from error
+    except LocalEntryNotFoundError as error:
+        raise AdapterError(
+            f"{repo_id!r} is no local folder, the Hub was not reached, and the cache does not hold the whole adapter. "
+            "Check the name, or load it once while online."
+        ) from error
+    except EntryNotFoundError as error:
+        raise AdapterError(
+            f"{repo_id} holds no {prefix}{CONFIG_NAME}, so it is no context adapter: check the name, `revision` and "
+            "`subfolder`."
+        ) from error
+    except HfHubHTTPError as error:
+        raise AdapterError(f"The Hub did not hand out {repo_id}: {error}") from error
+    return Path(snapshot) / prefix

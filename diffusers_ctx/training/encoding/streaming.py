@@ -1,0 +1,184 @@
+"""Batches of a run whose images are streamed: read while the step before computes, and encoded in their own step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
+
+from ...data import context_mask
+from ...data.streaming import ContextStream, ImageStream, open_stream, take_images
+from ..config import TrainingConfig
+from .latents import ImageTransform, encode_pixels
+
+
+_ENCODED_AT_ONCE = 16
+
+
+def open_images(config: TrainingConfig) -> ImageStream:
+    """The stream of a run's images; see [`~data.streaming.open_stream`]."""
+    data = config.data
+    return open_stream(
+        Path(data.train_data_dir) if data.train_data_dir else str(data.dataset_name),
+        image_column=data.image_column,
+        context_column=data.context_column,
+        text_column=data.caption_column,
+        name=data.dataset_config_name,
+        split=data.dataset_split,
+        cache_dir=data.cache_dir,
+        seed=config.optimization.seed,
+    )
+
+
+def take_concept_images(stream: ImageStream, config: TrainingConfig, show_progress: bool) -> datasets.Dataset:
+    """The images that a run learns the concepts on; see [`~data.streaming.take_images`]."""
+    data = config.data
+    return take_images(
+        stream,
+        data.streaming_concept_images,
+        concepts=data.concepts,
+        obs_context=data.obs_context,
+        skip_unreadable=data.skip_unreadable,
+        seed=config.optimization.seed,
+        show_progress=show_progress,
+    )
+
+
+@dataclass
+class StreamedImages:
+    """A batch of images that are encoded when they are drawn; to a training step what `ContextLatents` is.
+
+    Attributes:
+        vae: the autoencoder.
+        pixels: (B, 3, H, W) in [-1, 1].
+        geometry: (V, B, 6), see `ContextLatents`; V is 2 where images may be flipped, else 1.
+    """
+
+    vae: AutoencoderKL
+    pixels: torch.Tensor
+    geometry: torch.Tensor
+
+    def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """See `ContextLatents.draw`."""
+        flipped = self._views(flip).bool()[:, None, None, None]
+        pixels = torch.where(flipped, self.pixels[indices].flip(-1), self.pixels[indices])
+        encoded = [encode_pixels(self.vae, part) for part in pixels.split(_ENCODED_AT_ONCE)]
+        mean, std = (torch.cat(parts) for parts in zip(*encoded))
+        return mean + std * noise
+
+    def geometry_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """See `ContextLatents.geometry_of`."""
+        return self.geometry[self._views(flip), indices]
+
+    def _views(self, flip: torch.Tensor) -> torch.Tensor:
+        return (flip * len(self.geometry)).long()
+
+
+class StreamedBatches:
+    """Batches of one process, each context equally often in those of all processes together.
+
+    Every run of as many places in the global batches as there are contexts has each context once, in a random order
+    that depends on the seed and the place alone; so does the place of an image's crop, which is another whenever it is
+    seen. Images are this process's share of each context's stream.
+
+    Checkpoints hold the place in the streams of all processes.
+
+    Args:
+        stream: the images.
+        contexts: the contexts to show.
+        concepts: the concepts, in the order of masks' columns.
+        vae: the pretrained autoencoder, on its device.
+        resolution: height and width of images.
+        config: the run.
+        accelerator: has the processes.
+    """
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        contexts: list[str],
+        concepts: list[str],
+        vae: AutoencoderKL,
+        resolution: int,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+    ):
+        data, self.seed = config.data, config.optimization.seed
+        self.process_index, self.num_processes = accelerator.process_index, accelerator.num_processes
+        self.batch_size = config.optimization.train_batch_size
+        self.contexts = contexts = sorted(contexts)
+        self.masks = context_mask(contexts, concepts, data.obs_context)
+        self.vae = vae
+        self.transform = ImageTransform(resolution, data.center_crop, self.seed)
+        self.views = [False, True] if data.random_flip else [False]
+        share = (self.process_index, self.num_processes)
+        self.streams = [
+            ContextStream(stream, context, data.streaming_shuffle_buffer, self.seed, *share, data.skip_unreadable)
+            for context in contexts
+        ]
+        self._places = [stream.state_dict() for stream in self.streams]
+
+    def check(self) -> None:
+        """Reads the first images of each context.
+
+        Raises:
+            ValueError: if this process has none of a context.
+        """
+        for stream in self.streams:
+            stream.fill()
+
+    def batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered batches, endlessly, from number `start` of the whole run.
+
+        Raises:
+            ValueError: if an image cannot be read, or a context comes to no more images.
+        """
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = reader.submit(self._read, start)
+            for number in count(start):
+                batch, self._places = ahead.result()
+                ahead = reader.submit(self._read, number + 1)
+                yield number, batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The places after the last batch that was handed out. All processes must ask for it."""
+        return {"contexts": self.contexts, "places": gather_object([self._places])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, with as many processes."""
+        self._places = state["places"][self.process_index]
+        for stream, place in zip(self.streams, self._places, strict=True):
+            stream.load_state_dict(place)
+
+    def _read(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A batch, and the streams' places after it."""
+        first = (number * self.num_processes + self.process_index) * self.batch_size
+        order = [self._context_at(first + row) for row in range(self.batch_size)]
+        pixels, geometries, captions = [], [], []
+        for place, context in enumerate(order, first):
+            image, caption = next(self.streams[context])
+            pixels.append(self.transform(image, place))
+            geometries.append(torch.stack([self.transform.geometry(image, place, flipped) for flipped in self.views]))
+            captions.append(caption)
+        batch = {
+            "index": torch.arange(self.batch_size),
+            "mask": self.masks[order],
+            "caption": captions,
+            "images": StreamedImages(self.vae, torch.stack(pixels), torch.stack(geometries, dim=1)),
+        }
+        return batch, [stream.state_dict() for stream in self.streams]
+
+    def _context_at(self, place: int) -> int:
+        """The context's number at a place in the global batches of the whole run."""
+        turn, position = divmod(place, len(self.contexts))
+        return int(np.random.default_rng((self.seed, turn)).permutation(len(self.contexts))[position])
