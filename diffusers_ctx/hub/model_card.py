@@ -82,7 +82,7 @@ def render_model_card(
         pipeline=pipeline_name(config),
         softer={concepts[0]: 0.5},
         mode=config["mode"],
-        injection=config.get("injection"),
+        injection=config["injection"],
         license=license,
         pictures=pictures or [],
         command=training.get("command"),

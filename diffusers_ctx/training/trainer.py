@@ -26,13 +26,7 @@ from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
-from .checks import (
-    check_accelerator,
-    check_backbone,
-    check_free_disk,
-    check_options,
-    check_validation_contexts,
-)
+from .checks import check_accelerator, check_backbone, check_options, check_validation_contexts
 from .concepts.caption_fit import fit_captions
 from .concepts.stage import learn_concepts
 from .config import TrainingConfig
@@ -66,6 +60,7 @@ from .run.checkpoints import (
     save_checkpoint,
 )
 from .run.concept_checkpoint import ConceptProgress, remove_progress
+from .run.disk_space import check_free_disk
 from .run.files import check_writable, run_lock
 from .run.keyed_noise import KeyedNoise
 from .run.record import flatten_options, resume_contract, training_record
@@ -140,12 +135,12 @@ class ContextTrainer:
             pipeline.set_context_scheduler(schedule)
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
-        start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        left = self.max_train_steps - (0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
         with ExitStack() as held:
             if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
                 held.enter_context(run_lock(self.output_dir))
             remove_unfinished(self.accelerator, self.output_dir)
-            check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, start, self.max_train_steps)
+            check_free_disk(self.output_dir, config, learned, pipeline, self.accelerator, left)
             self.repo_id = self._create_repository()
             start_trackers(self.accelerator, self._tracked_options())  # last: what they refuse costs no computing
             self._encode_data(dataset, held_out)
