@@ -17,8 +17,6 @@ from ..fingerprint import fingerprint
 from .attention import context_module_detached, lora_detached
 
 
-POSTERIOR_ENCODERS = ("vae", "unet", "clip")
-
 _TIMESTEP = 0  # that of a clean image
 # maps are averaged down to it: training keeps those of every image, and the posterior ends at 4x4
 _LARGEST_SIZE = 8

@@ -24,7 +24,7 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 
 @dataclass(frozen=True)
 class Bounds:
-    """The range of a number. It is finite, too, unless it may be infinite."""
+    """The range of a number. It must be finite, too, unless it may be infinite."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -32,25 +32,24 @@ class Bounds:
     below: float | None = None
     infinite: bool = False
 
-    def contain(self, value: float) -> bool:
-        """Whether the number lies in the range; NaN lies in none."""
-        return (
+    def broken_by(self, value: float) -> str | None:
+        """What the value must be and is not; `None` if nothing is wrong. NaN is in no range."""
+        inside = (
             (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
-            and (self.infinite or math.isfinite(value))
         )
+        if not inside:
+            return str(self)
+        return None if self.infinite or math.isfinite(value) else "finite"
 
     def __str__(self) -> str:
-        finite = "" if self.infinite else "finite and "
         if self.above is not None:
-            return f"{finite}above {self.above}"
+            return f"above {self.above}"
         if self.below is not None:
             return f"in [{self.at_least}, {self.below})"
-        if self.at_most is not None:
-            return f"in [{self.at_least}, {self.at_most}]"
-        return "finite" if self.at_least is None else f"{finite}{self.at_least} or more"
+        return f"{self.at_least} or more" if self.at_most is None else f"in [{self.at_least}, {self.at_most}]"
 
 
 def _option(default: Any, help: str, **bounds: Any) -> Any:
@@ -78,8 +77,8 @@ class OptionGroup:
                 continue
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"`{option.name}` is {value!r}; choose one of {list(get_args(kind))}.")
-            if kind in (int, float) and not option.metadata["bounds"].contain(value):
-                raise ValueError(f"`{option.name}` is {value}; it must be {option.metadata['bounds']}.")
+            if kind in (int, float) and (wanted := option.metadata["bounds"].broken_by(value)):
+                raise ValueError(f"`{option.name}` is {value}; it must be {wanted}.")
 
 
 @dataclass
@@ -89,7 +88,7 @@ class ModelConfig(OptionGroup):
     pretrained_model_name_or_path: str = field(metadata={"help": "Local folder or Hub id of a Stable Diffusion."})
     revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the model files, such as fp16.")
-    mode: Mode = _option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the whole UNet (full).")
+    mode: Mode = _option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
     rank: int = _option(16, "Rank of the LoRA.", at_least=1)
     train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
     injection: Injection = _option(
@@ -133,7 +132,7 @@ class DataConfig(OptionGroup):
     resolution: int | None = _option(
         None, "Height and width to resize and crop images to; by default the model's own.", at_least=1
     )
-    center_crop: bool = _option(False, "Crop the centre; by default each image is cropped at a random place of its own.")
+    center_crop: bool = _option(False, "Crop the centre; by default each image is cropped at its own random place.")
     random_flip: bool = _option(False, "Flip images left to right at random.")
     proportion_empty_prompts: float = _option(
         0.1, "Share of captions dropped, for classifier-free guidance.", at_least=0, at_most=1
@@ -171,9 +170,7 @@ class ContextConfig(OptionGroup):
     causal_form: CausalForm = _option(
         "structural", "Causal layer: a structural causal model (structural) or the paper's form (reduced_form)."
     )
-    graph: list[str] | None = _option(
-        None, "Edges `cause->effect` of a known graph; by default the graph is learned."
-    )
+    graph: list[str] | None = _option(None, "Edges `cause->effect` of a known graph; by default the graph is learned.")
     num_hidden_factors: int = _option(4, "Factors that no context intervenes on.", at_least=0)
     noise_dim: int = _option(1, "Dimensions of each concept's exogenous noise.", at_least=1)
     tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.", at_least=1)
@@ -247,9 +244,7 @@ class OptimizationConfig(OptionGroup):
     adam_beta2: float = _option(0.999, "β2 of the optimizer.", at_least=0, below=1)
     adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.", at_least=0)
     adam_epsilon: float = _option(1e-8, "ε of the optimizer.", above=0)
-    max_grad_norm: float = _option(
-        1.0, "Norm to clip gradients to; `inf` does not clip them.", above=0, infinite=True
-    )
+    max_grad_norm: float = _option(1.0, "Norm to clip gradients to; `inf` does not clip them.", above=0, infinite=True)
     use_ema: bool = _option(False, "Validate with and save an exponential moving average of the learned weights.")
     ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.", at_least=0, at_most=1)
     mixed_precision: MixedPrecision | None = _option(None, "Mixed precision; by default Accelerate's setting.")

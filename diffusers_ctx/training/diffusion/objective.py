@@ -15,9 +15,6 @@ from ...context import ContextModule
 from ...pipelines import CompositionMixin
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
 class CaptionEncoder(nn.Module):
     """Tells the UNet what captions say, with gradients: where it is a part of the objective, text encoders learn."""
 

@@ -22,7 +22,12 @@ _OPTIMIZER_VALUES = {"adamw": 2, "adamw_8bit": 0.5, "prodigy": 4}
 
 
 def check_free_disk(
-    folder: Path, config: TrainingConfig, learned: int, pipeline: CompositionMixin, accelerator: Accelerator, steps: int
+    folder: Path,
+    config: TrainingConfig,
+    learned: int,
+    pipeline: CompositionMixin,
+    accelerator: Accelerator,
+    steps: int,
 ) -> None:
     """Checks that a checkpoint and the final adapter fit into the folder; warns if the checkpoints to keep do not.
 
@@ -45,11 +50,12 @@ def check_free_disk(
             f"{folder} has {free / 1e9:.1f} GB free; a checkpoint takes {checkpoint / 1e9:.1f} GB and the final"
             f" adapter {adapter / 1e9:.1f} GB. Free some, or choose another `output_dir`."
         )
-    due = math.ceil(steps / config.output.checkpointing_steps)
-    kept = min(due, config.output.checkpoints_total_limit or due)
-    if free < kept * checkpoint + adapter:
+    count = math.ceil(steps / config.output.checkpointing_steps)
+    if config.output.checkpoints_total_limit is not None:  # a new one is written before the oldest is removed
+        count = min(count, config.output.checkpoints_total_limit + 1)
+    if free < count * checkpoint + adapter:
         logger.warning(
-            f"{folder} has {free / 1e9:.1f} GB free, and {kept} checkpoints of {checkpoint / 1e9:.1f} GB do not fit;"
+            f"{folder} has {free / 1e9:.1f} GB free, and {count} checkpoints of {checkpoint / 1e9:.1f} GB do not fit;"
             " lower `checkpoints_total_limit`, or raise `checkpointing_steps`."
         )
 
