@@ -56,6 +56,9 @@ def context_mask(contexts: Sequence[str], concepts: Sequence[str], obs_context: 
         ValueError: if a context intervenes on a concept that is not among `concepts`.
     """
     interventions = [interventions_of(context, obs_context) for context in contexts]
+    for context, names in zip(contexts, interventions):
+        if unknown := [name for name in names if name not in concepts]:
+            raise ValueError(f"The context {context!r} intervenes on {unknown[0]!r}; known are {list(concepts)}.")
     return intervention_mask(interventions, concepts, len(interventions), obs_context)
 
 
