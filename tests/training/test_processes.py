@@ -204,7 +204,7 @@ def accelerator_with(
     [
         ({"fsdp_version": 1}, {}, 2, "With FSDP, set `fsdp_version` to 2"),
         ({"auto_wrap_policy": size_based_auto_wrap_policy}, {}, 2, "set `fsdp_auto_wrap_policy` to TRANSFORMER"),
-        ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` in the place of"),
+        ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` instead of"),
         ({}, {"optimizer": "adamw_8bit"}, 2, "set `optimizer` to adamw"),
         ({}, {"train_text_encoder": True}, 2, "leave out `train_text_encoder`"),
         ({}, {"validation_prompt": "a street"}, 2, "leave out `validation_prompt`"),
