@@ -9,11 +9,10 @@ Samples are written as they are made: the same command, given again, goes on whe
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,8 +27,7 @@ from transformers import HfArgumentParser
 
 import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, embedded_base
-from diffusers_ctx.adapter.weights import public_name
-from diffusers_ctx.adapter_format import adapter_files, read_adapter_config
+from diffusers_ctx.adapter_format import adapter_files, public_name, read_adapter_config
 from diffusers_ctx.data import load_context_dataset
 from diffusers_ctx.data.held_out import split_held_out
 from diffusers_ctx.embedded import EMBEDDED_BASE
@@ -43,6 +41,7 @@ from diffusers_ctx.evaluation.report import (
     render_markdown,
     summarize,
 )
+from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 from diffusers_ctx.pipelines import CompositionMixin
 from diffusers_ctx.training.run.files import check_writable
@@ -153,7 +152,7 @@ class Evaluation:
             **checker,
         )
         # a name does not tell whether what is behind it was trained on or replaced
-        self.base_digest = digest(weight.numpy().tobytes() for weight in weights_of(pipeline))
+        self.base_fingerprint = fingerprint(*models_of(pipeline))
         pipeline.load_context_adapter(self.adapter, cache_dir=self.config.cache_dir)
         clip, encoder = self.config.posterior_encoder_model, pipeline.context_module.config.posterior_encoder
         if clip is not None and encoder != "clip":
@@ -174,16 +173,16 @@ class Evaluation:
         options = ["revision", "variant", "max_samples", "num_counterfactuals"]
         options += ["num_inference_steps", "guidance_scale", "seed"]
         return {
-            "adapter": digest(file.read_bytes() for file in adapter_files),
+            "adapter": fingerprint(*adapter_files),
             "pretrained_model_name_or_path": public_name(self.base),
-            "base model": self.base_digest,
+            "base model": self.base_fingerprint,
             **{name: getattr(self.config, name) for name in options},
             "mixed_precision": self.accelerator.mixed_precision,
             "posterior_encoder_model": public_name(self.config.posterior_encoder_model),
             "resolution": self.resolution,
-            "counterfactuals of images": digest(map(np.ndarray.tobytes, self._real(self.observational))),
-            "counterfactuals of captions": digest(self.captions[row].encode() for row in self.observational),
-            **{f"captions of {name}": digest(map(str.encode, x)) for name, x in self.prompts.items()},
+            "counterfactuals of images": fingerprint(self._real(self.observational)),
+            "counterfactuals of captions": fingerprint([self.captions[row] for row in self.observational]),
+            **{f"captions of {name}": fingerprint(x) for name, x in self.prompts.items()},
         }
 
     # Making images
@@ -333,19 +332,11 @@ def recorded_base(adapter: str, adapter_config: dict[str, Any]) -> str:
 
 def keyed_generator(key: str) -> torch.Generator:
     """Random numbers that depend on the key alone."""
-    return torch.Generator().manual_seed(int(digest([key.encode()]), base=16) % 2**63)
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    return torch.Generator().manual_seed(int(fingerprint(key), base=16) % 2**63)
 
 
 def models_of(pipeline: CompositionMixin) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-
-
-def weights_of(pipeline: CompositionMixin) -> Iterable[torch.Tensor]:
-    return (weight.float() for model in models_of(pipeline) for weight in model.state_dict().values())
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

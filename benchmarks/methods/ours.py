@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.data import quad
+from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.training import ContextTrainer, TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.encoding.latent_cache import cached
@@ -75,15 +74,14 @@ class BenchmarkTrainer(ContextTrainer):
 
     def _concepts_key(self) -> str:
         module = {name: value for name, value in self.context_module.config.items() if not name.startswith("_")}
-        decisive = [type(self).__name__, self._features_digest, module, asdict(self.config.context)]
-        decisive.append(learning_code_digest(Path(diffusers_ctx.__file__).parent))
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        code = learning_code_digest(Path(diffusers_ctx.__file__).parent)
+        return fingerprint(type(self).__name__, self._features_digest, module, asdict(self.config.context), code)
 
 
 def learning_code_digest(package: Path) -> str:
     """Of the code that learns concepts: what an earlier version learned must not be taken for what this one would."""
     files = sorted(file for name in ("context", "training") for file in (package / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return fingerprint(*files)
 
 
 class PooledTrainer(BenchmarkTrainer):

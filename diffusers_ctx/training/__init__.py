@@ -1,15 +1,7 @@
-"""Fine-tuning with a context adapter."""
+"""Training a context adapter on a pretrained pipeline."""
 
-from .checks import check_base_model
-from .config import (
-    ContextConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizationConfig,
-    OutputConfig,
-    TrainingConfig,
-    parse_training_config,
-)
+from .config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig, TrainingConfig
+from .config_file import parse_training_config
 from .trainer import ContextTrainer
 
 
@@ -21,6 +13,5 @@ __all__ = [
     "OptimizationConfig",
     "OutputConfig",
     "TrainingConfig",
-    "check_base_model",
     "parse_training_config",
 ]
