@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import os
 import re
 import subprocess
@@ -63,11 +62,11 @@ def test_what_a_killed_run_held_is_free(folder, other_run):
 
 
 def test_trainers_of_one_process_share_the_folder(options, folder):
-    forgotten = create_trainer(options)
-    create_trainer(options).train()
-    assert (folder / ".training.lock").exists()  # one is still there
-    del forgotten
-    gc.collect()
+    waiting = create_trainer(options)
+    waiting.load()
+    with waiting.open():
+        create_trainer(options).train()
+        assert (folder / ".training.lock").exists()  # one still holds it
     assert not (folder / ".training.lock").exists()
 
 
