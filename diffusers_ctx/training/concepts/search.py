@@ -173,7 +173,7 @@ class _Attempt:
     def _loss(self) -> tuple[torch.Tensor, torch.Tensor]:
         device, shape = self.contexts.device, self.module.noise_shape
         # the numbers after those of the steps on images; attempts see the same ones, so that they can be compared
-        random = KeyedNoise(self.seed, -1 - self.options.concept_steps - self._steps_done)
+        random = KeyedNoise(self.seed, "search", self._steps_done)
         rows = _draw_rows(self._rows_of, random)
         mean, std = self.codes.mean[rows], self.codes.std[rows]
         drawn = mean + std * random.normal(*mean.shape)

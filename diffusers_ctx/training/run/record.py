@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import platform
@@ -35,6 +36,14 @@ def flatten_options(config: TrainingConfig) -> dict[str, Any]:
     options = {name: value for group in vars(config).values() for name, value in vars(group).items()}
     del options["hub_token"]
     return options
+
+
+def tracked_options(config: TrainingConfig) -> dict[str, Any]:
+    """Every option, as trackers take them."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
+        for name, value in flatten_options(config).items()
+    }
 
 
 def resume_contract(
