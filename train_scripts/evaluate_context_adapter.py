@@ -9,20 +9,16 @@ Images are written as they are made: the same command, given again, continues wh
 
 import torch
 from accelerate import Accelerator
-from transformers import HfArgumentParser
 
-from diffusers_ctx.evaluation import EvaluationConfig, Evaluator
+from diffusers_ctx.evaluation import Evaluator, parse_evaluation_arguments
 from diffusers_ctx.pipelines.adapted import load_adapted_pipeline
 
 
 def main() -> None:
-    parser = HfArgumentParser(EvaluationConfig, description=__doc__.splitlines()[0])
-    parser.add_argument("adapter", help="Folder or Hub id of the context adapter.")
-    parser.add_argument("data", help="Folder with one sub-folder of held-out images per context.")
-    config, arguments = parser.parse_args_into_dataclasses()
+    config, adapter, data = parse_evaluation_arguments(__doc__.splitlines()[0])
     accelerator = Accelerator()
     pipeline, source, fingerprints = load_adapted_pipeline(
-        arguments.adapter,
+        adapter,
         config.pretrained_model_name_or_path,
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
         revision=config.revision,
@@ -30,7 +26,7 @@ def main() -> None:
         cache_dir=config.cache_dir,
     )
     pipeline.set_progress_bar_config(disable=True)
-    Evaluator(config, pipeline.to(accelerator.device), arguments.data, source, fingerprints, accelerator).run()
+    Evaluator(config, pipeline.to(accelerator.device), data, source, fingerprints, accelerator).run()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Metrics, each a pure function on arrays; `Evaluator` measures an adapter with them."""
 
-from .config import EvaluationConfig
+from .config import EvaluationConfig, parse_evaluation_arguments
 from .conformity import Conformity, composition_gap, conformity
 from .counterfactual import (
     counterfactual_effectiveness,
@@ -45,6 +45,7 @@ __all__ = [
     "mean_correlation_coefficient",
     "mean_difference",
     "mutual_information_gap",
+    "parse_evaluation_arguments",
     "read_attributes",
     "separated_attribute_predictability",
     "sliced_wasserstein_distance",

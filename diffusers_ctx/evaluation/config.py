@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import HfArgumentParser
 
 
 def _option(default: Any, help: str, at_least: int | None = None) -> Any:
@@ -49,3 +52,32 @@ class EvaluationConfig:
             value, least = getattr(self, option.name), option.metadata["at_least"]
             if None not in (value, least) and value < least:
                 raise ValueError(f"`{option.name}` is {value}; it must be {least} or more.")
+
+
+class EvaluationArguments(NamedTuple):
+    """What the command line asks for: options, the adapter and the folder of held-out images."""
+
+    config: EvaluationConfig
+    adapter: str
+    data: str
+
+
+def parse_evaluation_arguments(description: str, arguments: Sequence[str] | None = None) -> EvaluationArguments:
+    """Reads the command line.
+
+    Args:
+        description: what `--help` says of the program.
+        arguments: the command line; by default that of this process.
+    """
+    parser = _Parser(EvaluationConfig, description=description)
+    parser.add_argument("adapter", help="Folder or Hub id of the context adapter.")
+    parser.add_argument("data", help="Folder with one sub-folder of held-out images per context.")
+    config, others = parser.parse_args_into_dataclasses(arguments)
+    return EvaluationArguments(config, others.adapter, others.data)
+
+
+class _Parser(HfArgumentParser):
+    """Leaves out the bounds, which a dataclass checks itself."""
+
+    def add_argument(self, *names: str, at_least: int | None = None, **options: Any) -> Any:
+        return super().add_argument(*names, **options)
