@@ -1,184 +1,40 @@
-"""Context adapters in every mode and form, their upper bound, and what is left of them without their parts."""
+"""Context adapters in every mode and form, trained by the library's two stages."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from tqdm.auto import tqdm
 
 import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
-from diffusers_ctx.context.posterior import GaussianPosterior
+from diffusers_ctx.adapter.image_features import ImageFeatures
 from diffusers_ctx.data import quad
-from diffusers_ctx.training import ContextTrainer, TrainingConfig
+from diffusers_ctx.fingerprint import fingerprint
+from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.concepts.stage import ConceptStage
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
-from diffusers_ctx.training.encoding.latent_cache import cached
-from diffusers_ctx.training.encoding.latents import ContextLatents
+from diffusers_ctx.training.diffusion.noise_schedule import schedule_options
+from diffusers_ctx.training.diffusion.stage import DiffusionStage
+from diffusers_ctx.training.diffusion.trainable import prepare_backbone
+from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches
+from diffusers_ctx.training.encoding.posterior_features import create_image_features, with_posterior_encoder
+from diffusers_ctx.training.run.accelerator import create_accelerator
+from diffusers_ctx.training.run.tracking import start_trackers, track_step
+from diffusers_ctx.training.trainer import create_context_module
 
 from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
 
 
 TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
-_HIDDEN = ("color", "shape")  # what no context of the benchmark intervenes on
+TRAIN_BATCH_SIZE = 64
 _LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
-
-
-class BenchmarkTrainer(ContextTrainer):
-    """Takes the latents that all methods share, and the concepts of a row that learned the same ones.
-
-    Args:
-        setting: the comparison.
-        config: the run.
-    """
-
-    def __init__(self, setting: Setting, config: TrainingConfig):
-        self.setting = setting
-        super().__init__(config, ComposablePipeline.from_pretrained(setting.base))
-
-    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
-        image_features = self._image_features
-        self._features_digest = None if image_features is None else image_features.digest()
-        if image_features is None:
-            return self.setting.latents()
-        if self.config.context.posterior_encoder != "unet":
-            return super()._encode(dataset, seed)
-        latents = self.setting.latents()
-
-        def make_features() -> dict[str, torch.Tensor]:  # they depend on latents alone
-            means = latents.mean[0].to(self.accelerator.device).split(BATCH_SIZE)
-            return {"features": torch.cat([image_features(mean, mean).cpu() for mean in means])[None]}
-
-        return replace(latents, **cached(self._folder / "features", self._features_digest, make_features))
-
-    def _learn_concepts(self) -> dict[str, float]:
-        """Rows that differ in nothing that has a part in it learn the same."""
-
-        def learn() -> dict[str, torch.Tensor]:
-            super(BenchmarkTrainer, self)._learn_concepts()
-            return self.context_module.state_dict()
-
-        self.context_module.load_state_dict(cached(self._folder / "concepts", self._concepts_key(), learn))
-        set_seed(self.config.optimization.seed)  # what follows is the same with and without the file
-        return {}
-
-    @property
-    def _folder(self) -> Path:
-        return self.setting.work_dir / self.setting.name
-
-    def _concepts_key(self) -> str:
-        module = {name: value for name, value in self.context_module.config.items() if not name.startswith("_")}
-        decisive = [type(self).__name__, self._features_digest, module, asdict(self.config.context)]
-        decisive.append(learning_code_digest(Path(diffusers_ctx.__file__).parent))
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def learning_code_digest(package: Path) -> str:
-    """Of the code that learns concepts: what an earlier version learned must not be taken for what this one would."""
-    files = sorted(file for name in ("context", "training") for file in (package / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-class PooledTrainer(BenchmarkTrainer):
-    """Is not told which image is of which context."""
-
-    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
-        latents = super()._encode(dataset, seed)
-        return replace(latents, masks=torch.zeros_like(latents.masks))
-
-
-class UntoldModule(ContextModule):
-    """A module whose posterior is not told the context."""
-
-    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
-        return super().posterior(latents, torch.zeros_like(mask))
-
-
-class UntoldTrainer(BenchmarkTrainer):
-    """Trains an `UntoldModule`."""
-
-    def _create_context_module(self, concepts: list[str]) -> ContextModule:
-        return UntoldModule.from_config(super()._create_context_module(concepts).config)
-
-
-class GivenNoiseModule(ContextModule):
-    """A module without a posterior: the noise is the standard normal numbers it is handed."""
-
-    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
-        nodes, dim = self.noise_shape
-        mean = latents.new_zeros(len(latents), nodes, dim)
-        factor = torch.eye(nodes * dim, device=mean.device).expand(len(mean), -1, -1)
-        return GaussianPosterior(mean, factor, mean.new_zeros(len(mean), nodes))
-
-
-class GivenNoiseTrainer(BenchmarkTrainer):
-    """Trains a `GivenNoiseModule` with mechanisms and noise that are given too."""
-
-    def _create_context_module(self, concepts: list[str]) -> ContextModule:
-        return GivenNoiseModule.from_config(super()._create_context_module(concepts).config)
-
-    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
-        latents = super()._encode(dataset, seed)
-        self.noise = self._given_noise(latents.contexts)
-        return latents
-
-    def _given_noise(self, contexts: Sequence[str]) -> torch.Tensor:
-        return given_noise(self.setting, contexts)
-
-    def _learn_concepts(self) -> dict[str, float]:
-        set_mechanisms(self.context_module, self.setting)
-        return {}
-
-    def _step_inputs(self, number: int, batch: dict[str, Any]) -> tuple[Any, ...]:
-        *inputs, exogenous, features = super()._step_inputs(number, batch)
-        return (*inputs, self.noise[batch["index"].cpu()][..., None].to(exogenous), features)
-
-
-class LabelsTrainer(GivenNoiseTrainer):
-    """Without noise: a node's tokens say whether it was intervened on, and nothing else."""
-
-    def _given_noise(self, contexts: Sequence[str]) -> torch.Tensor:
-        return torch.zeros(len(contexts), self.context_module.noise_shape[0])
-
-    def _learn_concepts(self) -> dict[str, float]:
-        with torch.no_grad():
-            self.context_module.mechanism.bias_do.fill_(1)
-        return {}
-
-
-def given_noise(setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
-    """The simulator's noise (n, 8), in the order of the oracle's nodes."""
-    return setting.true_noise(contexts)[:, [quad.FACTORS.index(name) for name in (*quad.CONCEPTS, *_HIDDEN)]]
-
-
-@torch.no_grad()
-def set_mechanisms(module: ContextModule, setting: Setting) -> None:
-    """Gives a structural module with quad's own graph quad's own mechanisms, for standardised factors."""
-    names = [*quad.CONCEPTS, *_HIDDEN]
-    order = [quad.FACTORS.index(name) for name in names]
-    deviation = torch.tensor(quad.observational_deviation(setting.dependent))[order]
-    weights = torch.tensor(quad.edge_matrix(setting.dependent))[order][:, order]
-    module.causal.blocks.copy_((weights * deviation / deviation[:, None])[..., None, None])
-    noise = torch.tensor([quad.NOISE_VARIANCES[name] for name in names]).sqrt() / deviation
-    module.mechanism.weight_obs.copy_(noise[:, None, None])
-    means, variances = torch.tensor([quad.INTERVENTIONS[name] for name in quad.CONCEPTS]).double().T
-    scale = deviation[: len(quad.CONCEPTS)]
-    module.mechanism.weight_do.copy_((variances.sqrt() / scale)[:, None, None])
-    module.mechanism.bias_do.copy_((means / scale)[:, None])
-
-
-def oracle_graph(dependent: bool) -> tuple[str, ...]:
-    renamed = {name: f"hidden_{index}" for index, name in enumerate(_HIDDEN)}
-    edges = quad.EDGES if dependent else ()
-    # with no edge of a hidden factor, the module would let each cause every concept
-    return tuple(f"{renamed.get(cause, cause)}->{renamed.get(effect, effect)}" for cause, effect in edges)
 
 
 @dataclass(frozen=True)
@@ -188,19 +44,41 @@ class ContextAdapter:
     Attributes:
         mode: `frozen`, `lora` or `full`.
         context: options of the module and of learning the concepts.
-        trainer: what trains it.
-        told: whether the sampler is told the interventions.
-        noise: whether samples have exogenous noise.
     """
 
     mode: str = "lora"
     context: ContextConfig = field(default_factory=ContextConfig)
-    trainer: type[BenchmarkTrainer] = BenchmarkTrainer
-    told: bool = True
-    noise: bool = True
+
+    @property
+    def learns_graph(self) -> bool:
+        return self.context.graph is None
+
+    def steps(self, setting: Setting) -> int:
+        return setting.train_steps
 
     def train(self, setting: Setting, folder: Path) -> None:
-        self.trainer(setting, self.config(setting, folder)).train()
+        pipeline = ComposablePipeline.from_pretrained(setting.base)
+        config = with_posterior_encoder(self.config(setting, folder), pipeline)
+        accelerator = create_accelerator(config)
+        set_seed(setting.seed)
+        features = create_image_features(config, pipeline)
+        module = self.create_module(config, pipeline, features)
+        prepare_backbone(pipeline, module, config.model, accelerator)
+        if schedule := schedule_options(config.model, pipeline.scheduler):
+            pipeline.set_context_scheduler(schedule)
+        start_trackers(accelerator, {})
+        latents = self.encode(setting, features)
+        self.learn_concepts(setting, accelerator, pipeline, module, latents, config)
+        set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
+        self._learn_adapter(accelerator, pipeline, latents, config)
+        pipeline.save_context_adapter(folder, mode=self.mode)
+        if self.mode == "full":  # the adapter belongs to the UNet that learned with it
+            pipeline.save_pretrained(folder)
+        accelerator.end_training()
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
+        return adapter_sampler(pipeline, setting.num_inference_steps)
 
     def config(self, setting: Setting, folder: Path) -> TrainingConfig:
         return TrainingConfig(
@@ -209,49 +87,104 @@ class ContextAdapter:
             replace(self.context, concept_steps=setting.concept_steps),
             OptimizationConfig(
                 seed=setting.seed,
-                train_batch_size=64,
-                max_train_steps=setting.rival_steps if self._is_given_concepts else setting.train_steps,
+                train_batch_size=TRAIN_BATCH_SIZE,
+                max_train_steps=self.steps(setting),
                 learning_rate=_LEARNING_RATES[self.mode],
                 lr_scheduler="cosine",
                 lr_warmup_steps=50,
             ),
-            OutputConfig(
-                output_dir=str(folder),
-                checkpointing_steps=500,
-                checkpoints_total_limit=1,
-                resume_from_checkpoint="latest",
-            ),
+            OutputConfig(output_dir=str(folder)),
         )
 
-    @property
-    def _is_given_concepts(self) -> bool:
-        return issubclass(self.trainer, GivenNoiseTrainer)
+    # What ablations change
 
-    @property
-    def learns_graph(self) -> bool:
-        return self.context.graph is None and self.trainer is BenchmarkTrainer
+    def create_module(
+        self, config: TrainingConfig, pipeline: ComposablePipeline, features: ImageFeatures | None
+    ) -> ContextModule:
+        return create_context_module(config, pipeline, list(quad.CONCEPTS), features, quad.RESOLUTION)
 
-    def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
-        return adapter_sampler(pipeline, setting.num_inference_steps, self.told, self.noise)
+    def encode(self, setting: Setting, features: ImageFeatures | None) -> ContextLatents:
+        """The latents that all methods share, with the features that the posterior reads, if any."""
+        latents = setting.latents()
+        if features is None:
+            return latents
+
+        def compute() -> torch.Tensor:  # features of the UNet depend on latents alone
+            means = latents.mean[0].to(device()).split(BATCH_SIZE)
+            return torch.cat([features(mean, mean).cpu() for mean in means])[None]
+
+        return replace(latents, features=setting.shared(f"features-{features.digest()}", compute))
+
+    def learn_concepts(
+        self,
+        setting: Setting,
+        accelerator: Accelerator,
+        pipeline: ComposablePipeline,
+        module: ContextModule,
+        latents: ContextLatents,
+        config: TrainingConfig,
+    ) -> None:
+        """Learns the concepts, or takes those of a method that differs in nothing that they depend on."""
+
+        def compute() -> dict[str, torch.Tensor]:
+            stage = ConceptStage(
+                accelerator,
+                module,
+                latents,
+                config.context,
+                setting.seed,
+                encode_captions=pipeline.encode_captions,
+            )
+            stage.run()
+            return module.state_dict()
+
+        options = {name: value for name, value in module.config.items() if not name.startswith("_")}
+        features_from = None if config.context.posterior_encoder == "vae" else setting.base
+        code = learning_code_fingerprint(Path(diffusers_ctx.__file__).parent)
+        key = fingerprint(type(self).__name__, options, asdict(config.context), features_from, code)
+        module.load_state_dict(setting.shared(f"concepts-{key}", compute))
+
+    def _learn_adapter(
+        self, accelerator: Accelerator, pipeline: ComposablePipeline, latents: ContextLatents, config: TrainingConfig
+    ) -> None:
+        options = config.optimization
+        batches = LatentBatches(latents, options.train_batch_size, options.seed)
+        stage = DiffusionStage(accelerator, pipeline, batches, config, options.max_train_steps, options.learning_rate)
+        for metrics in tqdm(stage.steps(), total=options.max_train_steps, desc="Training"):
+            track_step(accelerator, metrics, stage.step)
+        stage.finish()
+
+
+def learning_code_fingerprint(package: Path) -> str:
+    """Of the code that learns concepts: what an earlier version learned is not taken for what this one would learn."""
+    files = [file for name in ("context", "training") for file in (package / name).rglob("*.py")]
+    return fingerprint(*sorted(files))
 
 
 def adapter_sampler(
     pipeline: ComposablePipeline,
     num_inference_steps: int,
-    told: bool = True,
-    noise: bool = True,
+    intervenes: bool = True,
+    has_noise: bool = True,
     match_prompt: bool = False,
 ) -> Sampler:
-    """Samples of a pipeline with an adapter; `told` and `noise` as in `ContextAdapter`."""
+    """Samples of a pipeline with an adapter.
+
+    Args:
+        pipeline: the pipeline.
+        num_inference_steps: denoising steps.
+        intervenes: whether the adapter is given the interventions.
+        has_noise: whether samples have exogenous noise; zeros otherwise.
+        match_prompt: whether noise is chosen to match the captions.
+    """
 
     def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
         def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
             shape = (len(prompts), *pipeline.context_module.noise_shape)
             return pipeline(
                 prompts,
-                interventions=list(interventions) if told else [],
-                exogenous_noise=None if noise else torch.zeros(shape),
+                interventions=list(interventions) if intervenes else [],
+                exogenous_noise=None if has_noise else torch.zeros(shape),
                 match_prompt=match_prompt,
                 generator=generator,
                 num_inference_steps=num_inference_steps,
@@ -264,7 +197,8 @@ def adapter_sampler(
     return sample
 
 
-def load_pipeline(folder: Path, base: str, full: bool = False) -> ComposablePipeline:
+def load_pipeline(folder: str | Path, base: str, full: bool = False) -> ComposablePipeline:
+    """A base with the adapter of a folder; `full` if the folder holds the base too."""
     pipeline = ComposablePipeline.from_pretrained(folder if full else base)
     pipeline.load_context_adapter(folder)
     pipeline.to(device())
