@@ -5,7 +5,7 @@
 
 Makes such a variant of the small base, and trains the same context adapter on it without and with each remedy. All
 methods share images, concepts (which do not depend on the UNet) and steps. Metrics go to --results as they are
-measured: the same command, given again, continues where it stopped. Weights, images and latents are kept in --work_dir.
+measured: the same command, given again, continues where it stopped. --work_dir keeps weights, images and latents.
 """
 
 from __future__ import annotations

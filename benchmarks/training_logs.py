@@ -30,9 +30,8 @@ def _scalars(folder: Path) -> list[tuple[str, int, str]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()  # 0: all of them
     lines = []
     for metric in events.Tags()["scalars"]:
-        values = {
-            event.step: event.value for event in events.Scalars(metric)
-        }  # a later run overwrites the steps of an earlier one
+        # a later run overwrites the steps of an earlier one
+        values = {event.step: event.value for event in events.Scalars(metric)}
         kept = [step for step in sorted(values) if step % LOGGED_EVERY == 0 or step == max(values)]
         lines += [(metric, step, f"{values[step]:.6g}") for step in kept]
     return lines

@@ -47,7 +47,7 @@ class PromptLora:
         parameters += add_lora(pipeline.text_encoder, TEXT_LORA_TARGETS, "names")
 
         def predict(noisy, timesteps, target, rows):
-            return training.predict(noisy, timesteps, self._prompts(training, rows)), target
+            return training.predict(noisy, timesteps, self.prompts(training, rows)), target
 
         embeddings = learn_rare_tokens(pipeline, setting.seed)
         training.run(parameters, self.contexts, setting.baseline_steps, predict, embeddings)
@@ -58,7 +58,8 @@ class PromptLora:
         pipeline = load_prompt_lora(setting, folder)
         return plain_sampler(pipeline, setting, name_concepts if self.named else lambda caption, _: caption)
 
-    def _prompts(self, training: LoraTraining, rows: torch.Tensor) -> list[str]:
+    def prompts(self, training: LoraTraining, rows: torch.Tensor) -> list[str]:
+        """Captions of the images, with the rare tokens of their contexts where prompts name these."""
         captions = training.captions(rows)
         if not self.named:
             return captions
