@@ -17,6 +17,7 @@ import torch
 
 
 Model = Callable[[torch.Tensor, int], torch.Tensor]
+OnStep = Callable[[int, int, torch.Tensor], torch.Tensor]
 
 
 def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
@@ -45,12 +46,21 @@ def ddim_coefficients(
 
 
 def denoise(
-    model: Model, x: torch.Tensor, alphas: torch.Tensor, timesteps: Sequence[int], prediction_type: str
+    model: Model,
+    x: torch.Tensor,
+    alphas: torch.Tensor,
+    timesteps: Sequence[int],
+    prediction_type: str,
+    on_step: OnStep = lambda step, t, x: x,
 ) -> torch.Tensor:
-    """Follows the ODE from `x` at `timesteps[0]` down to the clean end."""
-    for t, s in pairwise(timesteps):
+    """Follows the ODE from `x` at `timesteps[0]` down to the clean end.
+
+    After each step, `on_step` is given its number, the timestep it started from and its result, and returns what to
+    go on with.
+    """
+    for step, (t, s) in enumerate(pairwise(timesteps)):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
-        x = a * x + b * model(x, t)
+        x = on_step(step, t, a * x + b * model(x, t))
     return x
 
 

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .attention import context_module_detached, lora_detached
+from .attention import context_module_detached
+from .lora import lora_detached
 
 
 POSTERIOR_ENCODERS = ("vae", "unet", "clip")
