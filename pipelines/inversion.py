@@ -72,12 +72,12 @@ def invert(
     prediction_type: str,
     num_iterations: int = 3,
 ) -> torch.Tensor:
-    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`, so that `denoise` returns to `x`.
+    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`: `denoise` then returns to `x`.
 
-    Each step solves that of `denoise` for `x_t`, by `num_iterations` evaluations of the model at what `x_t` is so far
-    (Pan et al. 2023, arXiv 2309.04907); the usual inversion makes do with one, taken at the wrong place. The iteration
-    is on what the model itself predicts: the velocity of a model of the noise varies so fast with `x_t` near the noisy
-    end that it would not converge.
+    Each step solves the step of `denoise` for `x_t` by fixed-point iteration, evaluating the model `num_iterations`
+    times at the current guess of `x_t` (Pan et al. 2023, arXiv 2309.04907); the usual inversion evaluates it once, at
+    `x_s`. It iterates on what the model itself predicts: for a model of the noise, the velocity varies too fast with
+    `x_t` near the noisy end to converge.
     """
     for t, s in reversed(list(pairwise(timesteps))):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
