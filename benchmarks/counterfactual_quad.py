@@ -48,9 +48,7 @@ class Counterfactuals:
     def __call__(
         self, images: np.ndarray, interventions: tuple[str, ...], factual: tuple[str, ...] = ()
     ) -> np.ndarray:
-        output = self.pipeline.counterfactual(
-            _to_pixels(images), list(interventions), factual=list(factual), **self.options
-        )
+        output = self.pipeline.counterfactual(_to_pixels(images), list(interventions), list(factual), **self.options)
         return _to_uint8(output.images)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ from diffusers_ctx.evaluation.report import (
     summarize,
 )
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
-from diffusers_ctx.pipelines import CompositionMixin
+from diffusers_ctx.pipelines import CompositionMixin, training_resolution
 from diffusers_ctx.training.run.files import check_writable
 
 
@@ -124,7 +124,7 @@ class Evaluation:
         # samples take the place of the second half, which gives the floor
         self.prompts = {name: [self.captions[row] for row in x.again] for name, x in self.contexts.items()}
         self.pipeline = self._load_pipeline(getattr(diffusers_ctx, pipeline_name(adapter_config)))
-        self.resolution = self.pipeline.training_resolution
+        self.resolution = training_resolution(self.pipeline)
         self.observational = self.contexts[self.obs_context].real[: config.num_counterfactuals]
         self.settings = self._settings([folder / name for name in adapter_files(adapter_config)])
         check_settings(self.output_dir, self.settings)

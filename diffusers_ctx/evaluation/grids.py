@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..pipelines import decode_images
+
 
 _LABEL_HEIGHT = 14
 
@@ -46,7 +48,7 @@ def sample_rows(
             width=resolution,
             output_type="latent",
         ).images
-        rows.append(np.rint(pipeline.decode_images(latents) * 255).astype(np.uint8))
+        rows.append(np.rint(decode_images(pipeline, latents) * 255).astype(np.uint8))
     return rows
 
 

@@ -19,13 +19,14 @@ from huggingface_hub.constants import HF_HOME
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..adapter import set_context_scheduler
 from ..adapter_format import RECORD_NAME
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..data.streaming import ImageStream
 from ..hub import create_repository, push_adapter_folder
-from ..pipelines import CompositionMixin
+from ..pipelines import CompositionMixin, Conditioner
 from .checks import (
     check_accelerator,
     check_backbone,
@@ -137,7 +138,7 @@ class ContextTrainer:
         check_writable(self.output_dir)
         prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
         if schedule:
-            pipeline.set_context_scheduler(schedule)
+            set_context_scheduler(pipeline, schedule)
         self._text_encoders = learning_text_encoders(pipeline, config.model)
         learned = count_learned(pipeline.unet, config.model.mode, config.model.rank, self._text_encoders)
         start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
@@ -236,7 +237,7 @@ class ContextTrainer:
         self.latents = self._encode(dataset, config.optimization.seed)
         held_out_latents = self._encode(held_out, HELD_OUT_SEED) if len(held_out) else None
         self._image_features = None  # nobody asks for them again: a model of their own gives its memory back
-        self._encode_captions = pipeline.encode_captions
+        self._encode_captions = Conditioner.of(pipeline).encode_captions
         if config.data.cache_latents and not self._text_encoders:
             self._encode_captions = CaptionCache(
                 pipeline, {"", *self.latents.captions}, self._cache_dir, not self.accelerator.is_local_main_process
@@ -421,7 +422,7 @@ class ContextTrainer:
         conditions: dict[str, Any] = {"captions": captions, "geometry": geometry}
         if not self._text_encoders:  # those that learn encode within the objective
             with torch.no_grad():
-                conditions = self.pipeline.unet_conditions(self._encode_captions(captions), geometry)
+                conditions = Conditioner.of(self.pipeline).unet_kwargs(self._encode_captions(captions), geometry)
         features = self.latents.features_of(indices, flip)
         return send_to_device((latents, batch["mask"], conditions, noise, timesteps, eps, features), device)
 

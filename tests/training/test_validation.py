@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.data.held_out import hold_out
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training.diffusion.validation import validation_losses
 
 from .conftest import IMAGES, create_trainer
@@ -63,14 +64,14 @@ def test_held_out_images_are_not_trained_on(trainer):
 
 def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
     held_out, pipeline = trainer.validator.held_out, trainer.pipeline
-    losses = losses_of(trainer)
+    losses, conditioner = losses_of(trainer), Conditioner.of(pipeline)
     noise = torch.randn(held_out.mean.shape[1:], generator=torch.Generator().manual_seed(0))
     for context in IMAGES:
         rows = [row for row, name in enumerate(held_out.contexts) if name == context]
         expected = []
         for row, timestep in zip(rows, (166, 500, 833)):  # middles of thirds of 1000
-            conditions = pipeline.unet_conditions(
-                pipeline.encode_captions([held_out.captions[row]]), held_out.geometry[0, [row]]
+            conditions = conditioner.unet_kwargs(
+                conditioner.encode_captions([held_out.captions[row]]), held_out.geometry[0, [row]]
             )
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
             with torch.no_grad():

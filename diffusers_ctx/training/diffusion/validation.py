@@ -15,6 +15,7 @@ from PIL import Image
 
 from ...data import interventions_of
 from ...evaluation.grids import draw_grid, sample_rows
+from ...pipelines import Conditioner
 from ..config import TrainingConfig
 from ..encoding.latents import ContextLatents
 from ..run.stop_signals import StopSignals
@@ -125,6 +126,7 @@ def validation_losses(
     noise = torch.randn(latents.mean.shape[1:], generator=generator)
     timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
     losses: list[float] = []
+    conditioner = Conditioner.of(pipeline)
     for rows in torch.arange(len(latents)).split(batch_size):
         if stop.received:
             return None
@@ -132,7 +134,7 @@ def validation_losses(
         inputs = (
             latents.mean[0, rows],
             latents.masks[rows],
-            pipeline.unet_conditions(pipeline.encode_captions(captions), latents.geometry[0, rows]),
+            conditioner.unet_kwargs(conditioner.encode_captions(captions), latents.geometry[0, rows]),
             noise[rows],
             timesteps[rows],
             torch.zeros(len(rows), *pipeline.context_module.noise_shape),  # the posterior's mean
