@@ -1,3 +1,4 @@
+from .autoencoding import decode_images, training_resolution
 from .composition import CompositionMixin
 from .conditioning import Conditioner
 from .outputs import ComposablePipelineOutput
@@ -5,4 +6,12 @@ from .stable_diffusion import ComposablePipeline
 from .stable_diffusion_xl import ComposableXLPipeline
 
 
-__all__ = ["ComposablePipeline", "ComposablePipelineOutput", "ComposableXLPipeline", "CompositionMixin", "Conditioner"]
+__all__ = [
+    "ComposablePipeline",
+    "ComposablePipelineOutput",
+    "ComposableXLPipeline",
+    "CompositionMixin",
+    "Conditioner",
+    "decode_images",
+    "training_resolution",
+]

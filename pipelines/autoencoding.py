@@ -43,10 +43,17 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w)."""
+def decode_images(pipeline: Any, latents: torch.Tensor, output_type: str = "np") -> Any:
+    """Images of scaled latents (B, C, h, w), as `"pil"`, `"np"` or `"pt"`, in a precision that the VAE can take."""
+    vae = pipeline.vae
     with upcast_if_overflowing(vae), torch.autocast(latents.device.type, enabled=False):
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return pipeline.image_processor.postprocess(decoded, output_type=output_type)
+
+
+def training_resolution(pipeline: Any) -> int:
+    """Height and width, in pixels, of the images that the pipeline's adapter was trained on."""
+    return pipeline.context_module.config.posterior_sample_size * pipeline.vae_scale_factor
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class ContextAdapter:
         module = self.create_module(config, pipeline, features)
         prepare_backbone(pipeline, module, config.model, accelerator)
         if schedule := schedule_options(config.model, pipeline.scheduler):
-            pipeline.set_context_scheduler(schedule)
+            set_context_scheduler(pipeline, schedule)
         start_trackers(accelerator, {})
         latents = self.encode(setting, features)
         self.learn_concepts(setting, accelerator, pipeline, module, latents, config)
@@ -133,7 +133,7 @@ class ContextAdapter:
                 latents,
                 config.context,
                 setting.seed,
-                encode_captions=pipeline.encode_captions,
+                encode_captions=Conditioner.of(pipeline).encode_captions,
             )
             stage.run()
             return module.state_dict()
