@@ -321,9 +321,8 @@ def test_a_method_is_trained_measured_and_not_measured_again(tmp_path):
     module = load_pipeline(folder, embedded_base()).context_module
     assert row["edges"] == measure_graph(module)["auroc"]
     # after two steps it still draws what the base draws, which is told no contexts
-    base = plain_sampler(
-        load_base(setting_of(results, tmp_path)), setting_of(results, tmp_path), lambda caption, _: caption
-    )
+    setting = setting_of(results, tmp_path)
+    base = plain_sampler(load_base(setting), setting, lambda caption, _: caption)
     for pair in quad.HELD_OUT_PAIRS:
         measured, expected = results["contexts"]["+".join(pair)], measure_combination(base, pair, 20, dependent=True)
         assert measured["swd"] == pytest.approx(expected["swd"], abs=0.06)
