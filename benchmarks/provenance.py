@@ -34,7 +34,7 @@ def _processor() -> str:
 
 
 def adapter_digest(adapter: str | Path) -> str:
-    """Tells two adapters apart, by all their weights."""
+    """A hash of all weights of an adapter; the library's fingerprint is another, and results name adapters by this."""
     digest = hashlib.sha256()
     for file in sorted(Path(adapter).rglob("*.safetensors")):
         if not any(part.startswith("checkpoint-") for part in file.relative_to(adapter).parts):

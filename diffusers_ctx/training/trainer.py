@@ -19,7 +19,7 @@ from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin
-from .checks import check_accelerator, check_backbone, check_free_disk, check_options, check_validation_contexts
+from .checks import check_accelerator, check_backbone, check_options, check_validation_contexts
 from .concepts.stage import ConceptStage
 from .config import TrainingConfig
 from .diffusion.noise_schedule import schedule_options, with_unfreezing
@@ -37,11 +37,13 @@ from .run.accelerator import create_accelerator
 from .run.checkpoints import (
     checkpoint_step,
     choose_checkpoint,
+    find_checkpoint,
     remove_unfinished,
     restore_unfreeze_step,
     save_checkpoint,
 )
 from .run.concept_checkpoint import ConceptCheckpoint
+from .run.disk_space import check_free_disk
 from .run.files import check_writable, run_lock
 from .run.record import flatten_options, resume_contract, tracked_options, training_record
 from .run.stop_signals import StopSignals
@@ -200,7 +202,11 @@ class ContextTrainer:
         else:
             self.adapter_stage.load(self.checkpoint)
         self._concept_checkpoint.remove()  # also where an earlier run died before it did
-        self.adapter_stage.run(self._save_checkpoint, self.validate, self.stop)
+        try:
+            self.adapter_stage.run(self._save_checkpoint, self.validate, self.stop)
+        except FloatingPointError as error:
+            last = find_checkpoint(self.output_dir, "latest") or self.checkpoint
+            raise FloatingPointError(f"{error} The last checkpoint is {last}.") from error
 
     def validate(self, step: int) -> None:
         """Logs held-out losses and samples on the main process."""
@@ -323,10 +329,8 @@ class ContextTrainer:
     def _check_free_disk(self) -> None:
         model, text_encoders = self.config.model, learning_text_encoders(self.pipeline, self.config.model)
         learned = count_learned(self.pipeline.unet, model.mode, model.rank, text_encoders)
-        start = -1 if self.checkpoint is None else checkpoint_step(self.checkpoint)
-        check_free_disk(
-            self.output_dir, self.config, learned, self.pipeline, self.accelerator, start, self.max_train_steps
-        )
+        left = self.max_train_steps - (0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
+        check_free_disk(self.output_dir, self.config, learned, self.pipeline, self.accelerator, left)
 
     def _create_repository(self) -> str | None:
         """Full name of the repository to push to, which exists from here on: the token has proved good."""

@@ -177,7 +177,7 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
     features = plain_pipeline.image_features("unet")
     size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8)  # of latents and features, by hand
     have(size - 1)
-    message = r"`cache_dir` .* GB free, and what is encoded takes .*; free some, choose another `cache_dir`"
+    message = r"`cache_dir` .* GB free, and encoded data takes .*; free some, choose another `cache_dir`"
     with pytest.raises(OSError, match=message):
         encode_all()
     assert list(tmp_path.iterdir()) == []

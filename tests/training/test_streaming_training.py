@@ -224,13 +224,13 @@ def refuses(options, tmp_path):
     [
         (
             {"max_train_steps": None},
-            "With `streaming`, set `max_train_steps`: how many images an epoch has is not known",
+            "With `streaming`, set `max_train_steps`: the number of images in an epoch is not known",
         ),
         ({"cache_latents": True}, "With `streaming`, leave out `cache_latents`"),
         ({"posterior_encoder": "unet"}, "With `streaming`, set `posterior_encoder` to vae"),
         ({"posterior_encoder_model": "clip"}, "With `streaming`, set `posterior_encoder` to vae"),
         ({"validation_images": 1}, "With `streaming`, leave out `validation_images`"),
-        ({"max_train_samples": 3}, "give `streaming_concept_images` in the place of `max_train_samples`"),
+        ({"max_train_samples": 3}, "give `streaming_concept_images` instead of `max_train_samples`"),
         ({"streaming_concept_images": 0}, "`streaming_concept_images` is 0; it must be 1 or more"),
         ({"concepts": ["sleet"]}, r"`concepts` is \['sleet'\]; choose one or more of \['night', 'snow'\]"),
         ({"obs_context": "plain"}, "no observational context 'plain'; found"),

@@ -16,9 +16,6 @@ from ...pipelines import CompositionMixin
 from ..encoding.batch import Batch
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
 class CaptionEncoder(nn.Module):
     """Tells the UNet what captions say, with gradients: where it is a part of the objective, text encoders learn."""
 

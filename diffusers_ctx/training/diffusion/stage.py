@@ -209,6 +209,5 @@ class DiffusionStage:
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {value} at step {self.step}. Lower `learning_rate`, or use bf16 or no mixed precision, and"
-                " go on from the last checkpoint."
+                f"{name} is {value} at step {self.step}. Lower `learning_rate`, or use bf16 or no mixed precision."
             )

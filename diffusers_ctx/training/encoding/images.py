@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,16 +20,10 @@ def load_images(config: TrainingConfig) -> datasets.Dataset:
     """The run's images; see [`~data.load_context_dataset`]."""
     data = config.data
     return load_context_dataset(
-        Path(data.train_data_dir) if data.train_data_dir else str(data.dataset_name),
+        **data.source_options(),
         obs_context=data.obs_context,
         concepts=data.concepts,
-        image_column=data.image_column,
-        context_column=data.context_column,
-        text_column=data.caption_column,
-        name=data.dataset_config_name,
-        split=data.dataset_split,
         skip_unreadable=data.skip_unreadable,
-        cache_dir=data.cache_dir,
         max_samples_per_context=data.max_train_samples,
         seed=config.optimization.seed,
     )

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -30,17 +29,7 @@ _ENCODED_AT_ONCE = 16
 
 def open_images(config: TrainingConfig) -> ImageStream:
     """The stream of a run's images; see [`~data.streaming.open_stream`]."""
-    data = config.data
-    return open_stream(
-        Path(data.train_data_dir) if data.train_data_dir else str(data.dataset_name),
-        image_column=data.image_column,
-        context_column=data.context_column,
-        text_column=data.caption_column,
-        name=data.dataset_config_name,
-        split=data.dataset_split,
-        cache_dir=data.cache_dir,
-        seed=config.optimization.seed,
-    )
+    return open_stream(**config.data.source_options(), seed=config.optimization.seed)
 
 
 def take_concept_images(stream: ImageStream, config: TrainingConfig, show_progress: bool) -> datasets.Dataset:
