@@ -17,7 +17,7 @@ class HeldOutContext:
     Attributes:
         interventions: what the context intervenes on.
         real: rows to compare samples with.
-        real_b: as many other rows, which tell how far apart real images are.
+        real_b: as many other rows, for the real-vs-real baseline.
     """
 
     interventions: tuple[str, ...]

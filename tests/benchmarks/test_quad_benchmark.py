@@ -267,15 +267,15 @@ def test_a_light_vae_trains_as_long_as_it_is_told_and_draws_contexts_with_the_sa
     assert np.array_equal(plain, sample(captions, [], 0)) and not np.array_equal(plain, changed)
 
 
-def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
+def test_the_kernel_distance_is_near_zero_for_samples_of_the_distribution_alone():
     names = ("quad3",)
-    law = quad.generate(names, n=200, seed=12).images
+    same = quad.generate(names, n=200, seed=12).images
     other = quad.generate(("quad2",), n=200, seed=12).images
-    of_law, of_other = (measure_kernel_distance(images, names, 200, True) for images in (law, other))
-    assert abs(of_law["kid"]) < 0.1 * of_other["kid"]
+    of_same, of_other = (measure_kernel_distance(images, names, 200, True) for images in (same, other))
+    assert abs(of_same["kid"]) < 0.1 * of_other["kid"]
     real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, REAL_B_SEED))
     features = latent_features(AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae"))
-    assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
+    assert of_same["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name, decides", [("training/concepts/stage.py", True), ("hub/push.py", False)])
@@ -320,7 +320,7 @@ def test_a_method_is_trained_measured_and_not_measured_again(tmp_path):
     (folder,) = (path.parent for path in tmp_path.glob("*/ours/context_adapter.safetensors"))
     module = load_pipeline(folder, embedded_base()).context_module
     assert row["edges"] == measure_graph(module)["auroc"]
-    # after two steps it still draws what the base draws, which is told no contexts
+    # after two steps it still draws what the base draws, which knows no contexts
     setting = setting_of(results, tmp_path)
     base = plain_sampler(load_base(setting), setting, lambda caption, _: caption)
     for pair in quad.HELD_OUT_PAIRS:
