@@ -117,8 +117,8 @@ def test_one_resample_has_no_spread_about_the_distance(n, m):
     assert bootstrap_interval(a, b, 20, seed=3, resamples=1) == pytest.approx((distance, distance), rel=1e-6)
 
 
-def test_intervals_cover_the_known_distance_of_two_laws():
-    """Gaussians 2 apart along one axis, where the baseline hardly counts: the interval must cover the distributions' own distance."""
+def test_intervals_cover_the_known_distance_of_two_distributions():
+    """Gaussians 2 apart along one axis, where the baseline hardly counts: what is covered is their own distance."""
     rng = np.random.default_rng(15)
     distance = math.sqrt(np.mean((2 * unit_directions(3, 20, seed=0)[0]) ** 2))
     pairs = [(gaussians(200, rng), gaussians(150, rng, shift=2)) for _ in range(100)]
