@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from diffusers_ctx import embedded_adapter
@@ -22,8 +21,8 @@ def test_it_measures_what_nodes_hold(tmp_path):
     correlations = found["correlations"]
     assert list(correlations) == list(quad.CONCEPTS)
     for name, expected in published["correlations"].items():
-        # four standard errors of a correlation of 200 images
-        assert correlations[name] == pytest.approx(expected, abs=4 * (1 - expected**2) / np.sqrt(200)), name
+        # of 2,000 images; a correlation of 200 is off by some 0.035 for orientation, and by less for the others
+        assert correlations[name] == pytest.approx(expected, abs=0.1 if name == "orientation" else 0.02), name
     assert f"quad4            {correlations['quad4']:.2f}" in run.stdout
     for group in ("values, of factors", "noise, of the factors' noise"):
         assert found[group].keys() == published[group].keys()
