@@ -119,7 +119,7 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
 def test_a_counterfactual_without_change_gives_the_image_back(pipeline):
     pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
     for context in ([], ["snow"]):
-        arguments = {"factual": context, "num_inference_steps": 20, "output_type": "latent"}
+        arguments = {"factual_interventions": context, "num_inference_steps": 20, "output_type": "latent"}
         back = pipeline.counterfactual(photo(), context, **arguments).images
         latents = pipeline._encode_images(pipeline._preprocess(photo()))
         torch.testing.assert_close(back, latents, atol=1e-2, rtol=1e-2)

@@ -89,7 +89,11 @@ class Validator:
 
 
 def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence[Any]) -> None:
-    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, W&B or trackio."""
+    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, W&B or trackio.
+
+    Accelerate's own `log_images` takes another form of pictures for each tracker, steps that W&B refuses, and is
+    missing for trackio.
+    """
     folder = output_dir / "validation"
     folder.mkdir(exist_ok=True)
     file = folder / f"step-{step}.png"
