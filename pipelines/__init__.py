@@ -1,4 +1,3 @@
-from .autoencoding import decode_images, training_resolution
 from .composition import CompositionMixin
 from .conditioning import Conditioner
 from .outputs import ComposablePipelineOutput
@@ -12,6 +11,4 @@ __all__ = [
     "ComposableXLPipeline",
     "CompositionMixin",
     "Conditioner",
-    "decode_images",
-    "training_resolution",
 ]

@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ctx.context import Interventions, embed_captions
 
-from .autoencoding import training_resolution
 from .conditioning import Conditioner
 from .counterfactual import CounterfactualMixin
 from .guidance import context_guidance
@@ -161,7 +160,7 @@ class CompositionMixin(CounterfactualMixin):
 
     def _default_size(self, arguments: dict[str, Any]) -> dict[str, int]:
         """Height and width, where they are left open: those of training, or of given latents if the UNet asks."""
-        height = width = training_resolution(self)
+        height = width = self._training_resolution
         if arguments["latents"] is not None:
             if self.unet.config.addition_embed_type != "text_time":
                 return {}

@@ -13,9 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ctx.adapter import ContextAdapterLoaderMixin, add_context_tokens
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
+from diffusers_ctx.autoencoding import decode_latents, encode_pixels, to_pixels
 from diffusers_ctx.context import GaussianPosterior, Interventions
 
-from .autoencoding import decode_images, encode_pixels, to_pixels, training_resolution
 from .conditioning import Conditioner
 from .inversion import Model, denoise, evenly_spaced_timesteps, invert
 from .outputs import ComposablePipelineOutput
@@ -139,7 +139,8 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         predicted = denoise(model_under(interventions), diffusion_noise, *schedule, on_step)
         images = predicted.to(latents.dtype)
         if output_type != "latent":
-            images = decode_images(self, images, output_type)
+            decoded = decode_latents(self.vae, images)
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ComposablePipelineOutput(images, noise) if return_dict else (images, noise)
 
@@ -224,11 +225,16 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         return self._clip_features
 
     def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
-        self._require_context_module()
-        return to_pixels(image, self.image_processor, training_resolution(self))
+        return to_pixels(image, self.image_processor, self._training_resolution)
+
+    @property
+    def _training_resolution(self) -> int:
+        """Height and width, in pixels, of the images that the adapter was trained on."""
+        return self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
 
     def _encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return encode_pixels(self.vae, pixels, self._execution_device)
+        mean, _ = encode_pixels(self.vae, pixels, self._execution_device)
+        return mean
 
 
 def _one_each(texts: str | list[str], num_images: int, name: str) -> list[str]:

@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 
 import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
+from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.adapter.image_features import ImageFeatures
 from diffusers_ctx.data import quad
 from diffusers_ctx.fingerprint import fingerprint
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.concepts.stage import ConceptStage
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig

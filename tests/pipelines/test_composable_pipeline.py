@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
-from diffusers_ctx.pipelines import Conditioner, training_resolution
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.pipelines.guidance import context_guidance
 from diffusers_ctx.training.encoding.images import ImageTransform
 
@@ -102,7 +102,7 @@ def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
 
 def test_images_have_the_size_that_the_adapter_was_trained_on(plain_pipeline):
     attach_context_module(plain_pipeline.unet, make_context_module(posterior_sample_size=12))
-    assert training_resolution(plain_pipeline) == 24
+    assert plain_pipeline._training_resolution == 24
     assert sample(plain_pipeline).images.shape == (1, 24, 24, 3)
     assert sample(plain_pipeline, height=40).images.shape == (1, 40, 24, 3)
     assert sample(plain_pipeline, latents=torch.zeros(1, 4, 10, 18)).images.shape == (1, 20, 36, 3)
