@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -300,6 +301,16 @@ def full_size() -> list[str]:
     return table(["random weights, one H100", "ms a step", "peak GiB", "trained weights", "in float32"], rows)
 
 
+def seeds_of_the_comparison() -> list[str]:
+    """What `python benchmarks/quad.py --table` prints of the dependent variant with 4,000 images."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from tables import render_tables
+
+    sections = render_tables(RESULTS / "quad").split("\n\n### ")
+    chosen = [section for section in sections if re.match(r"(### )?dependent-seed\d-images4000-steps1000\n", section)]
+    return ("### " + "\n\n### ".join(section.removeprefix("### ") for section in chosen)).split("\n")
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": lambda: comparison(HEADLINE),
     "comparison": lambda: comparison(with_drift=True),
@@ -317,6 +328,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "epsilon-bases": epsilon_bases,
     "step-times": step_times,
     "full-size": full_size,
+    "seeds-of-the-comparison": seeds_of_the_comparison,
 }
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
