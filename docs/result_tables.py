@@ -64,7 +64,9 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def run(method: str, seed: int = 0, images: int = 4000, steps: int = 1000, variant: str = "dependent") -> dict[str, Any]:
+def run(
+    method: str, seed: int = 0, images: int = 4000, steps: int = 1000, variant: str = "dependent"
+) -> dict[str, Any]:
     """Results of one run of the comparison on quad."""
     return load(f"quad/{variant}-seed{seed}-images{images}-steps{steps}/{method}.json")
 
@@ -140,7 +142,11 @@ def by_kind() -> list[str]:
 
 def effect_of_singles() -> list[str]:
     """How far do(x) moves x in one image: the diagonal of the interference matrix."""
-    names = {"context adapter": "ours", "context labels alone": "labels-only", "one LoRA per context": "lora-per-context"}
+    names = {
+        "context adapter": "ours",
+        "context labels alone": "labels-only",
+        "one LoRA per context": "lora-per-context",
+    }
     names |= {"one LoRA, contexts named": "prompt-lora", "simulator's noise given": "oracle"}
     matrices = {label: np.array(run(name)["interference"]["matrix"], dtype=float) for label, name in names.items()}
     matrices["*truth*"] = np.array(run("ours")["interference"]["true_matrix"], dtype=float)
@@ -163,7 +169,9 @@ def steps_and_images() -> list[str]:
     runs = [(steps, 4000) for steps in (250, 500, 1000, 2000)] + [(1000, images) for images in (1000, 300, 100)]
     rows = []
     for steps, images in runs:
-        results = load("quad-ours-seed0-n500.json") if (steps, images) == (1000, 4000) else run("ours", 0, images, steps)
+        results = (
+            load("quad-ours-seed0-n500.json") if (steps, images) == (1000, 4000) else run("ours", 0, images, steps)
+        )
         graph = results["graph"]
         contexts = results["contexts"]
         cells = [f"{mean(contexts, count):.3f}" for count in range(4)]
@@ -193,7 +201,9 @@ def shipped_combinations() -> list[str]:
         distances = [f"{found['swd']:.4f}", f"{low:.3f} to {high:.3f}"]
         distances += [f"{found['floor']:.4f}", f"{found['debiased']:.4f}"]
         rows.append([name.replace("+", " + "), *distances, *read])
-    for count, label in enumerate(("mean of 6 single interventions", "mean of 9 held-out pairs", "mean of 3 triples"), 1):
+    for count, label in enumerate(
+        ("mean of 6 single interventions", "mean of 9 held-out pairs", "mean of 3 triples"), 1
+    ):
         swd, floor, debiased = (f"{mean(contexts, count, key):.4f}" for key in ("swd", "floor", "debiased"))
         read = [f"{mean(contexts, count, key):.3f}" for key in ("conformity", "conformity_real")]
         rows.append([f"**{label}**", swd, "", floor, debiased, *read])
@@ -206,7 +216,9 @@ def fresh_combinations() -> list[str]:
     rows = []
     for name, found in contexts.items():
         distances = [f"{found[key]:.3f}" for key in ("swd", "floor", "debiased")]
-        rows.append([name.replace("+", " + "), *distances, *(f"{found[k]:.3f}" for k in ("conformity", "conformity_real"))])
+        rows.append(
+            [name.replace("+", " + "), *distances, *(f"{found[k]:.3f}" for k in ("conformity", "conformity_real"))]
+        )
     return table(["n = 1,000", "distance", "floor", "debiased", "conformity", "of real images"], rows)
 
 
@@ -264,7 +276,9 @@ def epsilon_bases() -> list[str]:
         "v-base": "*a base that was trained so from the start, mode `lora`*",
     }
     names = ("obs", "quad4", "quad1", "quad1+quad4")
-    cells = [[label, *(f"{rows[key]['contexts'][name]['debiased']:.3f}" for name in names)] for key, label in labels.items()]
+    cells = [
+        [label, *(f"{rows[key]['contexts'][name]['debiased']:.3f}" for name in names)] for key, label in labels.items()
+    ]
     header = ["obs" if name == "obs" else f"do({name.replace('+', ', ')})" for name in names]
     return table(["ε-prediction base, n = 500", *header], cells)
 

@@ -3,8 +3,8 @@
     python examples/minimal.py
 
 A picture shows a landscape by its light (`night`) and its snow line (`snow`); when it is darker, more snow lies. There
-are pictures of three contexts: observational, do(night) and do(snow). No value and no graph is given, and do(night, snow)
-is never seen. The library does the same on latents, with more kinds of loss and a UNet in place of `paint`.
+are pictures of three contexts: observational, do(night) and do(snow). No value and no graph is given, and do(night,
+snow) is never seen. The library does the same on latents, with more loss terms and a UNet instead of `paint`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class SCM(nn.Module):
 
     def __init__(self, edges: torch.Tensor):
         super().__init__()
-        self.log_scale, self.shift = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))  # (regime, concept)
+        self.log_scale, self.shift = (
+            nn.Parameter(torch.zeros(2, 2)),
+            nn.Parameter(torch.zeros(2, 2)),
+        )  # (regime, concept)
         self.A = nn.Parameter(edges)
 
     def coefficients(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,7 +49,7 @@ class SCM(nn.Module):
         return (log_scale.exp() * torch.randn(n, 2) + shift) @ torch.linalg.inv(unmix[0]).T
 
     def log_prob(self, c: torch.Tensor) -> torch.Tensor:
-        """Log-density (n, 3) of values (n, 2) in each context: that of the noise which explains them, and its volume."""
+        """Log-density (n, 3) of values (n, 2) in each context, by a change of variables to the noise."""
         log_scale, shift, unmix = self.coefficients(CONTEXTS)
         z = (torch.einsum("kij,nj->nki", unmix, c) - shift) / log_scale.exp()
         return -(z**2).sum(2) / 2 - log_scale.sum(1) + torch.linalg.slogdet(unmix).logabsdet
@@ -102,7 +105,7 @@ def main(seed: int = 0, n: int = 2000) -> dict[str, float]:
     pictures = torch.cat([photograph(mask, n) for mask in CONTEXTS])
     context = torch.arange(3).repeat_interleave(n)
 
-    # 1. A code that is told nothing of contexts.
+    # 1. A code, learned without contexts.
     encode, decode = mlp(64, 2), mlp(2, 64)
 
     def reconstruction() -> torch.Tensor:
