@@ -266,7 +266,7 @@ def concepts() -> list[str]:
 
 
 def epsilon_bases() -> list[str]:
-    rows = load("epsilon_base.json")["rows"]
+    rows = load("epsilon_base.json")["methods"]
     labels = {
         "epsilon": "as it is, mode `lora`",
         "noise-offset": "`--noise_offset 0.1`",
