@@ -84,7 +84,7 @@ class CompositionMixin(CounterfactualMixin):
             return _with_noise(plain_call(**arguments), None, return_dict)
         if arguments["ip_adapter_image"] is not None or arguments["ip_adapter_image_embeds"] is not None:
             raise ValueError(
-                "A context adapter is loaded, and image prompts would take the same place in the UNet; call"
+                "A context adapter is loaded, and images for an IP-Adapter would take the same place in the UNet; call"
                 " `unload_context_adapter()` to use them."
             )
         arguments |= self._default_size(arguments)
