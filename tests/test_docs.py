@@ -230,7 +230,8 @@ def test_the_notebook_lists_all_entries():
 
 
 def snippets(page: Path, language: str = "python") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in blocks if name == language]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -195,7 +195,7 @@ def test_each_mode_says_what_was_trained(mode):
 
 
 def test_tokens_in_the_prompt_are_told():
-    words = "takes 0 and 1 alone"
+    words = "accepts only 0 and 1"
     assert words in render_model_card(CONFIG | {"injection": "prompt"}).text
     assert words not in render_model_card(CONFIG | {"injection": "cross_attention"}).text
     assert words not in render_model_card(CONFIG).text
