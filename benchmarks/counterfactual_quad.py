@@ -46,7 +46,7 @@ class Counterfactuals:
     def __call__(
         self, images: np.ndarray, interventions: tuple[str, ...], factual: tuple[str, ...] = ()
     ) -> np.ndarray:
-        output = self.pipeline.counterfactual(images, list(interventions), factual=list(factual), **self.options)
+        output = self.pipeline.counterfactual(images, list(interventions), list(factual), **self.options)
         return to_uint8(output.images)
 
     def autoencoded(self, images: np.ndarray) -> np.ndarray:

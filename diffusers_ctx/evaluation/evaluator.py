@@ -114,7 +114,7 @@ class Evaluator:
             dataset,
             module.concepts,
             module.obs_context,
-            self.pipeline.training_resolution,
+            module.posterior_sample_size * self.pipeline.vae_scale_factor,
             config.max_samples,
             config.seed,
         )
