@@ -5,4 +5,10 @@ from .stable_diffusion import ComposablePipeline
 from .stable_diffusion_xl import ComposableXLPipeline
 
 
-__all__ = ["ComposablePipeline", "ComposablePipelineOutput", "ComposableXLPipeline", "CompositionMixin", "Conditioner"]
+__all__ = [
+    "ComposablePipeline",
+    "ComposablePipelineOutput",
+    "ComposableXLPipeline",
+    "CompositionMixin",
+    "Conditioner",
+]

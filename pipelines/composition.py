@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ctx.context import Interventions, embed_captions
 
-from .autoencoding import decode_latents
 from .conditioning import Conditioner
 from .counterfactual import CounterfactualMixin
 from .guidance import context_guidance
@@ -28,14 +27,14 @@ class CompositionMixin(CounterfactualMixin):
     It comes before the pipeline class in a list of bases: `class Mine(CompositionMixin, StableDiffusionPipeline)`.
     """
 
-    plain_class: type[DiffusionPipeline]
+    _plain_class: type[DiffusionPipeline]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__call__ is CompositionMixin.__call__:
             bases = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline))
-            cls.plain_class = next(base for base in bases if base is not cls)
-            cls.__call__ = _with_signature_of(cls.plain_class)  # type: ignore[method-assign]
+            cls._plain_class = next(base for base in bases if base is not cls)
+            cls.__call__ = _with_signature_of(cls._plain_class.__call__)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def __call__(
@@ -96,7 +95,7 @@ class CompositionMixin(CounterfactualMixin):
         captions = None
         if self._matches_prompt(match_prompt, exogenous_noise):
             captions = self._captions_of(prompt, prompt_embeds).repeat_interleave(images_per_prompt, dim=0)
-        noise = self.prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
+        noise = self._prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
         tokens = self._context_tokens(noise, mask)
         with ExitStack() as stack:
             if context_guidance_scale != 1:
@@ -116,7 +115,7 @@ class CompositionMixin(CounterfactualMixin):
         copies = 2 if do_classifier_free_guidance else 1
         return [torch.cat([tokens] * copies) for tokens in ip_adapter_image_embeds]
 
-    def prepare_exogenous_noise(
+    def _prepare_exogenous_noise(
         self,
         num_images: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -156,12 +155,12 @@ class CompositionMixin(CounterfactualMixin):
 
     def to_json_string(self) -> str:
         """The config as it is saved, under the class name that stock diffusers loads it with."""
-        config = json.loads(super().to_json_string()) | {"_class_name": self.plain_class.__name__}
+        config = json.loads(super().to_json_string()) | {"_class_name": self._plain_class.__name__}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _default_size(self, arguments: dict[str, Any]) -> dict[str, int]:
         """Height and width, where they are left open: those of training, or of given latents if the UNet asks."""
-        height = width = self.training_resolution
+        height = width = self._training_resolution
         if arguments["latents"] is not None:
             if self.unet.config.addition_embed_type != "text_time":
                 return {}
@@ -190,32 +189,15 @@ class CompositionMixin(CounterfactualMixin):
         if prompt_embeds is not None:
             return embed_captions(prompt_embeds)
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
-        captions = self.embed_captions(prompts)
+        captions = Conditioner.of(self).embed_captions(prompts)
         if not all(prompts):
             with self._context_module_on_device() as (module, _):
                 # an empty prompt says as much as the average one: nothing
                 captions[[not text for text in prompts]] = module.require_captions().mean.to(captions)
         return captions
 
-    # What training needs of a pipeline
 
-    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        return Conditioner.of(self).encode_captions(captions)
-
-    def unet_conditions(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
-        return Conditioner.of(self).unet_kwargs(encoded, geometry)
-
-    def embed_captions(self, captions: list[str]) -> torch.Tensor:
-        return Conditioner.of(self).embed_captions(captions)
-
-    def full_image_geometry(self, latents: torch.Tensor) -> torch.Tensor:
-        return Conditioner.of(self).full_image_geometry(latents)
-
-    def decode_images(self, latents: torch.Tensor, output_type: str = "np") -> Any:
-        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type=output_type)
-
-
-def _with_signature_of(plain_class: type[DiffusionPipeline]) -> Any:
+def _with_signature_of(plain_call: Any) -> Any:
     """`CompositionMixin.__call__` for one class, whose signature shows the plain pipeline's arguments too."""
 
     @functools.wraps(CompositionMixin.__call__)
@@ -224,7 +206,7 @@ def _with_signature_of(plain_class: type[DiffusionPipeline]) -> Any:
 
     ours = inspect.signature(CompositionMixin.__call__, eval_str=True)
     parameters = [parameter for parameter in ours.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
-    parameters += inspect.signature(plain_class.__call__).parameters.values()
+    parameters += inspect.signature(plain_call).parameters.values()
     signature = ours.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
     vars(__call__)["__signature__"] = signature
     return __call__

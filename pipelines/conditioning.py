@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diffusers_ctx.adapter import lora_detached
+from diffusers_ctx.adapter.image_features import UNetFeatures
 from diffusers_ctx.context import embed_captions
 
 
@@ -61,6 +62,10 @@ class Conditioner(ABC):
         """The geometry (B, 6) of uncropped images with these latents (B, C, h, w)."""
         size = [side * self.pipeline.vae_scale_factor for side in latents.shape[2:]]
         return torch.tensor([*size, 0, 0, *size]).repeat(len(latents), 1)
+
+    def unet_features(self) -> UNetFeatures:
+        """The feature extractor of posteriors with `posterior_encoder="unet"`."""
+        return UNetFeatures(self.pipeline.unet, list(self.text_encoders.values()), self.unconditional_kwargs)
 
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> torch.Tensor:

@@ -12,10 +12,10 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ctx.adapter import ContextAdapterLoaderMixin, add_context_tokens
-from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures, UNetFeatures
+from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
+from diffusers_ctx.autoencoding import decode_latents, encode_pixels, to_pixels
 from diffusers_ctx.context import GaussianPosterior, Interventions
 
-from .autoencoding import decode_latents, encode_pixels, to_pixels
 from .conditioning import Conditioner
 from .inversion import Model, denoise, evenly_spaced_timesteps, invert
 from .outputs import ComposablePipelineOutput
@@ -106,6 +106,8 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         if unknown:
             raise ValueError(f"Callbacks of counterfactuals are given `latents`, and no {sorted(unknown)}.")
         pixels = self._preprocess(image)
+        if isinstance(generator, list) and len(generator) != len(pixels):
+            raise ValueError(f"`generator` has {len(generator)} entries for {len(pixels)} images.")
         latents = self._encode_images(pixels)
         posterior = self._posterior(pixels, latents, factual_interventions)
         noise = posterior.mean
@@ -114,7 +116,6 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         texts = _one_each(prompt, len(latents), "prompt")
         if guidance_scale > 1:
             texts = _one_each(negative_prompt or "", len(latents), "negative_prompt") + texts
-
         conditioner = Conditioner.of(self)
         geometry = conditioner.full_image_geometry(latents).repeat(len(texts) // len(latents), 1)
         conditions = conditioner.unet_kwargs(conditioner.encode_captions(texts), geometry)
@@ -138,7 +139,8 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         predicted = denoise(model_under(interventions), diffusion_noise, *schedule, on_step)
         images = predicted.to(latents.dtype)
         if output_type != "latent":
-            images = self.image_processor.postprocess(decode_latents(self.vae, images), output_type=output_type)
+            decoded = decode_latents(self.vae, images)
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ComposablePipelineOutput(images, noise) if return_dict else (images, noise)
 
@@ -195,7 +197,7 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
 
     def _posterior_input(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         config = self._require_context_module().config
-        image_features = self.image_features(config.posterior_encoder)
+        image_features = self._image_features(config.posterior_encoder)
         if image_features is None:
             return latents
         if image_features.channels != config.posterior_in_channels:
@@ -206,20 +208,16 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
             )
         return image_features(pixels.to(self._execution_device), latents)
 
-    def image_features(self, encoder: Literal["vae", "unet", "clip"]) -> ImageFeatures | None:
-        """What extracts the features that a posterior takes; `None` if it takes latents.
-
-        Args:
-            encoder: see `posterior_encoder` of [`ContextModule`].
+    def _image_features(self, encoder: Literal["vae", "unet", "clip"]) -> ImageFeatures | None:
+        """Extracts the features that a posterior takes; `None` if it takes latents.
 
         Raises:
-            ValueError: if the model is not there and cannot be loaded.
+            ValueError: if the image encoder is not there and cannot be loaded.
         """
         if encoder == "vae":
             return None
         if encoder == "unet":
-            conditioner = Conditioner.of(self)
-            return UNetFeatures(self.unet, list(self.text_encoders.values()), conditioner.unconditional_kwargs)
+            return Conditioner.of(self).unet_features()
         if self._clip_features is None and getattr(self, "image_encoder", None) is not None:
             return ClipFeatures(self.image_encoder)
         if self._clip_features is None:
@@ -227,15 +225,16 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         return self._clip_features
 
     def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
-        return to_pixels(image, self.image_processor, self.training_resolution)
-
-    def _encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return encode_pixels(self.vae, pixels, self._execution_device)
+        return to_pixels(image, self.image_processor, self._training_resolution)
 
     @property
-    def training_resolution(self) -> int:
+    def _training_resolution(self) -> int:
         """Height and width, in pixels, of the images that the adapter was trained on."""
         return self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
+
+    def _encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean, _ = encode_pixels(self.vae, pixels, self._execution_device)
+        return mean
 
 
 def _one_each(texts: str | list[str], num_images: int, name: str) -> list[str]:

@@ -90,7 +90,7 @@ class PromptProjection(ContextProjection):
 
 
 def attach_context_module(
-    unet: UNet2DConditionModel, context_module: ContextModule, injection: Injection = "cross_attention"
+    unet: UNet2DConditionModel, context_module: ContextModule, injection: str = "cross_attention"
 ) -> None:
     """Lets the cross-attention of `unet` attend to the tokens of `context_module`.
 

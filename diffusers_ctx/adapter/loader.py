@@ -234,9 +234,6 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         attached_adapter(self.unet).scale = float(scale)
         self._apply_context_scale()
 
-    def set_context_scheduler(self, options: dict[str, Any]) -> None:
-        set_context_scheduler(self, options)
-
     def push_context_adapter(
         self,
         repo_id: str,

@@ -58,7 +58,7 @@ def _mask_row(interventions: Any, concepts: Sequence[str], obs_context: str | No
     if unknown:
         raise ValueError(f"Unknown concepts {unknown}; this adapter knows {list(concepts)}.")
     for name, strength in strengths.items():
-        if not (isinstance(strength, Real | torch.Tensor) and 0 <= strength <= 1):
+        if not (isinstance(strength, Real | torch.Tensor) and 0 <= float(strength) <= 1):
             raise ValueError(f"The strength of '{name}' is {strength!r}; strengths are numbers in [0, 1].")
     return [float(strengths.get(name, 0.0)) for name in concepts]
 

@@ -133,7 +133,7 @@ def test_generators_of_the_gpu_are_taken_and_not_advanced_for_the_concepts(pipel
     assert torch.equal(first.exogenous_noise, again.exogenous_noise)
     assert not torch.equal(first.exogenous_noise, sample(pipeline, seed=1, device="cuda").exogenous_noise)
     used, untouched = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
-    pipeline.prepare_exogenous_noise(2, used)
+    pipeline._prepare_exogenous_noise(2, used)
     numbers = [torch.randn(3, generator=generator, device="cuda") for generator in (used, untouched)]
     assert torch.equal(*numbers)
     stock = StableDiffusionPipeline(**make_pipeline().components, requires_safety_checker=False).to("cuda")

@@ -102,7 +102,7 @@ def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
 
 def test_images_have_the_size_that_the_adapter_was_trained_on(plain_pipeline):
     attach_context_module(plain_pipeline.unet, make_context_module(posterior_sample_size=12))
-    assert plain_pipeline.training_resolution == 24
+    assert plain_pipeline._training_resolution == 24
     assert sample(plain_pipeline).images.shape == (1, 24, 24, 3)
     assert sample(plain_pipeline, height=40).images.shape == (1, 40, 24, 3)
     assert sample(plain_pipeline, latents=torch.zeros(1, 4, 10, 18)).images.shape == (1, 20, 36, 3)
@@ -160,7 +160,7 @@ def test_prompts_may_come_encoded_and_none_says_nothing(told_pipeline):
     module = told_pipeline.context_module
     unsaid = sample(told_pipeline, "", match_prompt=True).exogenous_noise
     generator = torch.Generator().manual_seed(0)
-    average = told_pipeline.prepare_exogenous_noise(1, generator, captions=module.captions.mean[None])
+    average = told_pipeline._prepare_exogenous_noise(1, generator, captions=module.captions.mean[None])
     assert torch.equal(unsaid, average) and not torch.equal(unsaid, noise[0])
     twice = sample(told_pipeline, match_prompt=True, num_images_per_prompt=2).exogenous_noise
     assert twice.shape == (2, 5, 4) and not torch.equal(twice[0], twice[1])
@@ -192,7 +192,7 @@ def test_noise_matches_the_prompt_by_default_where_the_adapter_knows_captions(to
         )
         np.testing.assert_array_equal(default.images, matched.images)
         assert not torch.equal(default.exogenous_noise, drawn.exogenous_noise)
-        expected = told_pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
+        expected = told_pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
         assert torch.equal(drawn.exogenous_noise, expected)
     given = sample(told_pipeline, exogenous_noise=expected)
     assert torch.equal(given.exogenous_noise, expected)
@@ -219,9 +219,9 @@ def test_fused_text_encoders_ask_for_a_choice(told_pipeline):
 
 def test_the_generator_gives_the_plain_pipelines_latents(pipeline):
     used, untouched = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    pipeline.prepare_exogenous_noise(2, used)
+    pipeline._prepare_exogenous_noise(2, used)
     assert torch.equal(torch.randn(3, generator=used), torch.randn(3, generator=untouched))
-    noise = pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
+    noise = pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
     latents = torch.randn(noise.shape, generator=torch.Generator().manual_seed(5))
     assert (noise - latents).abs().min() > 1e-6  # not the diffusion noise over again
 
@@ -232,7 +232,7 @@ def test_without_a_generator_every_call_has_noise_of_its_own(pipeline):
     assert not torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
     torch.manual_seed(0)
     assert torch.equal(sample(pipeline, generator=None).exogenous_noise, outputs[0].exogenous_noise)
-    noises = [pipeline.prepare_exogenous_noise(1) for _ in range(2)]
+    noises = [pipeline._prepare_exogenous_noise(1) for _ in range(2)]
     assert not torch.equal(noises[0], noises[1])
 
 
@@ -272,7 +272,7 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
     np.testing.assert_array_equal(images[2], sample(pipeline, interventions=["snow"]).images)
     # half the strength is the mean of the two mechanisms, and half the edges into the concept
     module, observational = pipeline.context_module, torch.zeros(1, 3)
-    noise = pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
+    noise = pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
     with torch.no_grad():
         u = [module.mechanism(noise, mask) for mask in (observational, torch.tensor([[0.0, 1, 0]]))]
         e = u[0].clone()
@@ -295,7 +295,7 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
 def test_context_guidance_adds_the_contrast(pipeline, guidance_scale, context_scale):
     """Against one denoising step computed by hand from separate UNet evaluations."""
     generator = torch.Generator().manual_seed(0)
-    noise = pipeline.prepare_exogenous_noise(1, generator)
+    noise = pipeline._prepare_exogenous_noise(1, generator)
     latents = torch.randn(1, 4, 16, 16, generator=generator)
     text, empty = pipeline.encode_prompt(PROMPT, "cpu", 1, True)
     module = pipeline.context_module
@@ -510,6 +510,8 @@ def test_mistakes_are_named(pipeline, arguments, message):
 def test_a_counterfactual_takes_one_prompt_or_one_each(pipeline):
     with pytest.raises(ValueError, match="3 entries for 2 images"):
         pipeline.counterfactual(torch.zeros(2, 3, 32, 32), prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="`generator` has 1 entries for 2 images"):
+        pipeline.counterfactual(torch.zeros(2, 3, 32, 32), generator=[torch.Generator()])
     with pytest.raises(ValueError, match="`negative_prompt` has 1 entries for 2 images"):
         pipeline.counterfactual(torch.zeros(2, 3, 32, 32), guidance_scale=2.0, negative_prompt=["a"])
 

@@ -1,4 +1,4 @@
-"""Images to latents and back."""
+"""Images to latents and back: one crop, one encoding and one decoding for pipelines, training and evaluation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import ImageOps
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
+
+from .data.decoding import square_crop
 
 
 def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:
@@ -26,32 +27,38 @@ def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, res
             return entry.astype(np.float32) / 255
         if isinstance(entry, torch.Tensor) and not entry.is_floating_point():
             return entry.float() / 255
-        if not isinstance(entry, Image):
-            return entry
-        return ImageOps.fit(ImageOps.exif_transpose(entry).convert("RGB"), (resolution,) * 2, Resampling.LANCZOS)
+        return square_crop(ImageOps.exif_transpose(entry), resolution) if isinstance(entry, Image) else entry
 
     return image_processor.preprocess([fit(entry) for entry in image] if isinstance(image, list) else fit(image))
 
 
 @torch.no_grad()
-def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Scaled latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]: means of the VAE's posterior, in its dtype."""
-    dtype = vae.dtype
-    with upcast_if_overflowing(vae):
-        encoded = vae.encode(pixels.to(device=device, dtype=vae.dtype))
-    return (retrieve_latents(encoded, sample_mode="argmax") * vae.config.scaling_factor).to(dtype)
+def encode_pixels(
+    vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W) in [-1, 1].
+
+    Args:
+        vae: the autoencoder; the results have its dtype.
+        pixels: the images.
+        device: where the autoencoder computes, if offloading keeps its weights elsewhere.
+    """
+    dtype, scale = vae.dtype, vae.config.scaling_factor
+    with in_range(vae):
+        posterior = vae.encode(pixels.to(device or vae.device, vae.dtype)).latent_dist
+    return (posterior.mean * scale).to(dtype), (posterior.std * scale).to(dtype)
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w)."""
-    with upcast_if_overflowing(vae), torch.autocast(latents.device.type, enabled=False):
+    """Images (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w), in a precision that the VAE can take."""
+    with in_range(vae), torch.autocast(latents.device.type, enabled=False):
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
 
 
 @contextmanager
-def upcast_if_overflowing(vae: AutoencoderKL) -> Iterator[None]:
-    """While it is open, a VAE that overflows in half precision is in single precision."""
+def in_range(vae: AutoencoderKL) -> Iterator[None]:
+    """A VAE that overflows in half precision is in single precision within the `with` block."""
     dtype = vae.dtype
     overflows = dtype == torch.float16 and vae.config.force_upcast
     if overflows:
