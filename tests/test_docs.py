@@ -73,7 +73,9 @@ def facts() -> dict[str, list[str]]:
         name: load("full_size_h100.json")[name]["lora"]["learned_parameters"] for name in ("sd15-tf32", "sdxl-bf16")
     }
     weights = {name: case["optimizer_parameters"] for name, case in load("train_step.json")["cases"].items()}
-    epsilon = {name: row["contexts"]["quad4"]["debiased"] for name, row in load("epsilon_base.json")["methods"].items()}
+    epsilon = {
+        name: row["contexts"]["quad4"]["debiased"] for name, row in load("epsilon_base.json")["methods"].items()
+    }
     once = load("quad-context-counterfactuals.json")["composition"]
     matched = [
         value for key, value in load("quad-context-prompts.json").items() if isinstance(value, dict) and "any" in value
