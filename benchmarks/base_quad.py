@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from measure import AGAIN_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift, shape_met
+from measure import REAL_B_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift, shape_met
 from methods.setting import device, in_batches
 
 from diffusers_ctx.data import quad
@@ -34,7 +34,7 @@ def sample_pooled(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """A base's samples, real images, and the other real ones whose captions the samples have; with these captions."""
     real, _ = pooled(images_per_context, REAL_SEED)
-    again, captions = pooled(images_per_context, AGAIN_SEED + len(quad.contexts()))
+    real_b, captions = pooled(images_per_context, REAL_B_SEED + len(quad.contexts()))
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device())
     pipeline.set_progress_bar_config(disable=True)
 
@@ -42,18 +42,18 @@ def sample_pooled(
         options = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "np"}
         return pipeline(prompts, generator=generator, **options).images
 
-    return in_batches(sample_batch, captions, SAMPLE_SEED), real, again, captions
+    return in_batches(sample_batch, captions, SAMPLE_SEED), real, real_b, captions
 
 
 def measure_base(folder: str, images_per_context: int, num_inference_steps: int) -> dict[str, Any]:
     """Distance to real images, share of samples with the prompt's shape, and drift of the attributes' laws."""
-    samples, real, again, captions = sample_pooled(folder, images_per_context, num_inference_steps)
-    values, real_values, again_values = (read_attributes(images).values for images in (samples, real, again))
-    figures = measure_context(samples, real, again)
-    for suffix, read in (("", values), ("_real", again_values)):
-        figures[f"shape_met{suffix}"] = shape_met(read, captions)
-        figures[f"drift{suffix}"] = attribute_drift(read, real_values)
-    return figures
+    samples, real, real_b, captions = sample_pooled(folder, images_per_context, num_inference_steps)
+    values, real_values, real_b_values = (read_attributes(images).values for images in (samples, real, real_b))
+    metrics = measure_context(samples, real, real_b)
+    for suffix, read in (("", values), ("_real", real_b_values)):
+        metrics[f"shape_met{suffix}"] = shape_met(read, captions)
+        metrics[f"drift{suffix}"] = attribute_drift(read, real_values)
+    return metrics
 
 
 def main() -> None:
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[6, 25])
     args = parser.parse_args()
     for steps in args.num_inference_steps:
-        figures = measure_base(args.base, args.images_per_context, steps)
-        print(json.dumps({"num_inference_steps": steps} | figures), flush=True)
+        metrics = measure_base(args.base, args.images_per_context, steps)
+        print(json.dumps({"num_inference_steps": steps} | metrics), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/compositions_quad.py runs/demo/adapter --n 500
     python benchmarks/compositions_quad.py runs/mine --combinations quad3+quad4 quad1+quad3+size
 
-By default what the benchmark of all methods measures: contexts, held-out pairs and three triples. Figures go to
---output as they are measured: the same command, given again, goes on where it stopped.
+By default what the benchmark of all methods measures: contexts, held-out pairs and three triples. Metrics go to
+--output as they are measured: the same command, given again, continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
-from methods.ours import adapter_sampler, load_pipeline
+from methods.context_adapter import adapter_sampler, load_pipeline
 from provenance import made_with
 
 from diffusers_ctx import embedded_base
@@ -23,7 +23,7 @@ from diffusers_ctx import embedded_base
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="Folder of the adapter.")
-    parser.add_argument("--output", type=Path, help="File of the figures; by default compositions.json beside it.")
+    parser.add_argument("--output", type=Path, help="File of the metrics; by default compositions.json beside it.")
     parser.add_argument("--combinations", nargs="+", default=list(COMBINATIONS), help="Such as obs or quad1+quad4.")
     parser.add_argument("--independent", action="store_true", help="The variant without edges between the factors.")
     parser.add_argument("--n", type=int, default=500, help="Images per combination.")
@@ -36,7 +36,7 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else now | {"contexts": {}}
     if any(results.get(key) != now[key] for key in ("adapter", "options")):
         raise ValueError(
-            f"{file} has figures of the adapter {results.get('adapter')} with {results['options']}, and this one is"
+            f"{file} has metrics of the adapter {results.get('adapter')} with {results['options']}, and this one is"
             f" {now['adapter']} with {options}; give another --output, or remove that file."
         )
     results |= now
@@ -49,14 +49,14 @@ def main() -> None:
     for name in args.combinations:
         if name not in results["contexts"]:
             interventions = () if name == "obs" else tuple(name.split("+"))
-            figures = measure_combination(sample, interventions, args.n, not args.independent)
-            results["contexts"][name] = figures | {"commit": now["commit"]}
+            metrics = measure_combination(sample, interventions, args.n, not args.independent)
+            results["contexts"][name] = metrics | {"commit": now["commit"]}
             keep()
-        figures = results["contexts"][name]
+        metrics = results["contexts"][name]
         keys = ("swd", "floor", "debiased", "drift", "drift_real")
-        line = " ".join(f"{key} {figures[key]:.4f}" for key in keys if figures[key] is not None)
-        if "conformity" in figures:
-            line += f" conformity {figures['conformity']:.3f}, of real images {figures['conformity_real']:.3f}"
+        line = " ".join(f"{key} {metrics[key]:.4f}" for key in keys if metrics[key] is not None)
+        if "conformity" in metrics:
+            line += f" conformity {metrics['conformity']:.3f}, of real images {metrics['conformity_real']:.3f}"
         print(f"{name}: {line}", flush=True)
     if "interference" not in results:
         results["interference"] = measure_interference(sample, not args.independent)

@@ -1,4 +1,4 @@
-"""What an adapter's nodes hold of the true factors of held-out quad images.
+"""How well an adapter's nodes match the true factors of held-out quad images.
 
 python benchmarks/concepts_quad.py runs/demo/adapter
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods.ours import load_pipeline
-from provenance import write_figures
+from methods.context_adapter import load_pipeline
+from provenance import write_metrics
 
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("adapter", help="Folder of the adapter.")
     parser.add_argument("--n", type=int, default=600, help="Number of images.")
     parser.add_argument("--seed", type=int, default=quad.FIRST_HELD_OUT_SEED, help="Seed of the images.")
-    parser.add_argument("--output", type=Path, help="File for the figures.")
+    parser.add_argument("--output", type=Path, help="File for the metrics.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())
@@ -59,7 +59,7 @@ def main() -> None:
     noise, values = infer_nodes(pipeline, sample.images)
     places, dim = [quad.FACTORS.index(name) for name in pipeline.concepts], pipeline.context_module.config.noise_dim
     factors, true_noise = sample.factors[:, places], sample.noise[:, places]
-    figures = {
+    metrics = {
         "correlations": {
             concept: float(abs(np.corrcoef(values[:, node * dim], factors[:, node])[0, 1]))
             for node, concept in enumerate(pipeline.concepts)
@@ -67,11 +67,11 @@ def main() -> None:
         "values, of factors": disentanglement(values, factors),
         "noise, of the factors' noise": disentanglement(noise, true_noise),
     }
-    for title, group in figures.items():
+    for title, group in metrics.items():
         print(title)
-        for name, figure in group.items():
-            print(f"  {name:16s} {figure:.2f}")
-    write_figures(args.output, args.adapter, {"n": args.n, "seed": args.seed}, figures)
+        for name, metric in group.items():
+            print(f"  {name:16s} {metric:.2f}")
+    write_metrics(args.output, args.adapter, {"n": args.n, "seed": args.seed}, metrics)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""How close an adapter's counterfactuals of held-out quad images come to the true ones, which the simulator knows, and
-how well they keep to the axioms.
+"""Distance of an adapter's counterfactuals of held-out quad images to the simulator's, and the axioms.
 
 python benchmarks/counterfactual_quad.py runs/demo/adapter
 """
@@ -10,21 +9,20 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from measure import may_move
-from methods.ours import load_pipeline
-from provenance import write_figures
+from methods.context_adapter import load_pipeline
+from provenance import write_metrics
 
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import (
-    counterfactual_composition,
     counterfactual_effectiveness,
     counterfactual_error,
     counterfactual_minimality,
-    counterfactual_reversibility,
     read_attributes,
 )
+from diffusers_ctx.evaluation.features import autoencode
+from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.evaluation.quad_attributes import attribute_difference
 
 
@@ -33,31 +31,26 @@ ROUNDS = 10
 
 
 class Counterfactuals:
-    """Of images (n, 64, 64, 3) uint8, as an adapter makes them.
+    """Counterfactuals of images (n, 64, 64, 3) uint8 by an adapter.
 
     Args:
         pipeline: the pipeline, with the adapter.
-        captions: of the images.
-        num_inference_steps: there, and back.
+        captions: captions of the images.
+        num_inference_steps: steps of inversion, and of sampling.
     """
 
     def __init__(self, pipeline: ComposablePipeline, captions: list[str], num_inference_steps: int):
         self.pipeline = pipeline
-        self.options = {"prompt": captions, "num_inference_steps": num_inference_steps, "output_type": "pt"}
+        self.options = {"prompt": captions, "num_inference_steps": num_inference_steps, "output_type": "np"}
 
     def __call__(
         self, images: np.ndarray, interventions: tuple[str, ...], factual: tuple[str, ...] = ()
     ) -> np.ndarray:
-        output = self.pipeline.counterfactual(
-            _to_pixels(images), list(interventions), factual=list(factual), **self.options
-        )
-        return _to_uint8(output.images)
+        output = self.pipeline.counterfactual(images, list(interventions), factual=list(factual), **self.options)
+        return to_uint8(output.images)
 
-    @torch.no_grad()
     def autoencoded(self, images: np.ndarray) -> np.ndarray:
-        vae = self.pipeline.vae
-        latents = vae.encode(2 * _to_pixels(images).to(self.pipeline.device) - 1).latent_dist.mode()
-        return _to_uint8(vae.decode(latents).sample / 2 + 0.5)
+        return autoencode(self.pipeline.vae, images)
 
 
 def measure_intervention(
@@ -75,30 +68,20 @@ def measure_intervention(
         "error_unchanged": counterfactual_error(sample.images, truth),
         "effectiveness": float(np.nanmean(effect[[quad.FACTORS.index(name) for name in interventions]])),
         "minimality": float(np.nanmean(counterfactual_minimality(of_images, read, ~moves, attribute_difference))),
-        "reversibility": counterfactual_reversibility(sample.images, back),
+        "reversibility": counterfactual_error(back, sample.images),
     }
 
 
 def measure_composition(counterfactuals: Counterfactuals, sample: quad.QuadSample) -> dict[str, float]:
-    """What is left of images under no intervention, once and many times over."""
+    """Error of counterfactuals without an intervention, after one round and after many."""
     unchanged = once = counterfactuals(sample.images, ())
     for _ in range(ROUNDS - 1):
         unchanged = counterfactuals(unchanged, ())
     return {
-        "once": counterfactual_composition(sample.images, once),
-        "once, against the autoencoded image": counterfactual_composition(
-            counterfactuals.autoencoded(sample.images), once
-        ),
-        f"{ROUNDS} rounds": counterfactual_composition(sample.images, unchanged),
+        "once": counterfactual_error(once, sample.images),
+        "once, against the autoencoded image": counterfactual_error(once, counterfactuals.autoencoded(sample.images)),
+        f"{ROUNDS} rounds": counterfactual_error(unchanged, sample.images),
     }
-
-
-def _to_pixels(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-
-
-def _to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def main() -> None:
@@ -107,7 +90,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="Number of images.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1_500_000, help="Seed of the images; held out from 1,000,000 on.")
-    parser.add_argument("--output", type=Path, help="File for the figures.")
+    parser.add_argument("--output", type=Path, help="File for the metrics.")
     args = parser.parse_args()
 
     sample = quad.generate(n=args.n, seed=args.seed)
@@ -119,12 +102,12 @@ def main() -> None:
         print(f"no intervention, {name}: {figure:.4f}", flush=True)
     interventions = {}
     for names in INTERVENTIONS:
-        figures = interventions["+".join(names)] = measure_intervention(counterfactuals, sample, names)
+        metrics = interventions["+".join(names)] = measure_intervention(counterfactuals, sample, names)
         print(
-            f"do({', '.join(names)}): " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True
+            f"do({', '.join(names)}): " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True
         )
     options = {"n": args.n, "num_inference_steps": args.num_inference_steps, "seed": args.seed}
-    write_figures(args.output, args.adapter, options, {"composition": composition, "interventions": interventions})
+    write_metrics(args.output, args.adapter, options, {"composition": composition, "interventions": interventions})
 
 
 if __name__ == "__main__":

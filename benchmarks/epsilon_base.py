@@ -1,11 +1,11 @@
-"""What helps a base with Stable Diffusion 1.x's noise schedule and prediction of the noise to learn contexts.
+"""Remedies for a base with Stable Diffusion 1.x's noise schedule and prediction of the noise.
 
     python benchmarks/epsilon_base.py
-    python benchmarks/epsilon_base.py --table      # the tables of what has been measured
+    python benchmarks/epsilon_base.py --table      # the tables of the results
 
 Makes such a variant of the small base, and trains the same context adapter on it without and with each remedy. All
-rows share images, concepts (no UNet has a part in learning those) and steps. Figures go to --results as they are
-measured: the same command, given again, goes on where it stopped. Weights, images and latents are kept in --work_dir.
+methods share images, concepts (which do not depend on the UNet) and steps. Metrics go to --results as they are
+measured: the same command, given again, continues where it stopped. --work_dir keeps weights, images and latents.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 from base_quad import sample_pooled
-from measure import AGAIN_SEED, COMBINATIONS, REAL_SEED, SAMPLE_SEED
-from methods.ours import ContextAdapter, adapter_sampler, load_pipeline
+from grids import join_tiles
+from measure import COMBINATIONS, REAL_B_SEED, REAL_SEED, SAMPLE_SEED
+from methods.context_adapter import ContextAdapter, adapter_sampler, load_pipeline
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
 from provenance import commit, machine
-from sheets import join_tiles
 
 from diffusers_ctx import embedded_base
 from diffusers_ctx.data import quad
@@ -68,17 +68,17 @@ class Remedy(ContextAdapter):
 
 @dataclass(frozen=True)
 class TrailingSampling:
-    """Has no training of its own: samples of another row that start at the last timestep.
+    """Has no training of its own: samples of another method that start at the last timestep.
 
     Attributes:
-        trained: the other row.
+        trained: the other method.
     """
 
     trained: str
 
     def train(self, setting: Setting, folder: Path) -> None:
         if not (folder.parent / self.trained).exists():
-            raise FileNotFoundError(f"Run the row '{self.trained}' first.")
+            raise FileNotFoundError(f"Run the method '{self.trained}' first.")
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder.parent / self.trained, setting.base)
@@ -87,7 +87,7 @@ class TrailingSampling:
 
 
 _ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-ROWS: dict[str, Method] = {
+METHODS: dict[str, Method] = {
     "epsilon": Remedy(),
     "v-prediction-lora": Remedy(model=_ZERO_SNR),
     # a UNet that is still frozen could not predict what is asked of it
@@ -101,50 +101,50 @@ ROWS: dict[str, Method] = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="Which ones.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="Which ones.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base_steps", type=int, default=1500, help="Steps of batch 64 that make the variant.")
     parser.add_argument("--images_per_context", type=int, default=1000)
     parser.add_argument("--concept_steps", type=int, default=1000, help="Steps of learning the concepts.")
-    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 of each row.")
+    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 of each method.")
     parser.add_argument("--n", type=int, default=500, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/epsilon"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the results.")
     parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
     return parser.parse_args()
 
 
 class Results:
-    """The figures on disk.
+    """The results on disk.
 
     Raises:
-        ValueError: if the file has figures of other options.
+        ValueError: if the file has results of other options.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.file: Path = args.results
         options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
-        self.figures: dict[str, Any] = {"options": options, "bases": {}, "rows": {}}
+        self.content: dict[str, Any] = {"options": options, "bases": {}, "methods": {}}
         if self.file.exists():
-            self.figures = json.loads(self.file.read_text())
-            if self.figures["options"] != options:
+            self.content = json.loads(self.file.read_text())
+            if self.content["options"] != options:
                 raise ValueError(
-                    f"{self.file} was measured with {self.figures['options']}; give the same options, or another"
+                    f"{self.file} was measured with {self.content['options']}; give the same options, or another"
                     " --results."
                 )
         else:
             command = shlex.join(["python", *sys.argv])
-            self.figures |= {"command": command, "commit": commit(), "machine": machine()}
+            self.content |= {"command": command, "commit": commit(), "machine": machine()}
 
     def keep(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.figures, indent=1) + "\n")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         unfinished.replace(self.file)
 
 
-_NOT_OPTIONS = ("rows", "work_dir", "results", "table")
+_NOT_OPTIONS = ("methods", "work_dir", "results", "table")
 
 
 def make_base(folder: Path, steps: int, seed: int) -> None:
@@ -165,25 +165,25 @@ def make_base(folder: Path, steps: int, seed: int) -> None:
 
 
 def measure_base(folder: str, num_inference_steps: int) -> dict[str, Any]:
-    """Figures of plain samples, with captions of all contexts pooled."""
-    samples, real, again, _ = sample_pooled(folder, POOLED, num_inference_steps)
-    return measure_context(samples, real, again) | lightness(samples, real)
+    """Metrics of plain samples, with captions of all contexts pooled."""
+    samples, real, real_b, _ = sample_pooled(folder, POOLED, num_inference_steps)
+    return measure_context(samples, real, real_b) | lightness(samples, real)
 
 
 def lightness(images: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Mean and deviation, over images, of an image's mean pixel in [0, 1], beside those of real images."""
-    figures = {}
+    """Mean and standard deviation, over images, of the mean pixel in [0, 1], beside those of real images."""
+    metrics = {}
     for suffix, each in (("", images), ("_real", real)):
         means = each.mean(axis=(1, 2, 3)) / 255
-        figures |= {f"lightness{suffix}": float(means.mean()), f"lightness_deviation{suffix}": float(means.std())}
-    return figures
+        metrics |= {f"lightness{suffix}": float(means.mean()), f"lightness_deviation{suffix}": float(means.std())}
+    return metrics
 
 
-def run_row(name: str, setting: Setting, results: Results) -> None:
-    """Trains, measures and draws what has not been yet."""
-    folder = rows_folder(setting) / name
-    row = results.figures["rows"].setdefault(name, {"contexts": {}})
-    method = ROWS[name]
+def run_method(name: str, setting: Setting, results: Results) -> None:
+    """Trains, measures and draws, except for what is there."""
+    folder = methods_folder(setting) / name
+    row = results.content["methods"].setdefault(name, {"contexts": {}})
+    method = METHODS[name]
     if "commit" not in row:
         method.train(setting, folder)
         row["commit"] = commit()
@@ -191,24 +191,24 @@ def run_row(name: str, setting: Setting, results: Results) -> None:
     sample = method.load(setting, folder)
     for context in MEASURED:
         if context not in row["contexts"]:
-            row["contexts"][context] = measure_samples(sample, COMBINATIONS[context], results.figures["options"]["n"])
+            row["contexts"][context] = measure_samples(sample, COMBINATIONS[context], results.content["options"]["n"])
             results.keep()
-        figures = row["contexts"][context]
-        print(f"{name} {context}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
+        metrics = row["contexts"][context]
+        print(f"{name} {context}: {metrics['swd']:.3f}, debiased {metrics['debiased']:.3f}", flush=True)
     picture = folder.with_suffix(".png")
     if not picture.exists():
         join_tiles([draw_samples(sample)]).save(picture)
 
 
-def rows_folder(setting: Setting) -> Path:
+def methods_folder(setting: Setting) -> Path:
     return setting.work_dir / f"{setting.name}-steps{setting.train_steps}"
 
 
 def measure_samples(sample: Sampler, interventions: tuple[str, ...], n: int) -> dict[str, Any]:
     """What `measure_context` and `lightness` measure."""
-    real, again = (quad.generate(interventions, n, seed) for seed in (REAL_SEED, AGAIN_SEED))
-    images = sample(again.captions, interventions, SAMPLE_SEED)
-    return measure_context(images, real.images, again.images) | lightness(images, real.images)
+    real, real_b = (quad.generate(interventions, n, seed) for seed in (REAL_SEED, REAL_B_SEED))
+    images = sample(real_b.captions, interventions, SAMPLE_SEED)
+    return measure_context(images, real.images, real_b.images) | lightness(images, real.images)
 
 
 def draw_samples(sample: Sampler) -> np.ndarray:
@@ -218,15 +218,15 @@ def draw_samples(sample: Sampler) -> np.ndarray:
 
 
 def join_pictures(folder: Path) -> Image.Image:
-    """Real images, and below them the samples of each row that has been measured."""
-    real = [quad.generate(COMBINATIONS[context], DRAWN, AGAIN_SEED).images for context in MEASURED]
-    pictures = [np.asarray(Image.open(file)) for name in ROWS if (file := folder / f"{name}.png").exists()]
+    """Real images, and below them the samples of each method that has been measured."""
+    real = [quad.generate(COMBINATIONS[context], DRAWN, REAL_B_SEED).images for context in MEASURED]
+    pictures = [np.asarray(Image.open(file)) for name in METHODS if (file := folder / f"{name}.png").exists()]
     return join_tiles([np.concatenate(real), *(picture[None] for picture in pictures)])
 
 
 def render_tables(results: dict[str, Any]) -> str:
-    """Distances, debiased and in brackets raw, and lightness, mean and deviation; in Markdown."""
-    rows = {name: row["contexts"] for name, row in results["rows"].items() if set(row["contexts"]) == set(MEASURED)}
+    """Distances, debiased and in brackets raw, and lightness, mean and standard deviation; in Markdown."""
+    rows = {name: row["contexts"] for name, row in results["methods"].items() if set(row["contexts"]) == set(MEASURED)}
     distances: dict[str, list[str]] = {"real to real": []}
     lights: dict[str, list[str]] = {"real images": []}
     for name, row in rows.items():
@@ -239,7 +239,7 @@ def render_tables(results: dict[str, Any]) -> str:
 
 
 def _table(cells: dict[str, list[str]]) -> str:
-    lines = [" | ".join(["| row", *MEASURED]) + " |", "|---" + "|---:" * len(MEASURED) + "|"]
+    lines = [" | ".join(["| method", *MEASURED]) + " |", "|---" + "|---:" * len(MEASURED) + "|"]
     return "\n".join(lines + [" | ".join([f"| {name}", *row]) + " |" for name, row in cells.items()])
 
 
@@ -248,7 +248,7 @@ def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     results = Results(args)
     if args.table:
-        print(render_tables(results.figures))
+        print(render_tables(results.content))
         return
     work_dir = args.work_dir / f"base-seed{args.seed}-steps{args.base_steps}"
     base = work_dir / "base"
@@ -259,21 +259,21 @@ def main() -> None:
         images_per_context=args.images_per_context,
         train_steps=args.train_steps,
         concept_steps=args.concept_steps,
-        rival_steps=0,
+        baseline_steps=0,
         num_inference_steps=args.num_inference_steps,
         work_dir=work_dir,
         base=str(base),
     )
     for name, folder in {"epsilon": str(base), "small base": embedded_base()}.items():
-        if name not in results.figures["bases"]:
-            results.figures["bases"][name] = measure_base(folder, args.num_inference_steps)
+        if name not in results.content["bases"]:
+            results.content["bases"][name] = measure_base(folder, args.num_inference_steps)
             results.keep()
-            print(f"{name}, contexts pooled: {results.figures['bases'][name]['swd']:.3f}", flush=True)
-    setting.latents()  # encoded once for all rows, so not on the first one's account
-    for name in args.rows:
-        run_row(name, replace(setting, base=embedded_base()) if name == "v-base" else setting, results)
-    join_pictures(rows_folder(setting)).save(args.results.with_suffix(".png"))
-    print(render_tables(results.figures))
+            print(f"{name}, contexts pooled: {results.content['bases'][name]['swd']:.3f}", flush=True)
+    setting.latents()  # encoded once for all methods: not a part of the first one's time
+    for name in args.methods:
+        run_method(name, replace(setting, base=embedded_base()) if name == "v-base" else setting, results)
+    join_pictures(methods_folder(setting)).save(args.results.with_suffix(".png"))
+    print(render_tables(results.content))
 
 
 if __name__ == "__main__":

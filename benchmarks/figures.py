@@ -1,4 +1,4 @@
-"""Draws the figures of the benchmark's results.
+"""Draws the pictures of the benchmark's results.
 
 python benchmarks/figures.py benchmarks/results/quad/dependent-seed0-images4000-steps1000 --output_dir docs/benchmark
 """
@@ -11,31 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grids import COLUMNS, DRAWN, join_tiles, tiles
 from matplotlib.figure import Figure
 from PIL import Image
-from sheets import COLUMNS, DRAWN, join_tiles, tiles
-from tables import distances, summarize_row
+from tables import distances, summarize_method
 
 from diffusers_ctx.data import quad
 
 
-_CURVE_SAMPLES = 500  # samples of each combination: distances of different numbers cannot be compared
+_CURVE_SAMPLES = 500  # of each combination: distances at different numbers cannot be compared
 _CURVE_RUNS = "quad/dependent-seed0-*/ours.json"
 _REFERENCE_RUN = {"images_per_context": 4000, "train_steps": 1000}
 _REFERENCE_SAMPLES = "quad-ours-seed0-n500.json"  # of its weights
 _CURVES = {"train_steps": "UNet steps of batch 64", "images_per_context": "images per context"}
 
 
-def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Figure:
-    """Combinations that were never seen, one a column: real images first, beneath them the samples of every row."""
+def draw_compositions(folder: Path, methods: list[str], dependent: bool) -> Figure:
+    """Unseen combinations, one a column: real images on top, and below them the samples of every method."""
     combinations = [name for name in DRAWN if "+" in name]
-    labels = ["real images, held out", *rows]
+    labels = ["real images, held out", *methods]
     figure = Figure(figsize=(4 * len(combinations) + 1.6, 0.53 * len(labels) + 0.3), layout="constrained")
     grid = figure.subplots(len(labels), len(combinations), squeeze=False)
     for column, name in zip(grid.T, combinations):
         real = quad.generate(name.split("+"), n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=dependent)
         column[0].set_title(f"do({name.replace('+', ', ')})")
-        drawn = [real.images, *(tiles(Image.open(folder / f"{row}.png"), name) for row in rows)]
+        drawn = [real.images, *(tiles(Image.open(folder / f"{method}.png"), name) for method in methods)]
         for axes, images in zip(column, drawn):
             axes.imshow(join_tiles([images]), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
@@ -45,23 +45,23 @@ def draw_compositions(folder: Path, rows: list[str], dependent: bool) -> Figure:
 
 
 def draw_errors(results: list[dict[str, Any]]) -> Figure:
-    """Debiased distances of every row, single interventions, pairs and triples."""
-    summaries = sorted(filter(None, map(summarize_row, results)), key=lambda row: row["pairs"], reverse=True)
+    """Debiased distances of every method: single interventions, pairs and triples."""
+    summaries = sorted(filter(None, map(summarize_method, results)), key=lambda row: row["pairs"], reverse=True)
     figure = Figure(figsize=(7, 0.6 + 0.45 * len(summaries)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(summaries))
     for offset, (name, color) in enumerate({"singles": "C0", "pairs": "C1", "triples": "C2"}.items()):
         axes.barh(places - 0.27 * (offset - 1), [row[name] for row in summaries], 0.25, color=color, label=name)
-    axes.set_yticks(places, [row["row"] for row in summaries])
+    axes.set_yticks(places, [row["method"] for row in summaries])
     axes.set(xlabel="debiased sliced Wasserstein distance to held-out images")
     axes.legend()
     return figure
 
 
 def draw_interference(results: list[dict[str, Any]]) -> Figure:
-    """What each intervention moves, beside what it moves in truth."""
+    """How far each intervention moves each attribute, beside the true change."""
     matrices = {"truth": results[0]["interference"]["true_matrix"]}
-    matrices |= {row["row"]: row["interference"]["matrix"] for row in results}
+    matrices |= {row["method"]: row["interference"]["matrix"] for row in results}
     return _heat_maps(matrices, quad.FACTORS, "attribute", "intervention")
 
 
@@ -70,16 +70,18 @@ def draw_graphs(results: list[dict[str, Any]]) -> Figure:
     order = [quad.FACTORS.index(name) for name in quad.CONCEPTS]
     deviation = quad.observational_deviation()
     true = np.abs(quad.edge_matrix() * deviation / deviation[:, None])[order][:, order]
-    matrices = {"truth": true.tolist()} | {row["row"]: row["graph"]["strengths"] for row in results if "graph" in row}
+    matrices = {"truth": true.tolist()} | {
+        row["method"]: row["graph"]["strengths"] for row in results if "graph" in row
+    }
     return _heat_maps(matrices, quad.CONCEPTS, "cause", "effect")
 
 
 def draw_curves(results_dir: Path) -> Figure:
-    """How the row ours depends on the UNet's steps and on the number of images, other things being equal."""
+    """How `ours` depends on the UNet's steps and on the number of images, all else being equal."""
     runs = [json.loads(file.read_text()) for file in results_dir.glob(_CURVE_RUNS)]
     reference = json.loads((results_dir / _REFERENCE_SAMPLES).read_text())
     points = [(_REFERENCE_RUN, distances(reference["contexts"]))]
-    complete = [run for run in runs if summarize_row(run) is not None and run["options"]["n"] == _CURVE_SAMPLES]
+    complete = [run for run in runs if summarize_method(run) is not None and run["options"]["n"] == _CURVE_SAMPLES]
     points += [(run["options"], distances(run["contexts"])) for run in complete]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, (option, label) in zip(figure.subplots(1, 2, sharey=True), _CURVES.items()):
@@ -116,20 +118,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="Folder of one comparison's results.")
     parser.add_argument("--output_dir", type=Path, default=Path("docs/benchmark"))
-    parser.add_argument("--rows", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices.")
-    parser.add_argument("--shipped", type=Path, help="Figures of the adapter that is shipped, for the matrices too.")
+    parser.add_argument(
+        "--methods", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices."
+    )
+    parser.add_argument("--shipped", type=Path, help="Results of the shipped adapter, for the matrices too.")
     parser.add_argument("--curves", type=Path, help="Folder of all results, with runs of other steps and images.")
     args = parser.parse_args()
 
     results = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]
-    results = [row for row in results if summarize_row(row) is not None]
+    results = [row for row in results if summarize_method(row) is not None]
     dependent = not results[0]["options"]["independent"]
-    chosen = [row for name in args.rows for row in results if row["row"] == name]
+    chosen = [row for name in args.methods for row in results if row["method"] == name]
     if args.shipped:
-        chosen.insert(0, {"row": "shipped adapter"} | json.loads(args.shipped.read_text()))
+        chosen.insert(0, {"method": "shipped adapter"} | json.loads(args.shipped.read_text()))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    by_error = sorted(results, key=lambda row: summarize_row(row)["pairs"])
-    draw_compositions(args.results, [row["row"] for row in by_error], dependent).savefig(
+    by_error = sorted(results, key=lambda row: summarize_method(row)["pairs"])
+    draw_compositions(args.results, [row["method"] for row in by_error], dependent).savefig(
         args.output_dir / "compositions.png", dpi=128
     )
     draw_errors(results).savefig(args.output_dir / "errors.png")

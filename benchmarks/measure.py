@@ -1,4 +1,4 @@
-"""What the benchmark measures of a sampler on quad."""
+"""The benchmark's metrics of a sampler on quad."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ TRIPLES = (("quad1", "quad2", "quad4"), ("quad1", "quad3", "orientation"), ("qua
 COMBINATIONS = {
     "+".join(names) or "obs": names for names in (*quad.contexts().values(), *quad.HELD_OUT_PAIRS, *TRIPLES)
 }
-REAL_SEED, AGAIN_SEED, SAMPLE_SEED = 3_000_000, 3_000_001, 5
+REAL_SEED, REAL_B_SEED, SAMPLE_SEED = 3_000_000, 3_000_001, 5
 FLOOR_SEEDS = range(3_100_000, 3_100_008)
-READ_SAMPLES = 2000  # attributes are read off no more of them: it takes as long as sampling does
+READ_SAMPLES = 2000  # attributes are read off no more of them: reading takes as long as sampling
 KERNEL_SAMPLES = 500  # images of the kernel distance at most: its expectation does not depend on their number
 INTERFERENCE_SAMPLES = 200
 _READING_ERROR = 2e-3  # of attributes that are read off real images, at most on average
 EDGE_SHARE = 0.25  # of the strongest edge; weaker ones are not counted as learned
-# read modulo its shape's period, an orientation fills its range under any law
+# read modulo its shape's period, an orientation fills its range under any distribution
 _READ = [name for name in quad.FACTORS if name != "orientation"]
 
 
@@ -59,9 +59,9 @@ def real_sample(
 
 @cache
 def real_floor(interventions: tuple[str, ...], n: int, dependent: bool) -> float:
-    """Root mean squared distance of n other held-out images, those of each of `FLOOR_SEEDS`, to those of `REAL_SEED`.
+    """Real-vs-real baseline: root mean squared distance of n images of each of `FLOOR_SEEDS` to those of `REAL_SEED`.
 
-    That of one other set would be off by a fifth, and in all combinations alike: a seed has one noise in all of them.
+    A baseline from one set would be off by a fifth, and in all combinations alike, as a seed has one noise in all.
     """
     real, _ = real_sample(interventions, n, REAL_SEED, dependent)
     others = (quad.generate(interventions, n, seed, dependent).images for seed in FLOOR_SEEDS)
@@ -87,54 +87,54 @@ def measure_kernel_distance(
     images: np.ndarray, interventions: tuple[str, ...], n: int, dependent: bool
 ) -> dict[str, float]:
     """`kid` of images to held-out ones, its standard error over subsets `kid_error`, and `kid_floor` of other ones."""
-    real, again = (real_features(interventions, n, seed, dependent) for seed in (REAL_SEED, AGAIN_SEED))
+    real, real_b = (real_features(interventions, n, seed, dependent) for seed in (REAL_SEED, REAL_B_SEED))
     subset = len(real) // 2
     distance, error = kernel_distance(features_of_base()(images), real, subset)
-    return {"kid": distance, "kid_error": error, "kid_floor": kernel_distance(again, real, subset)[0]}
+    return {"kid": distance, "kid_error": error, "kid_floor": kernel_distance(real_b, real, subset)[0]}
 
 
 def measure_combination(sample: Sampler, interventions: tuple[str, ...], n: int, dependent: bool) -> dict[str, Any]:
-    """Figures of one combination of interventions.
+    """Metrics of one combination of interventions.
 
     Returns:
-        All that `measure_context` returns, with the floor of `real_floor`, and what `measure_kernel_distance` does;
-        `diversity` of the images; `conformity` of the attributes that were intervened on, jointly and as
-        `conformity_of` each; of those that neither were nor descend from one that was, `diversity_of` each and the
-        mean `drift`, in unit coordinates; `shape_met`, the share of images with their caption's shape; and
-        conformity, drift and shapes of real images beside them.
+        The metrics of `measure_context`, with the baseline of `real_floor`, and of `measure_kernel_distance`;
+        `diversity` of the images; `conformity` of the attributes that were intervened on, jointly, and `conformity_of`
+        each; for attributes that must not move, `diversity_of` each and the mean `drift`, in unit coordinates;
+        `shape_met`, the share of images with their caption's shape; and `conformity_real`, `drift_real` and
+        `shape_met_real` of real images.
     """
-    (real, real_values), (again, again_values) = (
-        real_sample(interventions, n, seed, dependent) for seed in (REAL_SEED, AGAIN_SEED)
+    (real, real_values), (real_b, real_b_values) = (
+        real_sample(interventions, n, seed, dependent) for seed in (REAL_SEED, REAL_B_SEED)
     )
-    images = sample(again.captions, interventions, SAMPLE_SEED)
-    figures = measure_context(images, real.images, again.images)
-    figures["floor"] = real_floor(interventions, n, dependent)
-    figures["debiased"] = debiased(figures["swd"], figures["floor"])
-    figures |= measure_kernel_distance(images, interventions, n, dependent)
-    figures["diversity"] = image_diversity(images, real.images)
+    images = sample(real_b.captions, interventions, SAMPLE_SEED)
+    metrics = measure_context(images, real.images, real_b.images)
+    metrics["floor"] = real_floor(interventions, n, dependent)
+    metrics["debiased"] = debiased(metrics["swd"], metrics["floor"])
+    metrics |= measure_kernel_distance(images, interventions, n, dependent)
+    metrics["diversity"] = image_diversity(images, real.images)
     values = read_attributes(images[:READ_SAMPLES]).values
     queried = [quad.FACTORS.index(name) for name in interventions if name in _READ]
     if queried:
-        law = real_values[:, queried]
-        found = conformity(values[:, queried], law, tolerance=_READING_ERROR)
-        figures["conformity"] = found.joint
-        figures["conformity_of"] = _by_factor(queried, found.per_attribute)
-        figures["conformity_real"] = conformity(again_values[:, queried], law, tolerance=_READING_ERROR).joint
+        reference = real_values[:, queried]
+        found = conformity(values[:, queried], reference, tolerance=_READING_ERROR)
+        metrics["conformity"] = found.joint
+        metrics["conformity_of"] = _by_factor(queried, found.per_attribute)
+        metrics["conformity_real"] = conformity(real_b_values[:, queried], reference, tolerance=_READING_ERROR).joint
     moved = may_move(interventions, dependent)
     still = _columns_without(moved)
     if still:
-        figures["diversity_of"] = _by_factor(still, diversity(values[:, still], real_values[:, still]))
-    figures["drift"] = attribute_drift(values, real_values, moved)
-    figures["drift_real"] = attribute_drift(again_values, real_values, moved)
-    figures["shape_met"] = shape_met(values, again.captions)
-    figures["shape_met_real"] = shape_met(again_values, again.captions)
-    return figures
+        metrics["diversity_of"] = _by_factor(still, diversity(values[:, still], real_values[:, still]))
+    metrics["drift"] = attribute_drift(values, real_values, moved)
+    metrics["drift_real"] = attribute_drift(real_b_values, real_values, moved)
+    metrics["shape_met"] = shape_met(values, real_b.captions)
+    metrics["shape_met_real"] = shape_met(real_b_values, real_b.captions)
+    return metrics
 
 
 def measure_interference(sample: Sampler, dependent: bool) -> dict[str, Any]:
-    """What single interventions move, with the same noise and captions before and after; see `interference_matrix`."""
+    """How far single interventions move attributes, at the same noise and captions; see `interference_matrix`."""
     first, first_values = real_sample((), INTERFERENCE_SAMPLES, REAL_SEED, dependent)
-    _, second_values = real_sample((), INTERFERENCE_SAMPLES, AGAIN_SEED, dependent)
+    _, second_values = real_sample((), INTERFERENCE_SAMPLES, REAL_B_SEED, dependent)
 
     def read(interventions: Sequence[str]) -> np.ndarray:
         return read_attributes(sample(first.captions, interventions, SAMPLE_SEED)).values
@@ -172,9 +172,9 @@ def may_move(interventions: Sequence[str], dependent: bool) -> set[str]:
 
 
 def attribute_drift(values: np.ndarray, reference: np.ndarray, moved: Collection[str] = ()) -> float | None:
-    """Mean Wasserstein distance of the laws of attributes (n, 8) that did not have to move, where they could be read.
+    """Mean Wasserstein distance of the distributions of attributes (n, 8) that must not move, where they were read.
 
-    Where none could, 1; `None` if all have moved.
+    An attribute that was never read counts as 1; `None` if all attributes may move.
     """
     pairs = [(values[:, column], reference[:, column]) for column in _columns_without(moved)]
     readable = [(a[~np.isnan(a)], b[~np.isnan(b)]) for a, b in pairs]
@@ -189,12 +189,12 @@ def shape_met(values: np.ndarray, captions: Sequence[str]) -> float:
 
 
 def _columns_without(moved: Collection[str]) -> list[int]:
-    """Of the attributes that did not have to move."""
+    """Columns of the attributes that must not move."""
     return [quad.FACTORS.index(name) for name in _READ if name not in moved]
 
 
-def _by_factor(columns: Sequence[int], figures: np.ndarray) -> dict[str, float]:
-    return {quad.FACTORS[column]: float(figure) for column, figure in zip(columns, figures)}
+def _by_factor(columns: Sequence[int], values: np.ndarray) -> dict[str, float]:
+    return {quad.FACTORS[column]: float(value) for column, value in zip(columns, values)}
 
 
 def _as_lists(matrix: np.ndarray) -> list[list[float | None]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import measure_combination
-from methods.ours import adapter_sampler, load_pipeline
-from provenance import write_figures
+from methods.context_adapter import adapter_sampler, load_pipeline
+from provenance import write_metrics
 
 from diffusers_ctx import embedded_base
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--combinations", nargs="+", default=["obs", "size", "orientation", "quad1+quad4"])
     parser.add_argument("--n", type=int, default=500, help="Images per combination, at most 2,000.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
-    parser.add_argument("--output", type=Path, help="File for the figures.")
+    parser.add_argument("--output", type=Path, help="File for the metrics.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())
@@ -33,15 +33,15 @@ def main() -> None:
         noise: adapter_sampler(pipeline, args.num_inference_steps, match_prompt=noise == "matching")
         for noise in ("any", "matching")
     }
-    figures: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for name in args.combinations:
-        figures[name] = {}
+        metrics[name] = {}
         interventions = () if name == "obs" else tuple(name.split("+"))
         for noise, sample in samplers.items():
-            found = figures[name][noise] = measure_combination(sample, interventions, args.n, dependent=True)
+            found = metrics[name][noise] = measure_combination(sample, interventions, args.n, dependent=True)
             print(f"{name}, {noise} noise: {' '.join(f'{key} {found[key]:.4f}' for key in _PRINTED)}", flush=True)
     options = {"n": args.n, "num_inference_steps": args.num_inference_steps}
-    write_figures(args.output, args.adapter, options, figures)
+    write_metrics(args.output, args.adapter, options, metrics)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def _processor() -> str:
 
 
 def adapter_digest(adapter: str | Path) -> str:
-    """Tells two adapters apart, by all their weights."""
+    """A hash of all weights of an adapter; the library's fingerprint is another, and results name adapters by this."""
     digest = hashlib.sha256()
     for file in sorted(Path(adapter).rglob("*.safetensors")):
         if not any(part.startswith("checkpoint-") for part in file.relative_to(adapter).parts):
@@ -43,13 +43,13 @@ def adapter_digest(adapter: str | Path) -> str:
 
 
 def made_with(adapter: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What goes beside the figures of an adapter."""
+    """The record that goes beside the metrics of an adapter."""
     return {"adapter": adapter_digest(adapter), "options": options, "commit": commit(), "machine": machine()}
 
 
-def write_figures(file: Path | None, adapter: str | Path, options: dict[str, Any], figures: dict[str, Any]) -> None:
+def write_metrics(file: Path | None, adapter: str | Path, options: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes what was measured of an adapter, where a file is given."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(made_with(adapter, options) | figures, indent=1) + "\n")
+    file.write_text(json.dumps(made_with(adapter, options) | metrics, indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""Trains and measures context adapters and what people would use instead: same base, same images, same budget.
+"""Trains and measures context adapters and baselines: same base, same images, same budget.
 
-    python benchmarks/quad.py                      # every row, dependent variant, seed 0
-    python benchmarks/quad.py --rows ours prompt-lora --seed 1
-    python benchmarks/quad.py --table              # the tables of what has been measured
+    python benchmarks/quad.py                      # every method, dependent variant, seed 0
+    python benchmarks/quad.py --methods ours prompt-lora --seed 1
+    python benchmarks/quad.py --table              # the tables of all results
 
-Each row's figures, the log of its training and a picture go to files in benchmarks/results/quad, figures as they are
-measured: the same command, given again, goes on where it stopped. Weights, images, latents and concepts are kept in
---work_dir: other code wants another one.
+Each method's metrics, the log of its training and a picture go to files in benchmarks/results/quad, metrics as they
+are measured: the same command, given again, continues after the last complete training and measurement. Weights,
+images, latents and concepts are kept in --work_dir; after a change of the code, choose another one.
 """
 
 from __future__ import annotations
@@ -19,78 +19,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from grids import COLUMNS, DRAWN, join_tiles
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
-from methods.light_vae import LightVae
-from methods.ours import (
-    TRUE_GRAPH,
-    ContextAdapter,
-    GivenNoiseTrainer,
-    LabelsTrainer,
-    PooledTrainer,
-    UntoldTrainer,
-    load_pipeline,
-    oracle_graph,
-)
-from methods.reconstruction import Reconstruction
-from methods.rivals import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
+from methods.context_adapter import ContextAdapter, load_pipeline
+from methods.registry import create_methods
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
 from provenance import commit, machine
-from sheets import COLUMNS, DRAWN, join_tiles
 from tables import render_tables
 from training_logs import write_log
 
 from diffusers_ctx.data import quad
-from diffusers_ctx.training.config import ContextConfig
 
 
 RESULTS = Path(__file__).parent / "results" / "quad"
-_VAE_SECONDS = 11.4 * 60  # as long as a context adapter took on one core
-
-
-def rows(dependent: bool) -> dict[str, Method]:
-    """Every row by name."""
-    forms: dict[str, dict[str, Any]] = {
-        "": {},
-        "-graph": {"graph": list(TRUE_GRAPH) if dependent else []},
-        "-reduced": {"causal_form": "reduced_form"},
-    }
-    ours = {
-        f"{'ours' if mode == 'lora' else mode}{suffix}": ContextAdapter(mode, ContextConfig(**form))
-        for mode in ("lora", "frozen", "full")
-        for suffix, form in forms.items()
-    }
-    given = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(dependent)), posterior_encoder="vae")
-    of_latents = ContextConfig(posterior_encoder="vae")
-    amortized = ContextConfig(posterior_type="amortized", posterior_encoder="vae")
-    return {
-        **ours,
-        "ours-latents": ContextAdapter(context=of_latents),
-        "oracle": ContextAdapter(context=given, trainer=GivenNoiseTrainer),
-        "base": PromptLora(contexts=("obs",), named=False),
-        "base-pooled": PromptLora(named=False),
-        "module-pooled": ContextAdapter(context=of_latents, trainer=PooledTrainer, told=False),
-        "amortized": ContextAdapter(context=amortized),
-        "posterior-untold": ContextAdapter(context=amortized, trainer=UntoldTrainer),
-        "labels-only": ContextAdapter(context=of_latents, trainer=LabelsTrainer, noise=False),
-        "prompt-lora": PromptLora(),
-        "lora-per-context": LoraPerContext(),
-        "composable-diffusion": ComposableDiffusion("prompt-lora"),
-        "concept-sliders": ConceptSliders("prompt-lora"),
-        "paper-vae": LightVae(_VAE_SECONDS),
-        "autoencoder": Reconstruction(),
-    }
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(rows(True)), help="Which ones; by default all.")
+    parser.add_argument("--methods", nargs="+", choices=list(create_methods(True)), help="By default all.")
     parser.add_argument("--independent", action="store_true", help="The variant without edges between the factors.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images_per_context", type=int, default=4000)
     parser.add_argument("--train_steps", type=int, default=1000, help="UNet steps of batch 64 after the concepts.")
     parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
-    parser.add_argument("--rival_steps", type=int, default=1500, help="UNet steps of rows that learn no concepts.")
+    parser.add_argument(
+        "--baseline_steps", type=int, default=1500, help="UNet steps of methods that learn no concepts."
+    )
     parser.add_argument("--n", type=int, default=1000, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/benchmark"))
@@ -99,8 +54,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Row:
-    """One row's figures on disk."""
+class MethodRun:
+    """Trains and measures one method; its metrics are on disk.
+
+    Raises:
+        ValueError: if the file has metrics of other options.
+    """
 
     def __init__(self, name: str, setting: Setting, args: argparse.Namespace):
         self.name, self.setting, self.n = name, setting, args.n
@@ -108,7 +67,7 @@ class Row:
         self.file = args.results_dir / f"{setting.name}-{budget}" / f"{name}.json"
         self.folder = args.work_dir / f"{setting.name}-{budget}" / name
         options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
-        self.results: dict[str, Any] = {"row": name, "options": options, "contexts": {}}
+        self.results: dict[str, Any] = {"method": name, "options": options, "contexts": {}}
         if self.file.exists():
             self.results = json.loads(self.file.read_text())
             if self.results["options"] != options:
@@ -120,14 +79,14 @@ class Row:
     def run(self, method: Method) -> None:
         self._check_work_dir()
         if "seconds" not in self.results:
-            self.setting.latents()  # encoded once for all rows, so not on this one's account
+            self.setting.latents()  # encoded once for all methods: not a part of this one's time
             start = time.monotonic()
             try:
                 method.train(self.setting, self.folder)
             finally:
                 spent = self.results.get("spent", 0.0) + time.monotonic() - start
                 self._add(spent=spent)
-            self._add(seconds=spent, commit=commit(), machine=machine())
+            self._add(seconds=spent, unet_steps=method.steps(self.setting), commit=commit(), machine=machine())
         log = self.file.with_suffix(".csv")
         if not log.exists():
             write_log(self.folder, log)
@@ -135,10 +94,10 @@ class Row:
         measured = {"commit": commit()}
         for name, interventions in COMBINATIONS.items():
             if name not in self.results["contexts"]:
-                figures = measure_combination(sample, interventions, self.n, self.setting.dependent)
-                self.results["contexts"][name] = figures | measured
+                metrics = measure_combination(sample, interventions, self.n, self.setting.dependent)
+                self.results["contexts"][name] = metrics | measured
                 self._add()
-                print(f"{self.name} {name}: {figures['swd']:.3f}, debiased {figures['debiased']:.3f}", flush=True)
+                print(f"{self.name} {name}: {metrics['swd']:.3f}, debiased {metrics['debiased']:.3f}", flush=True)
         if "interference" not in self.results:
             self._add(interference=measure_interference(sample, self.setting.dependent))
         learns_graph = isinstance(method, ContextAdapter) and method.learns_graph and self.setting.dependent
@@ -150,7 +109,7 @@ class Row:
             self._draw(sample).save(picture)
 
     def _check_work_dir(self) -> None:
-        """Weights in the working folder must be of the same training, or they would be taken for it."""
+        """Weights in the working folder must be of a training with the same options."""
         file = self.folder.parent / "options.json"
         training = {key: value for key, value in self.results["options"].items() if key not in _OF_SAMPLING}
         if file.exists() and json.loads(file.read_text()) != training:
@@ -161,21 +120,21 @@ class Row:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(training) + "\n")
 
-    def _add(self, **figures: Any) -> None:
-        self.results.update(figures)
+    def _add(self, **results: Any) -> None:
+        self.results.update(results)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
         unfinished.replace(self.file)
 
     def _draw(self, sample: Sampler) -> Image.Image:
-        """A combination a row, the same caption and noise down a column."""
+        """A row per combination, the same caption and noise down a column."""
         captions = quad.generate(n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=self.setting.dependent).captions
         return join_tiles([sample(captions, COMBINATIONS[name], 0) for name in DRAWN])
 
 
 _OF_SAMPLING = ("n", "num_inference_steps")
-_NOT_OPTIONS = ("rows", "work_dir", "results_dir", "table")
+_NOT_OPTIONS = ("methods", "work_dir", "results_dir", "table")
 
 
 def main() -> None:
@@ -189,15 +148,15 @@ def main() -> None:
         images_per_context=args.images_per_context,
         train_steps=args.train_steps,
         concept_steps=args.concept_steps,
-        rival_steps=args.rival_steps,
+        baseline_steps=args.baseline_steps,
         num_inference_steps=args.num_inference_steps,
         work_dir=args.work_dir,
     )
-    methods = rows(setting.dependent)
-    for name in args.rows or methods:
+    methods = create_methods(setting.dependent)
+    for name in args.methods or methods:
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
-        Row(name, setting, args).run(methods[name])
+        MethodRun(name, setting, args).run(methods[name])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The log of a row's training: event files of TensorBoard in its folder, which are large, as a small table."""
+"""The log of a training: the large event files of TensorBoard in its folder, as a small table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LOGGED_EVERY = 10  # steps
 
 
 def write_log(folder: Path, file: Path) -> None:
-    """Writes figure, step and value, every tenth step and the last one, to a CSV file, if there are event files."""
+    """Writes metric, step and value, every tenth step and the last one, to a CSV file, if there are event files."""
     lines = [line for events in _event_folders(folder) for line in _scalars(events)]
     if not lines:
         return
     unfinished = file.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as out:
-        csv.writer(out, lineterminator="\n").writerows([("figure", "step", "value"), *lines])
+        csv.writer(out, lineterminator="\n").writerows([("metric", "step", "value"), *lines])
     unfinished.replace(file)
 
 
@@ -29,8 +29,9 @@ def _event_folders(folder: Path) -> list[Path]:
 def _scalars(folder: Path) -> list[tuple[str, int, str]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()  # 0: all of them
     lines = []
-    for figure in events.Tags()["scalars"]:
-        values = {event.step: event.value for event in events.Scalars(figure)}  # a resumed run tells some steps twice
+    for metric in events.Tags()["scalars"]:
+        # a later run overwrites the steps of an earlier one
+        values = {event.step: event.value for event in events.Scalars(metric)}
         kept = [step for step in sorted(values) if step % LOGGED_EVERY == 0 or step == max(values)]
-        lines += [(figure, step, f"{values[step]:.6g}") for step in kept]
+        lines += [(metric, step, f"{values[step]:.6g}") for step in kept]
     return lines

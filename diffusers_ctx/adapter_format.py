@@ -1,19 +1,23 @@
-"""What a context adapter's folder holds, and what is refused before anything of it is loaded."""
+"""The format of a context adapter on disk: its files, and the checks that run before any of them is loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
+
+from .embedded import EMBEDDED_BASE, embedded_base
 
 
 FORMAT_VERSION = 1
 LIBRARY = "diffusers_ctx"
-MODES = ("frozen", "lora", "full")
-INJECTIONS = ("cross_attention", "prompt")
+Mode = Literal["frozen", "lora", "full"]
+Injection = Literal["cross_attention", "prompt"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 
 CONFIG_NAME = "context_adapter_config.json"
 WEIGHTS_NAME = "context_adapter.safetensors"
@@ -22,31 +26,24 @@ LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 CARD_NAME = "README.md"
 RECORD_NAME = "training_config.json"
 
-_FIELDS: dict[str, type] = {"base": dict, "concepts": list, "obs_context": str, "mode": str}
+_FIELDS: dict[str, type] = {"base": dict, "concepts": list, "obs_context": str, "mode": str, "injection": str}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What a folder without our config may be instead; the first file found speaks.
-_FOREIGN = {
-    "adapter_config.json": "a PEFT adapter; load it with `pipe.load_lora_weights` or the peft library",
-    "model_index.json": "a whole pipeline; load it with `ComposablePipeline.from_pretrained`",
-    LORA_WEIGHTS_NAME: "a plain LoRA; load it with `pipe.load_lora_weights`",
-    "config.json": "a single model; load it with its own class",
-}
 
 
 class AdapterError(ValueError):
-    """A context adapter cannot be read; the message names the file and the mend."""
+    """A context adapter cannot be read; the message names the file and the fix."""
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The checked config of the adapter in `folder`.
 
     Raises:
-        AdapterError: if there is none, it is no valid JSON, another program or a newer version wrote it, or a field
+        AdapterError: if there is none, it is not valid JSON, another program or a newer version wrote it, or a field
             is missing or wrong.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        raise AdapterError(f"There is no {path}: {_what_it_is(path.parent)}.")
+        raise AdapterError(f"There is no {path}: pass the folder that `save_context_adapter` wrote.")
     config = _read_json(path)
     _check_origin(config, path)
     _check_fields(config, path)
@@ -56,10 +53,10 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
 def validate_adapter_folder(folder: str | os.PathLike) -> dict[str, Any]:
     """Checks that every file of the adapter in `folder` is there and whole, and returns its config.
 
-    Weights are not read, only the header that tells how long their file must be.
+    Of weights only the header is read, which says how long the file must be.
 
     Raises:
-        AdapterError: as `read_adapter_config`, and if a file is missing, truncated or a pickle.
+        AdapterError: like `read_adapter_config`, and if a file is missing, truncated or a pickle.
     """
     config = read_adapter_config(folder)
     for name in adapter_files(config):
@@ -82,13 +79,22 @@ def adapter_files(config: dict[str, Any]) -> list[str]:
     return [*names, LORA_WEIGHTS_NAME] if config["mode"] == "lora" else names
 
 
-def _what_it_is(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is no folder"
-    for name, description in _FOREIGN.items():
-        if (folder / name).is_file():
-            return f"{name} beside it says that this is {description}"
-    return "pass the folder that `save_context_adapter` wrote"
+def public_name(base_model: str | None) -> str | None:
+    """The base model's name as an adapter may publish it: of a local folder only the last part."""
+    if base_model is None:
+        return None
+    if Path(base_model).resolve() == Path(embedded_base()).resolve():
+        return EMBEDDED_BASE
+    return Path(base_model).name if Path(base_model).exists() else base_model
+
+
+def safetensors_defect(path: Path) -> str | None:
+    """Why a safetensors file cannot be read, from its header alone; `None` if it is whole."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return str(error)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -123,11 +129,9 @@ def _check_fields(config: dict[str, Any], path: Path) -> None:
     for field, kind in _FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise AdapterError(f"`{field}` in {path} is missing or no {kind.__name__}: save the adapter again.")
-    if config["mode"] not in MODES:
-        raise AdapterError(f"`mode` in {path} is {config['mode']!r}; known are {', '.join(MODES)}.")
-    injection = config.get("injection", INJECTIONS[0])  # adapters of the first days do not say
-    if injection not in INJECTIONS:
-        raise AdapterError(f"`injection` in {path} is {injection!r}; known are {', '.join(INJECTIONS)}.")
+    for field, choices in (("mode", MODES), ("injection", INJECTIONS)):
+        if config[field] not in choices:
+            raise AdapterError(f"`{field}` in {path} is {config[field]!r}; known are {', '.join(choices)}.")
     concepts = config["concepts"]
     if not concepts or not all(isinstance(concept, str) and concept for concept in concepts):
         raise AdapterError(f"`concepts` in {path} must be names, at least one: it is {concepts!r}.")
@@ -149,11 +153,8 @@ def _check_weights(path: Path) -> None:
                     f"its author save {path.name}."
                 )
         raise AdapterError(f"There is no {path}: save or download the adapter again.")
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
+    if defect := safetensors_defect(path):
         raise AdapterError(
-            f"{path} is truncated or no safetensors file ({error}): save or download it again; in a git clone, run "
+            f"{path} is truncated or no safetensors file ({defect}): save or download it again; in a git clone, run "
             "`git lfs pull`."
-        ) from error
+        )

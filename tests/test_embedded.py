@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
-from diffusers_ctx.adapter.weights import public_name
+from diffusers_ctx.adapter_format import public_name
 from diffusers_ctx.data import quad
 
 

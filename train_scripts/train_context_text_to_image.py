@@ -9,12 +9,11 @@ lists all flags; they may stand in a YAML or JSON file instead, and flags after 
 """
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import ContextTrainer, check_base_model, parse_training_config
+from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 
 def main() -> None:
     config = parse_training_config()
-    check_base_model(config.model.pretrained_model_name_or_path)
     pipeline = ComposablePipeline.from_pretrained(
         config.model.pretrained_model_name_or_path,
         safety_checker=None,

@@ -9,12 +9,11 @@ as in the training of Stable Diffusion XL.
 """
 
 from diffusers_ctx import ComposableXLPipeline
-from diffusers_ctx.training import ContextTrainer, check_base_model, parse_training_config
+from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 
 def main() -> None:
     config = parse_training_config()
-    check_base_model(config.model.pretrained_model_name_or_path)
     pipeline = ComposableXLPipeline.from_pretrained(
         config.model.pretrained_model_name_or_path, **config.loading_options()
     )

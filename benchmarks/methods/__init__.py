@@ -1,1 +1,1 @@
-"""What the benchmark compares: each method trains into a folder and gives a sampler of images."""
+"""The methods that the benchmark compares: each trains into a folder and gives a sampler of images."""

@@ -70,6 +70,9 @@ class LightVae:
 
     seconds: float
 
+    def steps(self, setting: Setting) -> None:
+        """As many as fit in the time."""
+
     def train(self, setting: Setting, folder: Path) -> None:
         torch.manual_seed(setting.seed)
         images = [

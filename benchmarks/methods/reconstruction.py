@@ -1,4 +1,4 @@
-"""The ceiling of every row: real images through the base's autoencoder, in which all of them are decoded."""
+"""The upper bound of every method: real images through the base's autoencoder, which decodes all samples."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .setting import BATCH_SIZE, Sampler, Setting, device
 @dataclass(frozen=True)
 class Reconstruction:
     """Held-out images of the very interventions, encoded and decoded; nothing learns."""
+
+    def steps(self, setting: Setting) -> int:
+        return 0
 
     def train(self, setting: Setting, folder: Path) -> None:
         """There is nothing to train."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from diffusers import AutoencoderKL
 
 from diffusers_ctx import embedded_base
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
-from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.evaluation.images import to_uint8
+from diffusers_ctx.training.encoding.images import ImageTransform
+from diffusers_ctx.training.encoding.latents import ContextLatents, encode_images
 
 
 BATCH_SIZE = 100  # images sampled at once
@@ -29,13 +31,13 @@ class Setting:
 
     Attributes:
         dependent: quad's variant.
-        seed: of images, weights and batches.
+        seed: seed of images, weights and batches.
         images_per_context: training images of each context.
-        train_steps: optimizer steps of the UNet in methods with a first part of training that takes its own time.
-        concept_steps: steps of that first part.
-        rival_steps: optimizer steps of methods without one: as many more as take the same time.
+        train_steps: UNet steps of methods that learn the concepts first.
+        concept_steps: steps of learning the concepts.
+        baseline_steps: UNet steps of methods that learn no concepts: more, so that they take about as long.
         num_inference_steps: denoising steps of all samples.
-        work_dir: where images, latents and weights go.
+        work_dir: folder of images, latents and weights.
         base: folder of the Stable Diffusion that is trained on; those of one `work_dir` have the same autoencoder.
     """
 
@@ -44,7 +46,7 @@ class Setting:
     images_per_context: int
     train_steps: int
     concept_steps: int
-    rival_steps: int
+    baseline_steps: int
     num_inference_steps: int
     work_dir: Path
     base: str = field(default_factory=embedded_base)
@@ -54,23 +56,39 @@ class Setting:
         return f"{'dependent' if self.dependent else 'independent'}-seed{self.seed}-images{self.images_per_context}"
 
     @property
+    def folder(self) -> Path:
+        """Folder of what methods share."""
+        return self.work_dir / self.name
+
+    @property
     def data_dir(self) -> Path:
-        """Folder of training images, written when first asked for."""
-        folder, done = self.work_dir / self.name / "data", self.work_dir / self.name / "data-written"
+        """Folder of training images, which are written at the first call."""
+        folder, done = self.folder / "data", self.folder / "data-written"
         if not done.exists():
             quad.write_folders(folder, self.images_per_context, self.seed, self.dependent)
             done.touch()
         return folder
 
     def latents(self) -> ContextLatents:
-        """The training images' latents, encoded when first asked for."""
-        file = self.work_dir / self.name / "latents.pt"
-        if not file.exists():
+        """The training images' latents, which are encoded at the first call."""
+
+        def encode() -> ContextLatents:
             dataset = load_context_dataset(self.data_dir, concepts=list(quad.CONCEPTS))
             vae = AutoencoderKL.from_pretrained(self.base, subfolder="vae", torch_dtype=torch.float32)
             mask = context_mask(list(dataset["context"]), list(quad.CONCEPTS))
             transform = ImageTransform(quad.RESOLUTION, center_crop=True, seed=0)
-            torch.save(encode_images(vae.requires_grad_(False).to(device()), dataset, mask, transform), file)
+            return encode_images(vae.requires_grad_(False).to(device()), dataset, mask, transform)
+
+        return self.shared("latents", encode)
+
+    def shared(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What methods share under this name, computed at the first call and read from disk afterwards."""
+        file = self.folder / f"{name}.pt"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".unfinished")
+            torch.save(compute(), unfinished)
+            unfinished.replace(file)
         return torch.load(file, weights_only=False)
 
     def true_noise(self, contexts: Sequence[str]) -> torch.Tensor:
@@ -83,7 +101,10 @@ class Setting:
 
 
 class Method(Protocol):
-    """A row of the benchmark."""
+    """A method that the benchmark compares."""
+
+    def steps(self, setting: Setting) -> int | None:
+        """UNet steps that `train` takes, those of several LoRAs together; `None` if time decides."""
 
     def train(self, setting: Setting, folder: Path) -> None:
         """Trains and saves to `folder`."""
@@ -93,12 +114,14 @@ class Method(Protocol):
 
 
 def device() -> torch.device:
-    """Where everything is computed: on a GPU if there is one, and `ACCELERATE_USE_CPU` is not set."""
+    """A GPU if there is one and `ACCELERATE_USE_CPU` is not set, and the CPU otherwise."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
-def in_batches(sample: Callable[[list[str], torch.Generator], np.ndarray], captions: Sequence[str], seed: int):
+def in_batches(
+    sample: Callable[[list[str], torch.Generator], np.ndarray], captions: Sequence[str], seed: int
+) -> np.ndarray:
     """Images (n, H, W, 3) uint8 of all captions, from a function that makes a batch of them in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     batches = [list(captions[start : start + BATCH_SIZE]) for start in range(0, len(captions), BATCH_SIZE)]
-    return np.concatenate([np.rint(sample(batch, generator) * 255).astype(np.uint8) for batch in batches])
+    return np.concatenate([to_uint8(sample(batch, generator)) for batch in batches])

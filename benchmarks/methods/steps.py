@@ -1,4 +1,4 @@
-"""Trainings that are run a step at a time: context adapters, and a LoRA as in diffusers' own script."""
+"""Trainings that run a step at a time: context adapters, and a LoRA as in diffusers' own script."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -19,11 +20,16 @@ from torch.utils.data import DataLoader
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
-from diffusers_ctx.training import ContextTrainer, TrainingConfig
+from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
-from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
-from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.diffusion.stage import DiffusionStage
+from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS, prepare_backbone
+from diffusers_ctx.training.encoding.batch import Batch
+from diffusers_ctx.training.encoding.images import ImageTransform
+from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches, encode_images
 from diffusers_ctx.training.run.accelerator import create_accelerator
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
+from diffusers_ctx.training.trainer import create_context_module
 
 from .setting import device
 
@@ -33,12 +39,12 @@ _ENDLESS = 1_000_000  # steps of a run that is never finished
 
 @dataclass(frozen=True)
 class StepCase:
-    """Whose steps are measured.
+    """A training whose steps are measured.
 
     Attributes:
-        mode: of a context adapter; `None` is a plain LoRA.
-        first_share: whether its steps are those before `unfreeze_after`, in which the backbone does not learn.
-        cached: whether latents were encoded before training, or are encoded in each step.
+        mode: mode of a context adapter; `None` is a plain LoRA.
+        first_share: whether to measure the steps before `unfreeze_after`, in which the backbone does not learn.
+        cached: whether latents were encoded before training; otherwise each step encodes them.
     """
 
     mode: str | None
@@ -46,36 +52,49 @@ class StepCase:
     cached: bool = True
 
 
+@dataclass
+class CachedLatents(ContextLatents):
+    """Latents that were encoded before training."""
+
+    def draw(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A draw (B, C, h, w) from the VAE's posteriors of some rows (B,), at noise (B, C, h, w)."""
+        return self.mean[0, rows] + self.std[0, rows] * noise
+
+
 @dataclass(kw_only=True)  # after fields that have defaults
-class EncodedLatents(ContextLatents):
+class EncodedLatents(CachedLatents):
     """Latents that are encoded whenever they are drawn.
 
-    Images are at hand as tensors: reading them, which data loaders can do in other processes, takes no time here.
+    Images are in memory as tensors: reading them, which data loaders can do in other processes, takes no time here.
 
     Attributes:
-        vae: what encodes them, on its device.
+        vae: the autoencoder, on its device.
         pixels: (n, 3, H, W) in [-1, 1].
     """
 
     vae: AutoencoderKL
     pixels: torch.Tensor
 
+    def batch(self, rows: torch.Tensor, random: KeyedNoise) -> Batch:
+        latents = self.draw(rows, random.normal(len(rows), *self.mean.shape[2:]))
+        return self.mean_batch(rows)._replace(latents=latents)
+
     @torch.no_grad()
-    def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        pixels = self.pixels[indices.cpu()].to(self.vae.device)
+    def draw(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        pixels = self.pixels[rows.cpu()].to(self.vae.device)
         posterior = self.vae.encode(pixels).latent_dist
         return (posterior.mean + posterior.std * noise.to(pixels)) * self.vae.config.scaling_factor
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What all cases share.
+    """Options that all cases share.
 
     Attributes:
         base: local folder or Hub id of a Stable Diffusion.
         train_batch_size: images per step.
-        rank: of the LoRAs.
-        work_dir: where images go.
+        rank: rank of the LoRAs.
+        work_dir: folder of the images.
         mixed_precision: `no`, `fp16` or `bf16`.
         allow_tf32: whether a GPU may multiply in TF32.
     """
@@ -98,9 +117,7 @@ class StepSetting:
                 rank=self.rank,
                 unfreeze_after=0.5 if case.first_share else 0.0,
             ),
-            DataConfig(
-                train_data_dir=str(self._data_dir), concepts=list(quad.CONCEPTS), resolution=self._pixels.shape[-1]
-            ),
+            DataConfig(train_data_dir=str(self._data_dir), concepts=list(quad.CONCEPTS), resolution=self.resolution),
             ContextConfig(posterior_encoder="vae"),  # so that images can be encoded in each step
             OptimizationConfig(
                 train_batch_size=self.train_batch_size,
@@ -112,9 +129,15 @@ class StepSetting:
             OutputConfig(output_dir=str(self.work_dir / "adapter"), report_to="none"),
         )
 
-    def latents(self, vae: AutoencoderKL, cached: bool) -> ContextLatents:
+    def latents(self, vae: AutoencoderKL, cached: bool) -> CachedLatents:
         """All images' latents; those that are not cached are encoded by `vae`."""
-        return self._cached if cached else EncodedLatents(**vars(self._cached), vae=vae, pixels=self._pixels)
+        encoded = vars(self._cached)
+        return CachedLatents(**encoded) if cached else EncodedLatents(**encoded, vae=vae, pixels=self._pixels)
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self._pixels.shape[-1]
 
     @cached_property
     def _data_dir(self) -> Path:
@@ -142,40 +165,42 @@ class StepSetting:
         return encode_images(vae, self._dataset, masks, self._transform, batch_size=1, show_progress=False)
 
 
-class AdapterRun(ContextTrainer):
+class AdapterRun:
     """A context adapter's training, a step at a time.
 
     Concepts are not learned first: a step takes as long with any.
 
     Args:
-        setting: what all cases share.
+        setting: options that all cases share.
         case: its mode and latents.
     """
 
     def __init__(self, setting: StepSetting, case: StepCase):
-        self.setting, self.case = setting, case
-        super().__init__(setting.config(case), setting.load_pipeline())
-        self._prepare_training()
-        self.pipeline.unet.train()
-        self.numbered_batches = self._batches(0)
-
-    def _encode(self, dataset: datasets.Dataset, seed: int) -> ContextLatents:
-        return self.setting.latents(self.pipeline.vae, self.case.cached)
+        config = setting.config(case)
+        options = config.optimization
+        self.accelerator = create_accelerator(config)
+        set_seed(options.seed)
+        self.pipeline = setting.load_pipeline()
+        module = create_context_module(config, self.pipeline, list(quad.CONCEPTS), None, setting.resolution)
+        prepare_backbone(self.pipeline, module, config.model, self.accelerator)
+        latents = setting.latents(self.pipeline.vae, case.cached)
+        batches = LatentBatches(latents, options.train_batch_size, options.seed)
+        self.stage = DiffusionStage(self.accelerator, self.pipeline, batches, config, _ENDLESS, options.learning_rate)
+        self._steps = self.stage.steps()
 
     @property
     def learning(self) -> list[torch.nn.Parameter]:
-        return self._learning
+        return self.stage.parameters
 
     def step(self) -> None:
-        number, batch = next(self.numbered_batches)
-        self._train_on(number, batch, step=number)
+        next(self._steps)
 
 
 class PlainLora:
     """A LoRA's training as in diffusers' `train_text_to_image_lora.py`, a step at a time.
 
     Args:
-        setting: what all cases share.
+        setting: options that all cases share.
         case: its latents.
     """
 
@@ -213,7 +238,8 @@ class PlainLora:
             weight_decay=options.adam_weight_decay,
             eps=options.adam_epsilon,
         )
-        loader = DataLoader(self.latents, shuffle=True, batch_size=options.train_batch_size, drop_last=True)
+        images: Any = [{"index": row, "caption": caption} for row, caption in enumerate(self.latents.captions)]
+        loader = DataLoader(images, shuffle=True, batch_size=options.train_batch_size, drop_last=True)
         schedule = get_scheduler(options.lr_scheduler, optimizer)
         self.unet, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
             self.pipeline.unet, optimizer, loader, schedule
@@ -237,7 +263,7 @@ class PlainLora:
     def _loss(self, indices: torch.Tensor, captions: list[str]) -> torch.Tensor:
         size, device, scheduler = len(indices), self.accelerator.device, self.scheduler
         shape = (size, *self.latents.mean.shape[2:])
-        latents = self.latents.draw(indices, torch.randn(shape, device=device), torch.zeros(size, device=device))
+        latents = self.latents.draw(indices, torch.randn(shape, device=device))
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -14,10 +13,9 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..fingerprint import fingerprint
 from .attention import context_module_detached, lora_detached
 
-
-POSTERIOR_ENCODERS = ("vae", "unet", "clip")
 
 _TIMESTEP = 0  # that of a clean image
 # maps are averaged down to it: training keeps those of every image, and the posterior ends at 4x4
@@ -97,7 +95,7 @@ class UNetFeatures:
     @torch.no_grad()
     def digest(self) -> str:
         with self._as_pretrained():  # what text encoders say is not the same to the bit on every device
-            return _digest([model.state_dict() for model in (self.unet, *self.text_encoders)], _TIMESTEP)
+            return fingerprint(self.unet, *self.text_encoders, _TIMESTEP, _LARGEST_SIZE)
 
     @contextmanager
     def _as_pretrained(self) -> Iterator[None]:
@@ -156,7 +154,7 @@ class ClipFeatures:
         return _averaged(tokens[:, 1:].transpose(1, 2).unflatten(2, (self._patches, self._patches)))
 
     def digest(self) -> str:
-        return _digest([self.model.state_dict()], self.model.config.to_json_string())
+        return fingerprint(self.model, self.model.config.to_json_string(), _LARGEST_SIZE)
 
     @property
     def _patches(self) -> int:
@@ -167,11 +165,3 @@ def _averaged(features: torch.Tensor) -> torch.Tensor:
     """Feature maps (B, C, h, w) in single precision, of at most the largest size that is kept."""
     height, width = (min(side, _LARGEST_SIZE) for side in features.shape[2:])
     return F.adaptive_avg_pool2d(features.float(), (height, width))
-
-
-def _digest(states: Iterable[dict[str, torch.Tensor]], *settings: object) -> str:
-    digest = hashlib.sha256(repr((settings, _LARGEST_SIZE)).encode())
-    for state in states:
-        for name, weight in sorted(state.items()):
-            digest.update(f"{name} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]

@@ -15,7 +15,14 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 
-from ..adapter_format import CONFIG_NAME, LORA_WEIGHTS_NAME, MODULE_FOLDER, AdapterError, validate_adapter_folder
+from ..adapter_format import (
+    CONFIG_NAME,
+    LORA_WEIGHTS_NAME,
+    MODULE_FOLDER,
+    AdapterError,
+    public_name,
+    validate_adapter_folder,
+)
 from ..context import ContextModule
 from ..hub import push_adapter_folder, render_model_card, resolve_adapter_folder, save_model_card
 from .attention import (
@@ -31,7 +38,7 @@ from .attention import (
     set_context_scale,
 )
 from .lora import LORA_ADAPTER, ContextLoraMixin
-from .weights import adapter_config, check_base, load_attention, public_name, read_attention, save_attention
+from .weights import adapter_config, check_base, load_attention, read_attention, save_attention
 
 
 logger = logging.get_logger(__name__)
@@ -99,7 +106,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
                 " first."
             )
         module = _read_module(folder / MODULE_FOLDER)
-        attach_context_module(self.unet, module, config.get("injection", "cross_attention"))
+        attach_context_module(self.unet, module, config["injection"])
         try:
             load_attention(self.unet, read_attention(folder))
             if config["mode"] == "lora":

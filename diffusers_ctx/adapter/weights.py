@@ -11,7 +11,6 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..adapter_format import FORMAT_VERSION, LIBRARY, WEIGHTS_NAME, AdapterError
 from ..context import ContextModule
-from ..embedded import EMBEDDED_BASE, embedded_base
 from ..version import __version__
 from .attention import context_attention_layers, injection_of
 
@@ -46,15 +45,6 @@ def check_base(config: dict[str, Any], unet: UNet2DConditionModel, prediction_ty
             f"This context adapter does not fit the loaded base model: {'; '.join(differences)}. Load the model that"
             f" it was trained on: {config['base_model_name_or_path']}."
         )
-
-
-def public_name(base_model: str | None) -> str | None:
-    """The base model's name as an adapter may tell it to others: of a local folder, the last part alone."""
-    if base_model is None:
-        return None
-    if Path(base_model).resolve() == Path(embedded_base()).resolve():
-        return EMBEDDED_BASE
-    return Path(base_model).name if Path(base_model).exists() else base_model
 
 
 def adapter_config(

@@ -1,7 +1,8 @@
-"""Images in contexts: folders, datasets, the order they are seen in, and the generated benchmark quad."""
+"""Images in contexts: folders and datasets, the order of training, and the synthetic benchmark quad."""
 
 from . import quad
-from .context_dataset import concepts_of, context_mask, interventions_of, load_context_dataset
+from .context_dataset import load_context_dataset
+from .contexts import concepts_of, context_mask, interventions_of
 from .sampler import ContextBalancedSampler
 
 

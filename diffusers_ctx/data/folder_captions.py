@@ -9,18 +9,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .listing import listed
+from .contexts import listed
 
 
 _FILES = ("metadata.csv", "metadata.jsonl")
 
 
 def read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Path, str]:
-    """Captions by image, from the folder's metadata file if it has one; it warns where that lacks some images.
+    """Captions by image, from the folder's metadata file if it has one; warns if it lacks some images.
+
+    Args:
+        folder: the folder of a context.
+        images: its images.
+        text_column: the column of captions.
 
     Raises:
-        ValueError: if the file cannot be read, lacks a column, names an image twice or one that is not there, or
-            captions lie where nobody looks for them.
+        ValueError: if the file cannot be read, lacks a column, names an image twice or one that is not there, or if
+            captions lie in text files, which are not read.
     """
     files = [folder / name for name in _FILES if (folder / name).is_file()]
     if not files:
@@ -58,16 +63,16 @@ def read_captions(folder: Path, images: list[Path], text_column: str) -> dict[Pa
 
 
 def check_root(root: Path) -> None:
-    """Refuses captions that lie in a folder of contexts, and not in those of the contexts.
+    """Checks that no metadata file lies next to the contexts' folders, where it is not read.
 
     Raises:
-        ValueError: if there are any.
+        ValueError: if one does.
     """
     for name in _FILES:
         if (root / name).exists():
             raise ValueError(
                 f"{root / name} lies beside the contexts' folders, where it is not read; write one into each context's"
-                " folder, with names of files in it."
+                " folder, with the names of its files."
             )
 
 
@@ -101,7 +106,8 @@ def _read_metadata(file: Path) -> list[dict[str, Any]]:
 
 
 def _check_fields(file: Path, entries: list[dict[str, Any]]) -> None:
-    """A reader of CSV has a surplus of fields under `None`, and `None` for those that lack."""
+    """Checks that each row has as many fields as the header. The reader puts surplus fields under the key `None`, and
+    the value `None` for missing ones."""
     for row, entry in enumerate(entries, start=1):
         if None in entry or None in entry.values():
             raise ValueError(

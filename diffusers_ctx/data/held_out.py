@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .context_dataset import context_mask, interventions_of
+from .contexts import context_mask, interventions_of
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,44 @@
-"""Images in contexts that are read as they are needed: collections that do not fit on a disk or into memory."""
+"""Images in contexts, read as they are needed: for collections that do not fit on the disk."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
-from .context_dataset import (
-    context_folders,
-    decode_image,
-    interventions_of,
-    is_context_root,
-    kept_contexts,
-    listed,
-    load_source,
-    read_folders,
-    wanted_columns,
-)
+from .contexts import interventions_of, kept_contexts, listed
+from .decoding import decode_image
+from .shuffle_buffer import ShuffleBuffer
+from .sources import context_folders, is_context_root, load_source, read_folders, wanted_columns
+from .stream_rows import ContextRows, Row, in_epoch, matching
 
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-
-_FOLDER_SHARDS = 64  # among which the files of a folder are divided
-_WARN_AFTER = 10_000  # rows in a row that are of no use
-_GIVE_UP_AFTER = 1_000_000
+_FOLDER_SHARDS = 64  # the files of a folder are divided among them
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """A dataset that is streamed.
+    """A dataset of images in contexts that is streamed.
 
     Attributes:
-        rows: the dataset, with images as the content or the names of their files.
+        rows: the dataset; its images are the content of their files, or their names.
         image_column: its column of images.
         context_column: its column of contexts.
-        text_column: its column of captions, if there is one.
-        contexts: the contexts that it may have, if they are known before it is read.
-        has_names: whether its rows hold names of files alone, so that passing over images costs nothing.
+        text_column: its column of captions, if it has one.
+        contexts: its contexts, if they are known before it is read.
+        has_names: whether its rows hold only the names of files, so that passing over images costs nothing.
     """
 
     rows: IterableDataset
@@ -91,10 +79,9 @@ def open_stream(
     cache_dir: str | Path | None = None,
     seed: int = 0,
 ) -> ImageStream:
-    """Opens a folder of contexts or a dataset, and checks its columns; no image is read.
+    """Opens a folder of contexts or a dataset and checks its columns, without reading an image.
 
-    Of a folder of contexts the names of all files are read and shuffled, and its metadata; of a dataset, what
-    `datasets.load_dataset` reads before it streams.
+    Of a folder of contexts, the names of all files are read and shuffled, and its metadata is read.
 
     Args:
         source: the folder of contexts, or a name or folder that `datasets.load_dataset` takes.
@@ -137,10 +124,10 @@ def take_images(
     seed: int = 0,
     show_progress: bool = True,
 ) -> Dataset:
-    """The first so many images of each context, as `load_context_dataset` returns them.
+    """The first images of each context, in the form of `load_context_dataset`.
 
-    They are the first in an order of the stream's files that the seed decides. Contexts with several interventions are
-    taken as they come, and not waited for, unless the stream names its contexts.
+    The seed decides the order of the stream's files. Contexts with several interventions are taken if they occur
+    before the single ones are complete, unless the stream names its contexts.
 
     Args:
         stream: the images.
@@ -176,10 +163,10 @@ def take_images(
         known = context in allowed if allowed else set(interventions_of(context, obs_context)) <= set(concepts or ())
         return known and counts[context] < images_per_context
 
-    rows = _reader(stream.rows, seed, epoch=0)
+    rows = in_epoch(stream.rows, seed, epoch=0)
     total = len(wanted) * images_per_context
     with tqdm(total=total, desc="Taking images from the stream", disable=not show_progress) as progress:
-        for row in _sought(rows, is_wanted, lambda: f"any of {lacking()}"):
+        for row in matching(rows, is_wanted, lambda: f"any of {lacking()}"):
             context, image = stream.context_of(row), row[stream.image_column]
             try:
                 decode_image(image)
@@ -204,19 +191,18 @@ def take_images(
 
 
 class ContextStream:
-    """The images of one context, endlessly, or a process's share of them: an epoch has each once, in an order of its
-    own.
+    """The images of one context, endlessly, or a process's share of them: each once per epoch, in an order of its own.
 
-    The order is that of the stream's files, shuffled for each epoch, and within it that of shuffled runs of images.
-    Where the number of a dataset's files is a multiple of that of processes, each reads its own; otherwise each one
-    reads all and takes its turn in keeping images of the context. In the same epoch no two have the same image.
+    The files of the stream are shuffled for each epoch, and their images in a [`ShuffleBuffer`]. If the number of a
+    dataset's files is a multiple of the number of processes, each process reads its own files; otherwise each reads
+    all files and keeps every n-th image of the context. In the same epoch no two processes have the same image.
 
-    `state_dict` is the place in the stream: with it, another stream goes on as this one would have, image by image.
+    `state_dict` is the place in the stream: another stream that loads it continues with the same images.
 
     Args:
-        stream: the images of all contexts; those of other ones are read and passed over.
+        stream: the images of all contexts; those of other contexts are read and passed over.
         context: the context.
-        shuffle_buffer: images that are shuffled among one another, and held in memory as their files are.
+        shuffle_buffer: size of the buffer, which holds images in memory as they are encoded in their files.
         seed: seed of the order.
         process_index: this process.
         num_processes: all processes.
@@ -243,9 +229,6 @@ class ContextStream:
         # a copy: datasets keep the place of their iteration in themselves
         self._rows = split_dataset_by_node(deepcopy(stream.rows), *(share if has_files else all_of_it))
         self._share = all_of_it if has_files else share
-        self._reader: Iterator[Row]
-        self._order: np.ndarray
-        self._taken: int
         self._begin_epoch(0)
 
     def __iter__(self) -> Iterator[tuple[PIL.Image.Image, str]]:
@@ -259,10 +242,7 @@ class ContextStream:
         """
         while True:
             self.fill()
-            place = self._order[self._taken]
-            row, self._buffer[place] = self._buffer[place], {}  # what is read ahead takes its room
-            self._taken += 1
-            self._ahead += islice(self._reader, 1)  # so that no step has to wait for a whole buffer
+            row = next(self._buffer)
             image = row[self.stream.image_column]
             try:
                 decoded = decode_image(image)
@@ -272,98 +252,45 @@ class ContextStream:
                     raise ValueError(_unreadable(description)) from error
                 logger.warning(f"An image cannot be read and is passed over: {description}.")
                 continue
-            self._fruitless = False
+            self._epoch_has_images = True
             return decoded, self.stream.text_of(row)
 
     def fill(self) -> None:
-        """Reads images to shuffle, if none are left; see `__next__` for what it raises."""
-        while self._taken == len(self._buffer):
-            self._ahead += islice(self._reader, self.shuffle_buffer - len(self._ahead))
-            if self._ahead:
-                self._take_over()
-            elif self._fruitless:
+        """Fills the shuffle buffer if it is empty; see `__next__` for what it raises."""
+        while not self._buffer.fill():
+            if not self._epoch_has_images:
                 raise ValueError(
                     f"There is no readable image of the context {self.context!r} in this process's share of the stream"
                     f" ({self.stream.rows.num_shards} files or shards). Start fewer processes, or shuffle the dataset,"
                     " so that each of its files has images of all contexts."
                 )
-            else:
-                self._begin_epoch(self._epoch + 1)
+            self._begin_epoch(self._epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream."""
-        return {"epoch": self._epoch, "buffer": self._number, "start": self._start, "taken": self._taken}
+        return {"epoch": self._epoch, **self._buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a place; the images that were being shuffled are read again."""
+        """Continues from a place; the images in the buffer are read again.
+
+        Raises:
+            ValueError: if the stream has fewer images than it had.
+        """
         self._begin_epoch(state["epoch"])
-        self._rows.load_state_dict(state["start"]["rows"])
-        if state["buffer"]:
-            self._seen, self._ahead_start, self._number = state["start"]["seen"], state["start"], state["buffer"] - 1
-            self._ahead += islice(self._reader, self.shuffle_buffer)
-            self._take_over()
-            self._taken = state["taken"]
-            if self._taken > len(self._buffer):
-                raise ValueError(
-                    f"The stream has fewer images of the context {self.context!r} than when the checkpoint was"
-                    " written; resume with the same files."
-                )
-            self._ahead += islice(self._reader, self._taken)
-        self._fruitless = False
+        try:
+            self._buffer.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(
+                f"The stream has fewer images of the context {self.context!r} than when the checkpoint was written;"
+                " resume with the same files."
+            ) from error
+        self._epoch_has_images = True
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._seen = 0  # images of the context, in this epoch
-        self._fruitless = True  # no image could be read in it yet
-        self._reader = self._read()
-        self._number = 0  # of the buffer
-        self._buffer: list[Row] = []
-        self._order = np.empty(0, dtype=int)
-        self._taken = 0
-        self._ahead: list[Row] = []  # the beginning of the next buffer
-        self._start = self._ahead_start = {"rows": None, "seen": 0}
-
-    def _take_over(self) -> None:
-        """Makes what was read ahead the buffer."""
-        self._number += 1
-        self._buffer, self._ahead, self._taken = self._ahead, [], 0
-        self._order = np.random.default_rng((self.seed, self._epoch, self._number)).permutation(len(self._buffer))
-        self._start, self._ahead_start = self._ahead_start, {"rows": self._rows.state_dict(), "seen": self._seen}
-
-    def _read(self) -> Iterator[Row]:
-        """The rows of the epoch that are this process's."""
-        index, number = self._share
-        rows = _reader(self._rows, self.seed, self._epoch)
-        mine = _sought(rows, lambda row: self.stream.context_of(row) == self.context, lambda: repr(self.context))
-        for row in mine:
-            self._seen += 1
-            if (self._seen - 1) % number == index:
-                yield row
-
-
-def _reader(rows: IterableDataset, seed: int, epoch: int) -> Iterator[Row]:
-    """The rows, with files in the order of an epoch."""
-    (order,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
-    rows.set_epoch(int(order))
-    yield from rows
-
-
-def _sought(rows: Iterable[Row], is_wanted: Callable[[Row], bool], sought: Callable[[], str]) -> Iterator[Row]:
-    """The rows that are wanted; warns where they are long in coming, and gives up in the end."""
-    useless = 0
-    for row in rows:
-        if is_wanted(row):
-            useless = 0
-            yield row
-            continue
-        useless += 1
-        if useless % _WARN_AFTER == 0:
-            logger.warning(f"The last {useless} rows of the stream had no image of {sought()}; reading on.")
-        if useless >= _GIVE_UP_AFTER:
-            raise ValueError(
-                f"The last {useless} rows of the stream had no image of {sought()}. Add images of it, or shuffle the"
-                " dataset, so that those of all contexts lie beside one another."
-            )
+        self._epoch_has_images = False
+        rows = ContextRows(self._rows, self.context, self.stream.context_of, self._share, self.seed, epoch)
+        self._buffer = ShuffleBuffer(rows, self.shuffle_buffer, (self.seed, epoch))
 
 
 def _describe(image: Row | None, context: str, defect: ValueError) -> str:

@@ -1,12 +1,11 @@
-"""Metrics, each a pure function on arrays."""
+"""Metrics, each a pure function on arrays; `Evaluator` measures an adapter with them."""
 
+from .config import EvaluationConfig, parse_evaluation_arguments
 from .conformity import Conformity, composition_gap, conformity
 from .counterfactual import (
-    counterfactual_composition,
     counterfactual_effectiveness,
     counterfactual_error,
     counterfactual_minimality,
-    counterfactual_reversibility,
 )
 from .disentanglement import (
     DCI,
@@ -16,6 +15,7 @@ from .disentanglement import (
     separated_attribute_predictability,
 )
 from .diversity import diversity, image_diversity
+from .evaluator import Evaluator
 from .graph_recovery import edge_auroc, structural_hamming_distance
 from .interference import Spillover, interference_matrix, mean_difference, spillover
 from .kernel_distance import kernel_distance
@@ -26,15 +26,15 @@ from .sliced_wasserstein import bootstrap_interval, debiased, sliced_wasserstein
 __all__ = [
     "DCI",
     "Conformity",
+    "EvaluationConfig",
+    "Evaluator",
     "Spillover",
     "bootstrap_interval",
     "composition_gap",
     "conformity",
-    "counterfactual_composition",
     "counterfactual_effectiveness",
     "counterfactual_error",
     "counterfactual_minimality",
-    "counterfactual_reversibility",
     "dci",
     "debiased",
     "diversity",
@@ -45,6 +45,7 @@ __all__ = [
     "mean_correlation_coefficient",
     "mean_difference",
     "mutual_information_gap",
+    "parse_evaluation_arguments",
     "read_attributes",
     "separated_attribute_predictability",
     "sliced_wasserstein_distance",

@@ -1,4 +1,4 @@
-"""Whether attributes of samples stay where the interventional law puts them, and what composing concepts costs."""
+"""Whether the attributes of samples lie within the interventional distribution, and what composing concepts costs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Conformity:
 
 
 def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99, tolerance: float = 0.0) -> Conformity:
-    """Share of samples whose attributes lie in the central regions of a reference law.
+    """Share of samples whose attributes lie in the central regions of a reference distribution.
 
     An attribute's region is the interval between the `(1 - level) / 2` and `(1 + level) / 2` quantiles of the
-    reference's readable values, ends included, and what is within `tolerance` of it. Without a tolerance, a value that
-    many samples have exactly, such as that of a hue at its limit, is in or out by the luck of the reference where it
-    is near an end. NaN, an attribute that could not be read or that is not defined, is an outcome of its own: it
-    conforms where more than `1 - level` of the reference is NaN too (the orientation of quad's circles), and nowhere
-    else. Give the attributes that were intervened on, read off the samples, and as reference the same ones read off
-    real held-out images of the same interventions, at least some `10 / (1 - level)` of them. The measure is ours.
+    reference's readable values, widened by `tolerance` at both ends. Without a tolerance, a value that many samples
+    share exactly, such as a hue at its limit, is in or out by chance where it is near an end. NaN, an attribute that
+    could not be read or is not defined, is an outcome of its own: it conforms only where more than `1 - level` of the
+    reference is NaN too (the orientation of quad's circles). Give the attributes that were intervened on, and as
+    reference the same attributes of real held-out images under the same interventions, at least `10 / (1 - level)` of
+    them. The measure is ours.
 
     Read it beside the conformity of a second real sample: about `level` for an attribute, and between `level**A`, for
     independent attributes, and `level` jointly. Attributes that were all intervened on are independent, so that the
@@ -39,13 +39,13 @@ def conformity(values: np.ndarray, reference: np.ndarray, level: float = 0.99, t
     dimensions, where the balls around outliers are large: of quad's observational samples, 66 % lie on the manifold of
     do(quad1, quad4), and 34 % in its intervals (n = 1,000, k = 3; a second real sample: 98 % each).
 
-    It is one-sided: samples that are all the same can conform. Show it beside a distance between laws or a diversity.
+    It is one-sided: identical samples can conform. Show it beside a distance between distributions or a diversity.
 
     Args:
         values: attributes (n, A) of the samples.
         reference: attributes (m, A) of the reference; m may differ from n.
         level: mass of the region, between 0 and 1.
-        tolerance: how far off a value may be for how it was read, at least 0.
+        tolerance: error of reading a value off an image, at least 0.
 
     Raises:
         ValueError: if an array is empty, the two have other attributes, or `level` or `tolerance` is out of range.
@@ -76,8 +76,8 @@ def _in_region(values: np.ndarray, reference: np.ndarray, level: float, toleranc
 def composition_gap(single: Sequence[float] | np.ndarray, pair: Sequence[float] | np.ndarray) -> float:
     """What composing costs: the mean error of pairs of interventions less the mean error of single ones.
 
-    A measure of ours, in the unit of the errors. Lower is better: 0 where combinations that were never trained on are
-    met as well as what was. Below 0 is possible. The errors are of one kind, such as debiased sliced Wasserstein
+    A measure of ours, in the unit of the errors. Lower is better: 0 where unseen combinations are met as well as the
+    contexts of the training; it may be negative. All errors are of one kind, such as debiased sliced Wasserstein
     distances at the same number of images.
 
     Args:

@@ -1,7 +1,7 @@
-"""Whether codes that a model found are the true factors, one to one.
+"""Whether inferred codes match the true factors, one to one.
 
-Codes (n, d) are what was inferred of n images, factors (n, f) are the true continuous values; n at least 10, d and f
-at least 2. A code may be constant, for a model may leave it unused; a factor may not. In all, higher is better.
+Codes (n, d) are inferred from n images, factors (n, f) are the true continuous values; n at least 10, d and f at least
+2. A code may be constant, as a model may leave it unused; a factor may not. Higher is better in all metrics.
 
 Each column counts as a code of its own. A node of several dimensions is thus spread over codes, which lowers
 completeness, MIG, SAP and mostly MCC, and says nothing against the model: look at disentanglement then.
@@ -67,12 +67,12 @@ def dci(codes: np.ndarray, factors: np.ndarray, seed: int = 0) -> DCI:
 
 
 def mutual_information_gap(codes: np.ndarray, factors: np.ndarray) -> float:
-    """MIG: by how much more the best code tells of a factor than the second best does.
+    """MIG: how much more information the best code has about a factor than the second best.
 
     The mean over the factors of the difference of their two highest mutual informations with a code, divided by the
     factor's entropy (Chen et al., 2018, arXiv 1802.04942, section 4); in [0, 1]. Codes and factors are continuous, so
     both are put in 20 bins of equal frequency, which makes it invariant under monotone maps of either. Finite samples
-    add some 361 / 2n nats to what two independent variables share, which lowers the best figure from 1 to about 0.94
+    add some 361 / 2n nats to what two independent variables share, which lowers the best value from 1 to about 0.94
     for n = 1,000 and still more with many codes.
 
     Args:
@@ -93,7 +93,7 @@ def mutual_information_gap(codes: np.ndarray, factors: np.ndarray) -> float:
 
 
 def separated_attribute_predictability(codes: np.ndarray, factors: np.ndarray) -> float:
-    """SAP: by how much better the best code predicts a factor than the second best does.
+    """SAP: how much better the best code predicts a factor than the second best.
 
     The mean over the factors of the difference of the two highest R² of a linear regression of the factor on one code
     (Kumar et al., 2018, arXiv 1711.00848, section 3); in [0, 1].
@@ -111,7 +111,7 @@ def separated_attribute_predictability(codes: np.ndarray, factors: np.ndarray) -
 def mean_correlation_coefficient(
     codes: np.ndarray, factors: np.ndarray, method: Literal["pearson", "spearman"] = "pearson"
 ) -> float:
-    """MCC: the mean absolute correlation of each factor with a code of its own, so assigned that it is greatest.
+    """MCC: the mean absolute correlation of factors and codes under the best one-to-one assignment.
 
     Used since Hyvärinen and Morioka (2016, arXiv 1605.06336) for recovery up to order and scale, or, by ranks, up to
     order and monotone maps. In [0, 1]; a factor that is left without a code counts as 0. Factors that are correlated

@@ -1,4 +1,4 @@
-"""How much generated images vary, measured by how much real ones do."""
+"""How much generated images vary, relative to real ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def diversity(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Spread of each attribute over generated images relative to real ones: the ratio of the standard deviations.
 
     A measure of ours. At least 0; 1 is right, below 1 the attribute collapses, above 1 it varies too much. It exposes
-    a model that sets what was asked for and lets everything else collapse. NaN, an attribute that could not be read,
-    is left out. Attributes with a period, such as angles, have no such spread.
+    a model that sets the requested attributes and collapses all others. NaN, an attribute that could not be read, is
+    left out. Periodic attributes, such as angles, have no such spread.
 
     Args:
         values: attributes (n, A) of generated images, n at least 2.

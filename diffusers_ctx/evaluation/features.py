@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from .images import to_uint8
+
 
 Features = Callable[[np.ndarray], np.ndarray]
 
@@ -52,10 +54,10 @@ def clip_features(
 
 @torch.no_grad()
 def autoencode(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """What an autoencoder makes of images (n, H, W, 3) uint8."""
+    """An autoencoder's reconstruction of images (n, H, W, 3) uint8."""
     vae = _in_range(vae)
     decoded = vae.decode(_encode(vae, images)).sample.float().cpu().permute(0, 2, 3, 1)
-    return ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy()
+    return to_uint8((decoded / 2 + 0.5).clamp(0, 1).numpy())
 
 
 def _in_range(vae: AutoencoderKL) -> AutoencoderKL:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .images import to_uint8
+
 
 _LABEL_HEIGHT = 14
 
@@ -31,7 +33,7 @@ def sample_rows(
         seed: seed of the first column; the next ones count on from it.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        resolution: height and width; by default those that the adapter is trained at.
+        resolution: height and width; by default the pipeline's own.
     """
     rows = []
     for interventions in contexts:
@@ -46,7 +48,7 @@ def sample_rows(
             width=resolution,
             output_type="latent",
         ).images
-        rows.append(np.rint(pipeline.decode_images(latents) * 255).astype(np.uint8))
+        rows.append(to_uint8(pipeline.decode_images(latents)))
     return rows
 
 

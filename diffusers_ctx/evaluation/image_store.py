@@ -1,4 +1,4 @@
-"""Images made for an evaluation, kept on disk as they are made, so that one that was stopped goes on where it was."""
+"""Images of an evaluation, on disk: a run that was stopped continues where it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ImageJob:
     """Images to make.
 
     Attributes:
-        folder: where they are kept, image `i` as `<i>.png`.
+        folder: folder of the images; image `i` is `<i>.png`.
         n: their number.
         produce: maps indices below `n` to images (number of indices, H, W, 3) uint8, each a function of its index.
     """
@@ -38,10 +38,10 @@ class ImageJob:
 
 
 def make_images(jobs: Sequence[ImageJob], batch_size: int, accelerator: Accelerator, description: str) -> None:
-    """Makes what is not on disk yet, shared among the processes; returns when all is.
+    """Makes the images that are not on disk yet, shared among the processes; returns when all are there.
 
-    Batches are the same whatever is missing and however many processes there are, and a batch that lacks one image is
-    made again as a whole: the images are then the same to the last bit, which those of other batches are not.
+    Batches do not depend on what is missing or on the number of processes, and a batch that lacks an image is made
+    again as a whole: the images of another batch would differ in the last bit.
 
     Args:
         jobs: the images to make.
@@ -57,7 +57,7 @@ def make_images(jobs: Sequence[ImageJob], batch_size: int, accelerator: Accelera
     for job, batch in tqdm(share, desc=description, disable=not accelerator.is_main_process):
         job.folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(batch, job.produce(batch)):
-            _save_whole(image, job.path(index))
+            _save_atomically(image, job.path(index))
     accelerator.wait_for_everyone()
 
 
@@ -65,7 +65,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Checks that the images in a folder, if there are any, were made with these settings.
 
     Raises:
-        ValueError: if they were not, naming what differs, or nothing says how they were made.
+        ValueError: if they were not, with what differs, or if the folder has no settings.
     """
     if not folder.exists() or not any(folder.rglob("*.png")):
         return
@@ -88,12 +88,13 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes what `check_settings` compares with."""
+    """Writes the settings that `check_settings` compares with."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_whole(image: np.ndarray, path: Path) -> None:
-    """Under another name first: a run that dies while it writes leaves nothing that could be taken for the image."""
+def _save_atomically(image: np.ndarray, path: Path) -> None:
+    """Under another name first: a run that dies while writing leaves no broken image."""
     unfinished = path.with_suffix(".unfinished")
     Image.fromarray(image).save(unfinished, format="PNG")
     os.replace(unfinished, path)

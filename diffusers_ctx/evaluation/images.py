@@ -1,4 +1,4 @@
-"""What the metrics take for sets of images."""
+"""Sets of images, as the metrics take them and as they are stored."""
 
 from __future__ import annotations
 
@@ -18,5 +18,13 @@ def check_images(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def pixel_scale(images: np.ndarray) -> int:
-    """What pixels are divided by: 255 for uint8, which so come to lie in [0, 1], and 1 for float."""
+    """The divisor that brings pixels to [0, 1]: 255 for uint8; 1 for float, which is taken as it is."""
     return 255 if images.dtype == np.uint8 else 1
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1], as pipelines return them with `output_type="np"`, rounded to uint8.
+
+    `VaeImageProcessor.numpy_to_pil` rounds in the same way, but makes a list of pictures of the array.
+    """
+    return np.rint(images * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What else an intervention moves than what it should."""
+"""How far interventions move attributes, including those that they must not move."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def mean_difference(a: np.ndarray, b: np.ndarray, difference: Difference = absol
     """Mean over samples of the difference between each attribute (A,) of `a` (n, A) and `b` (n, A), row by row.
 
     NaN differences, of attributes that could not be compared, are left out; an attribute without any other is NaN.
-    Between two independent samples of one law it is Gini's mean difference, the scale of `interference_matrix`.
+    Between two independent samples of one distribution it is Gini's mean difference, the scale of
+    `interference_matrix`.
 
     Args:
         a: attributes (n, A).
@@ -54,14 +55,14 @@ def mean_difference(a: np.ndarray, b: np.ndarray, difference: Difference = absol
 def interference_matrix(
     before: np.ndarray, after: Sequence[np.ndarray], scale: np.ndarray, difference: Difference = absolute_difference
 ) -> np.ndarray:
-    """How far each intervention moves each attribute, in units of what unrelated images differ by.
+    """How far each intervention moves each attribute, relative to the difference of unrelated images.
 
     Entry `[i, j]` is the mean absolute change of attribute `j` between samples with the same noise without and with
     intervention `i`, divided by the mean absolute difference of `j` between two independent observational samples. It
-    is 0 where nothing moves, and 1 where the intervention might as well have drawn another image; above 1 where it
-    moves the attribute further than chance would. The errors of reading attributes are in it: a floor. Which way is
-    better depends on the entry: lower, where the causal graph lets nothing move, and otherwise near what the true
-    intervention moves; [`spillover`] tells the two apart. The measure is ours; its unit is Gini's mean difference.
+    is 0 where nothing moves, 1 where the intervention might as well have drawn another image, and above 1 where it
+    moves the attribute further than chance would. Errors of reading attributes add to it. Which value is best depends
+    on the entry: 0 where the causal graph forbids a change, and elsewhere the entry of the true intervention;
+    [`spillover`] averages the two groups. The measure is ours; its unit is Gini's mean difference.
 
     Args:
         before: attributes (n, A) of the samples without an intervention.
@@ -83,9 +84,9 @@ def interference_matrix(
 
 
 def spillover(matrix: np.ndarray, allowed: np.ndarray) -> Spillover:
-    """Mean interference with what an intervention must leave as it is, and with what it may move; both at least 0.
+    """Mean interference with the attributes that an intervention must not move, and with those that it may move.
 
-    A summary of ours of [`interference_matrix`]; see [`Spillover`] for what is better.
+    A summary of ours of [`interference_matrix`]; both means are at least 0, see [`Spillover`] for the direction.
 
     With the causal graph, an intervention may move its target and the target's descendants, here for quad:
 

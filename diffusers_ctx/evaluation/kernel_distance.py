@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -12,9 +14,9 @@ def kernel_distance(
 
     The kernel is `k(x, y) = (x·y / d + 1)³`, the estimate is the mean over random subsets of each set. With features
     of the Inception network it is the Kernel Inception Distance (Bińkowski et al., 2018, arXiv 1801.01401);
-    any other features do, and figures of different features cannot be compared. In contrast to the Fréchet distance
-    and to the sliced Wasserstein distance its expectation does not depend on the number of images: it is at least 0,
-    without a bound above, and 0 for two samples of the same law, so that single estimates may be negative.
+    any other features do, and distances on different features cannot be compared. Unlike the Fréchet and the sliced
+    Wasserstein distance, its expectation does not depend on the number of images. The expectation is at least 0, has
+    no upper bound, and is 0 for two samples of the same distribution; single estimates may be negative.
 
     Args:
         a: features (n, d).
@@ -25,9 +27,10 @@ def kernel_distance(
 
     Returns:
         the mean of the estimates, and its standard error over the subsets. As subsets share vectors, this error says
-        whether `num_subsets` is enough and understates what other images would change.
+        whether `num_subsets` is enough; it understates how much other images would change the estimate.
 
     Raises:
+        ImportError: if scikit-learn is not installed.
         ValueError: if the features are not two matrices of the same width, or if a set is smaller than a subset.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -49,13 +52,18 @@ def kernel_distance(
 
 def _squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased for two sets of the same size: a vector is not compared with itself."""
-    return _mean_of_pairs(_kernel(x, x)) + _mean_of_pairs(_kernel(y, y)) - 2 * _kernel(x, y).mean()
-
-
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    kernel = _polynomial_kernel()  # of degree 3, with gamma 1 / d and an offset of 1 by default
+    return _mean_of_pairs(kernel(x, x)) + _mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean()
 
 
 def _mean_of_pairs(kernel: np.ndarray) -> float:
     n = len(kernel)
     return (kernel.sum() - kernel.trace()) / (n * (n - 1))
+
+
+def _polynomial_kernel() -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    try:
+        from sklearn.metrics.pairwise import polynomial_kernel
+    except ImportError as error:
+        raise ImportError("The kernel distance needs scikit-learn; run `pip install scikit-learn`.") from error
+    return polynomial_kernel

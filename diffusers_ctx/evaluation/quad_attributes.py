@@ -32,7 +32,7 @@ _CHUNK = 64  # images at once
 
 @dataclass(frozen=True)
 class QuadAttributes:
-    """What was read off images.
+    """Attributes read off images.
 
     Attributes:
         values: (n, 8) in the order of `quad.FACTORS`, in the unit coordinates that drive the picture: hues and color
@@ -57,7 +57,7 @@ def read_attributes(images: np.ndarray) -> QuadAttributes:
     that fits best is taken. Where figure and quadrant have the same color, that quadrant has no say.
 
     Its own error, on 2,000 held-out observational images (`quad.generate((), 2000, quad.FIRST_HELD_OUT_SEED)`), as
-    they are and passed through the embedded autoencoder, which blurs as generated images do. The figures are mean
+    they are and passed through the embedded autoencoder, which blurs as generated images do. The columns are mean
     absolute errors (`attribute_difference` to `true_attributes`); those of shape and unreadable are shares of images:
 
     | | quadrants | size | color | wrong shape | orientation | unreadable |

@@ -14,15 +14,16 @@ _CHUNK = 256  # images converted to float at once
 
 
 def sliced_wasserstein_distance(a: np.ndarray, b: np.ndarray, n_projections: int = 200, seed: int = 0) -> float:
-    """How far apart the laws are that two sets of images were drawn from; lower is better.
+    """Distance between the distributions that two sets of images were drawn from; lower is better.
 
     The images' pixels, as vectors in R^d with d = H * W * C, are projected on random directions of the unit sphere;
     the distance is the square root of the mean, over the directions, of the squared 2-Wasserstein distance between
     the two sets of projections (Bonneel et al., 2015, "Sliced and Radon Wasserstein Barycenters of Measures"), as
     computed by POT. For pixels in [0, 1] it lies between 0 and about 1: adding s to every pixel moves a set about s.
 
-    It falls with the number of images: two samples of the same law are a *floor* apart, which belongs beside every
-    figure; see `debiased`. Compare figures of one seed: 200 directions drawn anew move a large distance by some 5 %.
+    It falls with the number of images. Even two samples of one distribution have a positive distance: show this
+    *real-vs-real baseline* beside every result, see `debiased`. Compare distances of one seed: 200 other directions
+    change a large distance by some 5 %.
 
     Args:
         a: images (n, H, W, C), uint8, which is scaled to [0, 1], or float, which is taken as it is.
@@ -39,19 +40,19 @@ def sliced_wasserstein_distance(a: np.ndarray, b: np.ndarray, n_projections: int
     return float(np.sqrt(squares.mean()))
 
 
-def debiased(distance: float, floor: float) -> float:
-    """A distance without the share that the finite samples contribute: `sqrt(max(0, distance² - floor²))`.
+def debiased(distance: float, baseline: float) -> float:
+    """A distance corrected for the finite number of images: `sqrt(max(0, distance² - baseline²))`.
 
-    At least 0; lower is better, 0 where samples are no further from real images than other real images are. The
-    square of a sliced Wasserstein distance between two samples has an expectation of about that between their laws
-    plus that of two samples of one law, hence the squares; the correction is ours. It is as uncertain as the distance
-    itself: see [`bootstrap_interval`], and near 0 more so, since a distance below the floor is cut off.
+    At least 0; lower is better. It is 0 where samples are no further from real images than other real images are. In
+    expectation, the squared sliced Wasserstein distance of two samples is about that of their distributions plus that
+    of two samples of one distribution, hence the squares; the correction is ours. It is as uncertain as the distance
+    itself, see [`bootstrap_interval`], and more so near 0, as a distance below the baseline is cut off.
 
     Args:
         distance: a sliced Wasserstein distance, at least 0.
-        floor: the distance between two sets of real images of the same law, as large as those of `distance`.
+        baseline: the distance between two sets of real images of the same context, as large as those of `distance`.
     """
-    return math.sqrt(max(0.0, distance**2 - floor**2))
+    return math.sqrt(max(0.0, distance**2 - baseline**2))
 
 
 def bootstrap_interval(
@@ -62,17 +63,17 @@ def bootstrap_interval(
     resamples: int = 200,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """How far `sliced_wasserstein_distance` of the same arguments might have been off, had other images been drawn.
+    """Confidence interval of `sliced_wasserstein_distance` of the same arguments, over the draw of the images.
 
     Percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) of the squared distance `S`, with one correction.
     Both sets are resampled with replacement, whole images, to the squared distances `S*`. Resamples repeat images,
-    which raises all `S*` as few images raise the floor: near the floor their own quantiles would miss even `S`. So
-    only their spread is used, about `S`: with the quantiles `q` of `S* - mean(S*)` the ends are the roots of
+    which raises all `S*` as few images raise the baseline: near it their own quantiles would miss even `S`. So only
+    their spread is used, about `S`: with the quantiles `q` of `S* - mean(S*)` the ends are the roots of
     `S + q_lower` and `S + q_upper`, cut at 0.
 
-    The interval is for the expected figure *at these sizes of the sets, floor included*, and so belongs beside the
-    floor; `debiased` can be applied to either end. Near the floor it is about twice as wide as it need be, for what
-    the repeated images add also varies. It is conditional on the directions.
+    The interval is for the expected distance *at these sizes of the sets*, not for the debiased one: show it beside
+    the real-vs-real baseline; `debiased` can be applied to either end. Near the baseline it is about twice as wide as
+    necessary, since what the repeated images add varies too. It is conditional on the directions.
 
     Args:
         a: images (n, H, W, C), uint8, which is scaled to [0, 1], or float, which is taken as it is.
@@ -80,7 +81,7 @@ def bootstrap_interval(
         n_projections: number of directions.
         seed: seed of the directions and of the resampling.
         resamples: number of resamples; a few seconds for 200 with n = m = 2,000.
-        level: share of intervals that hold what they are for, between 0 and 1.
+        level: coverage of the interval, between 0 and 1.
 
     Returns:
         the lower and the upper end, both at least 0.

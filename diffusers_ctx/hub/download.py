@@ -29,16 +29,16 @@ def resolve_adapter_folder(
     local_files_only: bool = False,
     subfolder: str | None = None,
 ) -> Path:
-    """The local folder of an adapter; one on the Hub is downloaded first, or found in the cache.
+    """The local folder of an adapter, which is downloaded from the Hub if need be.
 
-    Only the files of an adapter are downloaded, and only once its config is known to be one.
+    The config is downloaded and checked first, and then only the files of an adapter.
 
     Args:
-        name_or_path: a local folder, which goes first as everywhere in diffusers, or a repository on the Hub.
+        name_or_path: a local folder, which takes precedence as in diffusers, or a repository on the Hub.
         revision: branch, tag or commit on the Hub.
         token: access token for the Hub; by default the one that `hf auth login` stored.
         cache_dir: folder of the Hub's cache.
-        local_files_only: look in the cache alone.
+        local_files_only: look only in the cache.
         subfolder: folder of the adapter within the folder or repository.
 
     Raises:

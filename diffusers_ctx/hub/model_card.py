@@ -1,4 +1,4 @@
-"""Renders an adapter's model card from what is known of it, and from nothing else."""
+"""An adapter's model card, rendered from its config, its metrics and the record of its training."""
 
 from __future__ import annotations
 
@@ -40,28 +40,27 @@ def render_model_card(
 ) -> ModelCard:
     """The model card of the adapter with this config.
 
-    The card is public and its sources are not: access tokens are left out, and of absolute paths only the last part is
-    shown.
+    The card is public: access tokens are left out, and of absolute paths only the last part is shown.
 
     Args:
         config: the adapter's config.
-        repo_id: repository that the adapter goes to.
-        results: what was measured: `dataset` (one line that names the images), `metrics` (name to context to figure)
-            and `references` (likewise; figures of something other than the adapter, such as real against real, which
-            stand in the table but not in the card's metadata).
-        training: how it was trained, as far as known: `command` (a list of arguments), `seed`, `commit`, `machine`,
-            `versions` and `hyperparameters` (mappings).
-        pictures: file names, relative to the adapter's folder, of the pictures to show.
-        license: the licence that its author gives the adapter, as the Hub calls it, such as `apache-2.0`.
+        repo_id: the repository of the adapter.
+        results: `dataset` (a line that describes the images), `metrics` (a mapping from metric to context to value)
+            and `references` (likewise, but not of the adapter, such as real images against real images; they are in
+            the table and not in the card's metadata).
+        training: any of `command` (a list of arguments), `seed`, `commit`, `machine`, `versions` and
+            `hyperparameters` (mappings).
+        pictures: file names of the pictures to show, relative to the adapter's folder.
+        license: the adapter's licence in the Hub's spelling, such as `apache-2.0`.
 
     Raises:
-        ValueError: if `results` or `training` has a key that the card would leave out, or figures and no `dataset`.
+        ValueError: if `results` or `training` has an unknown key, or if `results` has no `dataset`.
     """
     results, training = results or {}, training or {}
     _refuse_unknown("results", results, _RESULTS)
     _refuse_unknown("training", training, _TRAINING)
     if results and "dataset" not in results:
-        raise ValueError("`results` has no `dataset`: name the images that the figures were measured on.")
+        raise ValueError("`results` has no `dataset`: name the images that the metrics were computed on.")
 
     base_model = _hub_id(config.get("base_model_name_or_path"))
     concepts = config["concepts"]
@@ -73,7 +72,7 @@ def render_model_card(
         title=repo_id or "Context adapter: " + ", ".join(concepts),
         base=_base_in_words(base_model, config),
         on_embedded_base=config["mode"] != "full" and _is_embedded(config),
-        # an adapter of mode `full` lies in the folder of its own pipeline
+        # an adapter of mode `full` is saved in the folder of its own pipeline
         base_argument=adapter_argument if config["mode"] == "full" else base_model or "path/to/the/checkpoint",
         adapter_argument=adapter_argument,
         obs_context=config["obs_context"],
@@ -82,7 +81,7 @@ def render_model_card(
         pipeline=pipeline_name(config),
         softer={concepts[0]: 0.5},
         mode=config["mode"],
-        injection=config.get("injection"),
+        injection=config["injection"],
         license=license,
         pictures=pictures or [],
         command=training.get("command"),
@@ -95,7 +94,7 @@ def render_model_card(
 
 
 def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
-    """Writes `card` as the README of `folder`, unless somebody has written one of their own there."""
+    """Writes `card` as the README of `folder`, unless its author has replaced the one that was there."""
     path = Path(folder) / CARD_NAME
     if not path.exists() or _MARKER in path.read_text(encoding="utf-8"):
         card.save(path)
@@ -103,7 +102,7 @@ def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
 
 
 def pipeline_name(config: Mapping[str, Any]) -> str:
-    """Name of the pipeline, in diffusers_ctx, that runs the adapter with this config."""
+    """Name of the pipeline class, in diffusers_ctx, for the adapter with this config."""
     return "ComposableXLPipeline" if config["base"].get("addition_embed_type") == "text_time" else "ComposablePipeline"
 
 
@@ -114,7 +113,7 @@ def _refuse_unknown(name: str, given: Mapping[str, Any], known: set[str]) -> Non
 
 
 def _hub_id(name: str | None) -> str | None:
-    """`name` if it can be a model on the Hub; a local path there is refused by the Hub and is nobody's business."""
+    """`name` if it can be a model on the Hub; the Hub refuses local paths, and they are private."""
     if not name or name.count("/") != 1 or Path(name).exists():
         return None
     try:
@@ -155,9 +154,9 @@ def _metadata(
 
 
 def _evaluation(results: Mapping[str, Any]) -> Iterator[EvalResult]:
-    for metric, figures in results.get("metrics", {}).items():
-        for context, value in figures.items():
-            if math.isfinite(value):  # the Hub's metadata knows numbers alone
+    for metric, values in results.get("metrics", {}).items():
+        for context, value in values.items():
+            if math.isfinite(value):  # the Hub's metadata has no NaN or infinity
                 yield EvalResult(
                     task_type="text-to-image",
                     dataset_type=_slug(results["dataset"]),
@@ -179,10 +178,10 @@ def _details(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _table(columns: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """One row per context: its name, then its figure in every column."""
-    contexts = dict.fromkeys(context for figures in columns.values() for context in figures)
+    """One row per context: its name, then its value of every metric."""
+    contexts = dict.fromkeys(context for values in columns.values() for context in values)
     return [
-        [context, *(f"{figures[context]:.4g}" if context in figures else "-" for figures in columns.values())]
+        [context, *(f"{values[context]:.4g}" if context in values else "-" for values in columns.values())]
         for context in contexts
     ]
 
@@ -203,7 +202,7 @@ def _cell(value: Any) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command line as the card shows it: without an access token and without the folders of a machine."""
+    """The command line as the card shows it, without access tokens and local folders."""
     shown = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -216,7 +215,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def is_public(options: Mapping[str, Any]) -> bool:
-    """Whether the card would show all of them as they are: none is an access token or a folder of a machine."""
+    """Whether the options may be published: none is an access token or an absolute path."""
     return all(
         value is None or (not _is_secret(name) and all(_shown(text) == str(text) for text in _texts(value)))
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""Uploads an adapter's folder to the Hub: what belongs to the adapter, and nothing else."""
+"""Pushes an adapter to the Hub, without the other files in its folder."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def push_adapter_folder(
 ) -> CommitInfo:
     """Uploads the adapter in `folder`, its model card and the pictures that the card shows, as one commit.
 
-    The options that it was trained with (`training_config.json`) go along where they name no folder of this machine
-    and hold no access token. An adapter of mode `full` takes the pipeline that learned with it along.
+    The options of its training (`training_config.json`) are uploaded too, unless they have an absolute path or an
+    access token. For an adapter of mode `full`, so is its pipeline.
 
     Args:
-        folder: an adapter's folder; checkpoints, logs and whatever else lies in it stay where they are.
-        repo_id: repository to upload to, created if need be; without a namespace, the token's owner's.
+        folder: an adapter's folder; checkpoints, logs and other files in it are not uploaded.
+        repo_id: repository to upload to, created if need be; without a namespace, in that of the token's owner.
         token: access token for the Hub; by default the one that `hf auth login` stored.
-        private: whether a repository that must be created is private; by default its owner's own default.
+        private: whether a new repository is private; by default its owner's setting.
         commit_message: first line of the commit.
         create_pr: open a pull request instead of committing to the main branch.
 
     Returns:
-        What the Hub says of the commit, its address among it.
+        The commit, with its address.
 
     Raises:
         AdapterError: if the folder is not a whole adapter with a model card, a picture of the card is missing, or the
@@ -75,7 +75,7 @@ def push_adapter_folder(
             repo_id=repo_id,
             folder_path=Path(folder),
             allow_patterns=[glob.escape(name) for name in files],
-            # those of an earlier push must not outlive an adapter that came without them; what is uploaded stays
+            # files of an earlier push that this adapter does not have; uploaded files stay
             delete_patterns=[LORA_WEIGHTS_NAME, RECORD_NAME],
             commit_message=commit_message,
             create_pr=create_pr,
@@ -83,31 +83,31 @@ def push_adapter_folder(
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Makes sure that there is a repository to push to, and that the token may write to it.
+    """Makes sure that the repository exists and that the token may write to it.
 
     Args:
-        repo_id: its name; without a namespace, the token's owner's.
+        repo_id: its name; without a namespace, in that of the token's owner.
         token: access token for the Hub; by default the one that `hf auth login` stored.
-        private: whether a repository that must be created is private; by default its owner's own default.
+        private: whether a new repository is private; by default its owner's setting.
 
     Returns:
         Its full name.
 
     Raises:
         LocalTokenNotFoundError: if there is no token.
-        PermissionError: if the Hub does not accept the token, or does not let it write there.
+        PermissionError: if the Hub does not accept the token, or the token may not write there.
         ConnectionError: if the Hub cannot be reached.
     """
     api = _api(token)
     name = _create(api, repo_id, private)
     if "write" in inspect.signature(api.auth_check).parameters:  # older versions cannot ask
-        with _refused(repo_id):  # who may only read a repository has found it as well
+        with _refused(repo_id):  # an existing repository may be read-only for this token
             api.auth_check(name, write=True)
     return name
 
 
 def files_to_push(folder: str | os.PathLike) -> list[str]:
-    """Names, relative to `folder`, of what a push uploads.
+    """Names of the files that a push uploads, relative to `folder`.
 
     Raises:
         AdapterError: if the folder is not a whole adapter with a model card, a picture of the card is missing, or the
@@ -125,8 +125,8 @@ def _pipeline_files(folder: Path) -> list[str]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise AdapterError(
-            f"There is no {index}: an adapter of mode full is nothing without its own pipeline. Save that in {folder} "
-            "as well, with `pipe.save_pretrained`."
+            f"There is no {index}: an adapter of mode full needs its own pipeline. Save that in {folder} too, with "
+            "`pipe.save_pretrained`."
         )
     components = [folder / name for name in json.loads(index.read_text(encoding="utf-8"))]
     files = [path for component in components for path in sorted(component.rglob("*")) if path.is_file()]
@@ -134,7 +134,7 @@ def _pipeline_files(folder: Path) -> list[str]:
 
 
 def _record(folder: Path) -> list[str]:
-    """The options of the training run, if they are there and may be seen."""
+    """The options of the training run, if they exist and may be published."""
     file = folder / RECORD_NAME
     if not file.is_file():
         return []
@@ -163,14 +163,14 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 @contextmanager
 def _refused(repo_id: str) -> Iterator[None]:
-    """Says what to do where the Hub does not let a token in, or is not there."""
+    """Raises errors that name the fix if the Hub refuses the token or cannot be reached."""
     try:
         yield
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
         raise PermissionError(f"The Hub does not let this token write to {repo_id}. {_LOGIN}.") from error
-    except (HTTPError, OSError) as error:  # of the HTTP library, which versions of the client differ in
+    except (HTTPError, OSError) as error:  # versions of the client use different HTTP libraries
         raise ConnectionError(f"The Hub was not reached ({error}). Push to {repo_id} again while online.") from error
 
 

@@ -1,179 +1,287 @@
-"""What a training run is told. Fields are the command line's flags, named as in diffusers' own scripts."""
+"""Options of a training run. Their names are the flags of the command line, as in diffusers' own scripts."""
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
+from ..adapter_format import Injection, Mode
 
 
-def _option(default, help: str):
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+TimestepSampling = Literal["uniform", "logit_normal", "high_noise"]
+Optimizer = Literal["adamw", "adamw_8bit", "prodigy"]
+# diffusers' schedules except piecewise_constant, which takes rules that no option gives
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+CausalForm = Literal["structural", "reduced_form"]
+PosteriorType = Literal["inverse", "amortized"]
+PosteriorEncoder = Literal["vae", "unet", "clip"]
+MixedPrecision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number. It must be finite, too, unless it may be infinite."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    infinite: bool = False
+
+    def broken_by(self, value: float) -> str | None:
+        """What the value must be and is not; `None` if nothing is wrong. NaN is in no range."""
+        inside = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if not inside:
+            return str(self)
+        return None if self.infinite or math.isfinite(value) else "finite"
+
+    def __str__(self) -> str:
+        if self.above is not None:
+            return f"above {self.above}"
+        if self.below is not None:
+            return f"in [{self.at_least}, {self.below})"
+        return f"{self.at_least} or more" if self.at_most is None else f"in [{self.at_least}, {self.at_most}]"
+
+
+def _option(default: Any, help: str, **bounds: Any) -> Any:
+    return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
+
+
+def kind_of(annotation: Any) -> Any:
+    """The type of an option from its annotation, without the `None` of an option that may be left open."""
+    arguments = get_args(annotation)
+    return next(kind for kind in arguments if kind is not NoneType) if NoneType in arguments else annotation
+
+
+class OptionGroup:
+    """Options that are checked as soon as they are given, in Python as on the command line.
+
+    Raises:
+        ValueError: if an option is none of its choices or outside of its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        annotations = get_type_hints(type(self))
+        for option in fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, option.name), kind_of(annotations[option.name])
+            if value is None:
+                continue
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"`{option.name}` is {value!r}; choose one of {list(get_args(kind))}.")
+            if kind in (int, float) and (wanted := option.metadata["bounds"].broken_by(value)):
+                raise ValueError(f"`{option.name}` is {value}; it must be {wanted}.")
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(OptionGroup):
+    """The base model and what of it learns."""
+
     pretrained_model_name_or_path: str = field(metadata={"help": "Local folder or Hub id of a Stable Diffusion."})
     revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the model files, such as fp16.")
-    mode: str = _option("lora", "What learns: `frozen` the adapter alone, `lora` a LoRA too, `full` the UNet too.")
-    rank: int = _option(16, "Rank of the LoRA.")
+    mode: Mode = _option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
+    rank: int = _option(16, "Rank of the LoRA.", at_least=1)
     train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
-    injection: str = _option(
+    injection: Injection = _option(
         "cross_attention",
-        "How the UNet sees the tokens: by attention of its own (`cross_attention`), or as a part of the `prompt`.",
+        "How context tokens reach the UNet: through attention layers of their own (cross_attention) or appended to the"
+        " prompt (prompt).",
     )
     unfreeze_after: float | None = _option(
         None,
-        "In modes lora and full, the share of training before the UNet learns too. By default 0.2, but 0 where it has"
-        " to learn another noise schedule.",
+        "In modes lora and full, the share of training before the UNet learns too. By default 0.2, or 0 if the UNet"
+        " has to learn another noise schedule.",
+        at_least=0,
+        below=1,
     )
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
-    prediction_type: str | None = _option(
-        None,
-        "What the UNet learns to predict, where the base predicts another: `epsilon`, `v_prediction` or `sample`.",
+    prediction_type: PredictionType | None = _option(
+        None, "What the UNet learns to predict; by default what the base model predicts."
     )
-    rescale_betas_zero_snr: bool = _option(False, "Learn with zero terminal SNR, and end the noise in pure noise.")
+    rescale_betas_zero_snr: bool = _option(False, "Train with zero terminal SNR: the last timestep is pure noise.")
     gradient_checkpointing: bool = _option(False, "Save memory by computing activations twice.")
 
 
 @dataclass
-class DataConfig:
+class DataConfig(OptionGroup):
+    """The images and how they are read."""
+
     train_data_dir: str | None = _option(None, "Folder with one sub-folder of images per context.")
-    dataset_name: str | None = _option(None, "Dataset on the Hub or on disk, in the place of a folder.")
-    dataset_config_name: str | None = _option(None, "The dataset's configuration, where it has several.")
+    dataset_name: str | None = _option(None, "Dataset on the Hub or on disk, instead of a folder.")
+    dataset_config_name: str | None = _option(None, "The dataset's configuration, if it has several.")
     dataset_split: str = _option("train", "The dataset's split.")
     image_column: str = _option("image", "The dataset's column of images.")
     context_column: str = _option("context", "The dataset's column of context names.")
     caption_column: str = _option("text", "The column of captions, in datasets and in metadata files.")
     obs_context: str = _option("obs", "Name of the observational context.")
-    concepts: list[str] | None = field(
-        default=None, metadata={"help": "Concepts to learn, in order; by default every context but the observational."}
+    concepts: list[str] | None = _option(
+        None, "Concepts to learn, in order; by default all that the contexts intervene on."
     )
-    max_train_samples: int | None = _option(None, "Use at most this many images of each context.")
-    validation_images: int = _option(0, "Hold out so many images of each context and log the loss on them.")
+    max_train_samples: int | None = _option(None, "Use at most this many images of each context.", at_least=1)
+    validation_images: int = _option(0, "Images per context held out for validation.", at_least=0)
     skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
     resolution: int | None = _option(
-        None, "Height and width to resize and crop images to; by default the model's own."
+        None, "Height and width to resize and crop images to; by default the model's own.", at_least=1
     )
-    center_crop: bool = _option(False, "Crop the centre, and not the same random place for each image.")
+    center_crop: bool = _option(False, "Crop the centre; by default each image is cropped at its own random place.")
     random_flip: bool = _option(False, "Flip images left to right at random.")
-    proportion_empty_prompts: float = _option(0.1, "Share of captions dropped, for classifier-free guidance.")
+    proportion_empty_prompts: float = _option(
+        0.1, "Share of captions dropped, for classifier-free guidance.", at_least=0, at_most=1
+    )
     cache_latents: bool = _option(
-        False, "Keep encoded images, and captions unless text encoders learn, on disk; encode each once."
+        False, "Keep encoded images on disk, and encoded captions unless text encoders learn; each is encoded once."
     )
-    dataloader_num_workers: int = _option(
-        0, "Processes that read images to be encoded before training; with none, the one that encodes does."
-    )
+    dataloader_num_workers: int = _option(0, "Image-loading workers; 0 loads in the main process.", at_least=0)
     streaming: bool = _option(False, "Read images as they are needed, for collections that do not fit on the disk.")
     streaming_concept_images: int = _option(
-        1000, "With streaming, the images of each context that are taken first, to learn the concepts on."
+        1000, "With streaming, the images per context that the concepts are learned on.", at_least=1
     )
     streaming_shuffle_buffer: int = _option(
-        256, "With streaming, the images of each context that are shuffled among one another."
+        256, "With streaming, the size of each context's shuffle buffer, in images.", at_least=1
     )
-    cache_dir: str | None = _option(None, "Where downloads and what was encoded are kept; by default that of the Hub.")
+    cache_dir: str | None = _option(None, "Folder for downloads and encoded images; by default the Hub's cache.")
+
+    def source_options(self) -> dict[str, Any]:
+        """Keyword arguments that name the images, for `load_context_dataset` and `open_stream`."""
+        return {
+            "source": Path(self.train_data_dir) if self.train_data_dir else str(self.dataset_name),
+            "image_column": self.image_column,
+            "context_column": self.context_column,
+            "text_column": self.caption_column,
+            "name": self.dataset_config_name,
+            "split": self.dataset_split,
+            "cache_dir": self.cache_dir,
+        }
 
 
 @dataclass
-class ContextConfig:
-    causal_form: str = _option("structural", "`structural` or `reduced_form`.")
-    graph: list[str] | None = field(
-        default=None, metadata={"help": "Edges `cause->effect` of a known graph; by default the graph is learned."}
+class ContextConfig(OptionGroup):
+    """The context module and how it learns the concepts."""
+
+    causal_form: CausalForm = _option(
+        "structural", "Causal layer: a structural causal model (structural) or the paper's form (reduced_form)."
     )
-    num_hidden_factors: int = _option(4, "Factors that no context intervenes on.")
-    noise_dim: int = _option(1, "Width of each concept's exogenous noise.")
-    tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.")
-    posterior_type: str = _option("inverse", "`inverse` (inverts the mechanisms) or `amortized`.")
-    posterior_encoder: str | None = _option(
+    graph: list[str] | None = _option(None, "Edges `cause->effect` of a known graph; by default the graph is learned.")
+    num_hidden_factors: int = _option(4, "Factors that no context intervenes on.", at_least=0)
+    noise_dim: int = _option(1, "Dimensions of each concept's exogenous noise.", at_least=1)
+    tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.", at_least=1)
+    posterior_type: PosteriorType = _option(
+        "inverse", "Posterior of the exogenous noise: the mechanisms inverted (inverse), or a network (amortized)."
+    )
+    posterior_encoder: PosteriorEncoder | None = _option(
         None,
-        "What the posterior sees of images: latents (`vae`), or features of the `unet` or of a `clip` image encoder."
-        " By default `unet`, or `clip` if its model is named; `vae` where the UNet has no features to give: in mode"
-        " `full`, with streaming, and without a middle block.",
+        "Input of the posterior: latents (vae), or features of the UNet (unet) or of a CLIP image encoder (clip). By"
+        " default unet, or clip if its model is named; vae in mode full, with streaming, and for a UNet without a"
+        " middle block.",
     )
     posterior_encoder_model: str | None = _option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."
     )
-    expressive_depth: int = _option(0, "Layers between mechanism and causal layer; needs an amortized posterior.")
-    kl_weight: float = _option(1.0, "Weight β of the KL divergence, in units of the likelihood.")
-    kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.")
-    contrastive_weight: float = _option(30.0, "Weight of the contrast between contexts.")
-    matching_weight: float = _option(50.0, "Weight of the match of the noise in each context to its prior.")
-    generation_weight: float = _option(500.0, "Weight of the match of decoded prior noise in each context to images.")
-    acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.")
-    sparsity_weight: float = _option(
-        0.0, "Weight of the group lasso on the edges of the causal layer; fits of a learned graph add 0.03 to it."
+    expressive_depth: int = _option(
+        0, "Layers between mechanism and causal layer; more than 0 needs an amortized posterior.", at_least=0
     )
-    concept_steps: int = _option(1500, "Steps in which concepts are learned with a light decoder, before the UNet.")
-    concept_batch_size: int = _option(336, "Images per such step, all contexts together.")
+    kl_weight: float = _option(1.0, "Weight β of the KL divergence, relative to the likelihood.", at_least=0)
+    kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.", at_least=1)
+    contrastive_weight: float = _option(30.0, "Weight of the contrastive loss between contexts.", at_least=0)
+    matching_weight: float = _option(
+        50.0, "Weight of prior matching: the distance of each context's noise to its prior.", at_least=0
+    )
+    generation_weight: float = _option(
+        500.0, "Weight of the distance between each context's images and decoded samples of the prior.", at_least=0
+    )
+    acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.", at_least=0)
+    sparsity_weight: float = _option(
+        0.0,
+        "Weight of the group lasso on the edges of the causal layer; the causal fit of a learned graph adds 0.03.",
+        at_least=0,
+    )
+    concept_steps: int = _option(
+        1500,
+        "Steps in which the concepts are learned with a light decoder, before the UNet.",
+        at_least=2,  # the contrastive loss goes first, alone
+    )
+    concept_batch_size: int = _option(336, "Images per such step, all contexts together.", at_least=1)
     concept_learning_rate: float = _option(
-        3e-3, "Peak learning rate of these steps; mechanisms and graph learn ten times as fast in the end."
+        3e-3,
+        "Peak learning rate of these steps; at their end, mechanisms and graph learn ten times as fast.",
+        above=0,
     )
 
 
 @dataclass
-class OptimizationConfig:
-    seed: int = _option(0, "Seed of everything random, but for what is held out.")
-    train_batch_size: int = _option(16, "Images per step and process.")
-    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.")
-    num_train_epochs: int = _option(100, "Epochs, unless max_train_steps is given.")
-    max_train_steps: int | None = _option(None, "Optimizer steps.")
-    learning_rate: float = _option(1e-4, "Peak learning rate.")
-    scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
-    lr_scheduler: str = _option("constant", "A learning-rate schedule of diffusers.")
-    lr_warmup_steps: int | None = _option(
-        None, "Warm-up steps of the schedule, by default 500; the schedule `constant` has none."
+class OptimizationConfig(OptionGroup):
+    """How the adapter is trained with the diffusion loss."""
+
+    seed: int = _option(
+        0, "Seed of all random numbers, except for the choice of held-out images.", at_least=0, at_most=2**32 - 1
     )
-    snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.")
-    timestep_sampling: str = _option("uniform", "How timesteps are drawn: `uniform`, `logit_normal` or `high_noise`.")
-    noise_offset: float = _option(0.0, "Scale of an offset per image and channel that is added to the noise.")
-    optimizer: str = _option("adamw", "`adamw`, `adamw_8bit` (bitsandbytes) or `prodigy` (prodigyopt).")
-    adam_beta1: float = _option(0.9, "β1 of the optimizer.")
-    adam_beta2: float = _option(0.999, "β2 of the optimizer.")
-    adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.")
-    adam_epsilon: float = _option(1e-8, "ε of the optimizer.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; `inf` leaves them as they are.")
-    use_ema: bool = _option(False, "Save a moving average of the weights that learn, and validate with it.")
-    ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.")
-    mixed_precision: str | None = _option(None, "`no`, `fp16` or `bf16`; by default what Accelerate is set to.")
+    train_batch_size: int = _option(16, "Images per step and process.", at_least=1)
+    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.", at_least=1)
+    num_train_epochs: int = _option(100, "Epochs, unless max_train_steps is given.", at_least=1)
+    max_train_steps: int | None = _option(None, "Optimizer steps.", at_least=1)
+    learning_rate: float = _option(1e-4, "Peak learning rate.", above=0)
+    scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
+    lr_scheduler: Schedule = _option("constant", "The learning-rate schedule.")
+    lr_warmup_steps: int | None = _option(
+        None, "Warm-up steps of the schedule, by default 500; the schedule constant has none.", at_least=0
+    )
+    snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.", above=0)
+    timestep_sampling: TimestepSampling = _option("uniform", "Distribution of the timesteps.")
+    noise_offset: float = _option(0.0, "Standard deviation of an offset of the noise per image and channel.")
+    optimizer: Optimizer = _option(
+        "adamw", "The optimizer; adamw_8bit needs the package bitsandbytes, prodigy needs prodigyopt."
+    )
+    adam_beta1: float = _option(0.9, "β1 of the optimizer.", at_least=0, below=1)
+    adam_beta2: float = _option(0.999, "β2 of the optimizer.", at_least=0, below=1)
+    adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.", at_least=0)
+    adam_epsilon: float = _option(1e-8, "ε of the optimizer.", above=0)
+    max_grad_norm: float = _option(1.0, "Norm to clip gradients to; `inf` does not clip them.", above=0, infinite=True)
+    use_ema: bool = _option(False, "Validate with and save an exponential moving average of the learned weights.")
+    ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.", at_least=0, at_most=1)
+    mixed_precision: MixedPrecision | None = _option(None, "Mixed precision; by default Accelerate's setting.")
     allow_tf32: bool = _option(False, "Allow TF32 on Ampere GPUs.")
 
 
 @dataclass
-class OutputConfig:
+class OutputConfig(OptionGroup):
+    """Where the run writes, and what it logs and validates."""
+
     output_dir: str = _option("context-adapter", "Folder for the adapter, its checkpoints and logs.")
     logging_dir: str = _option("logs", "Folder within output_dir for the trackers.")
-    report_to: str = _option("tensorboard", "Tracker to report to, `all` or `none`.")
+    report_to: str = _option("tensorboard", "Name of an installed tracker, `all` or `none`.")
     checkpointing_steps: int = _option(
-        500, "Steps between checkpoints; there is one before the first step, and one after the last, in any case."
+        500, "Steps between checkpoints; there is always one before the first step and one after the last.", at_least=1
     )
-    checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.")
+    checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = _option(None, "A checkpoint's folder, or `latest`.")
-    validation_prompt: str | None = _option(None, "Prompt of the validation images; none, no validation.")
-    validation_interventions: list[str] | None = field(
-        default=None, metadata={"help": "Compositions to validate beside the single contexts, such as `night+snow`."}
+    validation_prompt: str | None = _option(None, "Prompt of the validation images; without one, none are drawn.")
+    validation_interventions: list[str] | None = _option(
+        None, "Compositions to draw in a validation besides the single contexts, such as `night+snow`."
     )
-    validation_steps: int = _option(500, "Steps between validations.")
-    num_validation_images: int = _option(4, "Images per context in a validation.")
+    validation_steps: int = _option(500, "Steps between validations.", at_least=1)
+    num_validation_images: int = _option(4, "Images per context in a validation.", at_least=1)
     validation_guidance_scale: float = _option(7.5, "Classifier-free guidance of the validation images.")
-    push_to_hub: bool = _option(False, "Push the adapter to the Hub when it is done.")
+    push_to_hub: bool = _option(False, "Push the adapter to the Hub when training has finished.")
     hub_token: str | None = _option(None, "Token with write access; by default that of `hf auth login`.")
     hub_model_id: str | None = _option(None, "Repository to push to; by default the name of output_dir.")
 
 
-_GROUPS = (ModelConfig, DataConfig, ContextConfig, OptimizationConfig, OutputConfig)
-
-
 @dataclass
 class TrainingConfig:
-    """All of the above."""
+    """All options of a run.
+
+    Raises:
+        ValueError: if options contradict one another.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -181,20 +289,20 @@ class TrainingConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.data.train_data_dir is None) == (self.data.dataset_name is None):
             raise ValueError("Give either `train_data_dir` or `dataset_name`.")
-        if self.model.mode not in ("frozen", "lora", "full"):
-            raise ValueError(f"Unknown mode '{self.model.mode}'; choose frozen, lora or full.")
         if self.model.train_text_encoder and self.model.mode != "lora":
             raise ValueError(
                 f"`train_text_encoder` learns a LoRA, and mode {self.model.mode} has none; choose mode lora."
             )
-        if self.model.unfreeze_after is not None and not 0 <= self.model.unfreeze_after < 1:
-            raise ValueError(f"`unfreeze_after` is {self.model.unfreeze_after}; it is a share in [0, 1).")
+        if self.output.validation_interventions and self.output.validation_prompt is None:
+            raise ValueError(
+                "`validation_interventions` are drawn with a prompt; give a `validation_prompt`, or leave them out."
+            )
 
     def loading_options(self) -> dict[str, Any]:
-        """Arguments of a pipeline's `from_pretrained`, beside the name."""
+        """Keyword arguments of a pipeline's `from_pretrained`."""
         return {
             "revision": self.model.revision,
             "variant": self.model.variant,
@@ -215,87 +323,4 @@ class TrainingConfig:
         return edges  # type: ignore[return-value]
 
 
-def parse_training_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """Reads the command line. Options may stand in a `.json` or `.yaml` file, which goes first; flags after it
-    override what it says.
-
-    Raises:
-        ValueError: if the file is not of options, or they are not of their types.
-        OSError: if it cannot be read.
-    """
-    import sys
-
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(_GROUPS)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0].startswith("-") or not arguments[0].endswith((".json", ".yaml", ".yml")):
-        return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
-    file, *flags = arguments
-    parser.set_defaults(**_read_options(Path(file)))
-    for action in parser._actions:  # what the file says need not be a flag
-        action.required = False
-    model, *others = parser.parse_args_into_dataclasses(flags)
-    if model.pretrained_model_name_or_path is None:
-        raise ValueError(f"{file} names no `pretrained_model_name_or_path`; add it, or give it as a flag.")
-    return TrainingConfig(model, *others)
-
-
-def _read_options(file: Path) -> dict[str, Any]:
-    """Options from a file, each of its type.
-
-    Raises:
-        ValueError: if the file holds no options, or ones that do not exist or are not of their types.
-    """
-    try:
-        options = (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no valid {file.suffix[1:].upper()}: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{file} holds no options; write each as `name: value`, such as `train_data_dir: photos`.")
-    kinds = {name: kind for group in _GROUPS for name, kind in get_type_hints(group).items()}
-    for name in options:
-        if name not in kinds:
-            near = get_close_matches(str(name), kinds, n=1)
-            mend = f"did you mean `{near[0]}`?" if near else "`--help` lists all."
-            raise ValueError(f"{file}: there is no option `{name}`; {mend}")
-    try:
-        return {name: _as_annotated(name, value, kinds[name]) for name, value in options.items()}
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _as_annotated(name: str, value: Any, annotation: Any) -> Any:
-    """An option from a file, which may hold values of any type.
-
-    Raises:
-        ValueError: if it is not of its option's type.
-    """
-    kind = next(kind for kind in _KINDS if annotation in (kind, kind | None))
-    return None if value is None and annotation != kind else _as_kind(name, value, kind)
-
-
-_KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text, in quotes if it looks like something else",
-    list[str]: "a list of texts",
-}
-
-
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    if name == "mixed_precision" and value is False:  # what YAML takes `no` for
-        return "no"
-    if kind == list[str]:
-        texts = [value] if isinstance(value, str) else value
-        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-            return texts
-    elif type(value) is kind:
-        return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif kind in (int, float) and isinstance(value, str):  # what YAML takes `1e-4`, without a dot, for
-        with suppress(ValueError):
-            return kind(value)
-    raise ValueError(f"`{name}` is {value!r}; give {_KINDS[kind]}.")
+GROUPS = (ModelConfig, DataConfig, ContextConfig, OptimizationConfig, OutputConfig)

@@ -1,4 +1,4 @@
-"""The benchmark's figures show the numbers they are made from."""
+"""The benchmark's pictures show the numbers they are made from."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def results() -> list[dict]:
     folder = RESULTS / "quad" / "dependent-seed0-images4000-steps1000"
     return [json.loads((folder / f"{name}.json").read_text()) for name in ("prompt-lora", "ours")]
 
@@ -25,26 +25,26 @@ def matrices_in(figure) -> dict[str, np.ndarray]:
     return {axes.get_title(): axes.get_images()[0].get_array() for axes in figure.axes if axes.images}
 
 
-def test_matrices_are_beside_the_truth(rows):
+def test_matrices_are_beside_the_truth(results):
     names = {
-        axes.get_title(): axes.get_images()[0].get_array() for axes in draw_interference(rows).axes if axes.images
+        axes.get_title(): axes.get_images()[0].get_array() for axes in draw_interference(results).axes if axes.images
     }
     assert list(names) == ["truth", "prompt-lora", "ours"]
-    np.testing.assert_array_equal(names["ours"], rows[1]["interference"]["matrix"])
-    np.testing.assert_array_equal(names["truth"], rows[0]["interference"]["true_matrix"])
+    np.testing.assert_array_equal(names["ours"], results[1]["interference"]["matrix"])
+    np.testing.assert_array_equal(names["truth"], results[0]["interference"]["true_matrix"])
 
-    graphs = matrices_in(draw_graphs(rows))
+    graphs = matrices_in(draw_graphs(results))
     assert list(graphs) == ["truth", "ours"]  # the other has no graph
-    np.testing.assert_array_equal(graphs["ours"], rows[1]["graph"]["strengths"])
+    np.testing.assert_array_equal(graphs["ours"], results[1]["graph"]["strengths"])
     edges = {(quad.CONCEPTS[cause], quad.CONCEPTS[effect]) for effect, cause in zip(*np.nonzero(graphs["truth"]))}
     assert edges == {edge for edge in quad.EDGES if set(edge) <= set(quad.CONCEPTS)}
 
 
-def test_the_best_row_is_on_top_with_its_means(rows):
-    (axes,) = draw_errors(rows).axes
+def test_the_best_method_is_on_top_with_its_means(results):
+    (axes,) = draw_errors(results).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["prompt-lora", "ours"]  # from below
     pairs = [bar.get_width() for bar in axes.containers[1]]
-    contexts = rows[1]["contexts"]
+    contexts = results[1]["contexts"]
     assert pairs[1] == pytest.approx(np.mean([contexts["+".join(pair)]["debiased"] for pair in quad.HELD_OUT_PAIRS]))
     assert pairs[0] > pairs[1]
 
@@ -55,7 +55,7 @@ def test_figures_are_drawn_from_the_results(tmp_path):
     options = [
         "--output_dir",
         tmp_path,
-        "--rows",
+        "--methods",
         "ours",
         "--curves",
         RESULTS,

@@ -1,14 +1,16 @@
-"""What the benchmark measures, on samplers whose figures are known, and its tables."""
+"""The benchmark's metrics, on samplers whose metrics are known, and its tables."""
 
 import json
+from pathlib import Path
 
 import measure
 import numpy as np
 import pytest
 import torch
-from measure import AGAIN_SEED, FLOOR_SEEDS, REAL_SEED, attribute_drift, may_move, measure_combination, measure_graph
+from footnotes import expected_steps, footnotes, unlearned_singles
+from measure import FLOOR_SEEDS, REAL_B_SEED, REAL_SEED, attribute_drift, may_move, measure_combination, measure_graph
 from scipy.stats import wasserstein_distance
-from tables import render_tables, summarize_row
+from tables import render_tables, summarize_method
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.data import quad
@@ -20,7 +22,7 @@ N = 60
 
 @pytest.fixture(autouse=True)
 def few_floors(monkeypatch):
-    """Two real samples in the place of eight, which nobody else is to find in the cache."""
+    """Two real samples instead of eight; no other test finds them in the cache."""
     monkeypatch.setattr(measure, "FLOOR_SEEDS", FLOOR_SEEDS[:2])
     measure.real_floor.cache_clear()
     yield
@@ -69,7 +71,7 @@ def test_figures_of_the_law_are_those_of_real_images_and_of_another_law_they_are
     assert right["conformity"] > 0.9 > 0.8 > wrong["conformity"]
     assert right["drift"] < 2 * right["drift_real"]
     real, again = (
-        read_attributes(quad.generate(("quad4",), N, seed).images).values for seed in (REAL_SEED, AGAIN_SEED)
+        read_attributes(quad.generate(("quad4",), N, seed).images).values for seed in (REAL_SEED, REAL_B_SEED)
     )
     still = [name for name in ("color", "size", "shape") if name not in may_move(("quad4",), True)]
     assert set(right["diversity_of"]) == set(still) and list(right["conformity_of"]) == ["quad4"]
@@ -111,18 +113,76 @@ def test_a_table_has_means_over_combinations_of_as_many_interventions(tmp_path):
         "quad1+quad2": figures(0.7, 0.6),
         "quad1+size+quad2": figures(0.9, 0.1),
     }
-    row = {"row": "ours", "seconds": 120, "contexts": contexts}
-    assert summarize_row(row) is None  # not yet finished
-    row |= {"interference": {}, "graph": {"auroc": 1.0}}
-    summary = summarize_row(row)
+    options = {"independent": False, "seed": 0, "images_per_context": 20, "train_steps": 10, "concept_steps": 10}
+    options |= {"baseline_steps": 15, "num_inference_steps": 2}
+    row = {"method": "ours", "options": options, "seconds": 120, "contexts": contexts}
+    assert summarize_method(row) is None  # not yet finished
+    moved = np.ones((6, 8)).tolist()
+    row |= {"interference": {"matrix": moved, "true_matrix": moved}, "graph": {"auroc": 1.0}}
+    summary = summarize_method(row)
     expected = {"obs": 0.1, "singles": 0.3, "pairs": 0.6, "triples": 0.9, "pairs, raw": 1.6, "floor": 0.5}
     expected |= {"conformity of pairs": 0.5 / 0.8, "drift": 3.0, "diversity": 0.9, "edges": 1.0, "minutes": 2.0}
     assert {name: summary[name] for name in expected} == pytest.approx(expected)
     folder = tmp_path / "dependent-seed0"
     folder.mkdir()
-    (folder / "ours.json").write_text(json.dumps(row))
-    (folder / "prompt-lora.json").write_text(json.dumps(row | {"row": "prompt-lora", "interference": {}}))
-    (folder / "unfinished.json").write_text(json.dumps({"row": "unfinished", "contexts": {}}))
+    (folder / "ours.json").write_text(json.dumps(row | {"unet_steps": 10}))
+    matrix = np.ones((6, 8))
+    matrix[quad.CONCEPTS.index("size"), quad.FACTORS.index("size")] = 0.49
+    other = {"method": "prompt-lora", "unet_steps": 10}
+    other |= {"interference": {"matrix": matrix.tolist(), "true_matrix": moved}}
+    (folder / "prompt-lora.json").write_text(json.dumps(row | other))
+    (folder / "unfinished.json").write_text(json.dumps({"method": "unfinished", "contexts": {}}))
     table = render_tables(tmp_path)
     assert table.startswith("### dependent-seed0\n")
-    assert table.count("| 0.100 | 0.300 | 0.600 | 0.900 |") == 2 and "unfinished" not in table
+    assert "| ours | 0.100 | 0.300 | 0.600 | 0.900 |" in table and "unfinished" not in table
+    assert "| prompt-lora [1] [2] | 0.100 | 0.300 | 0.600 | 0.900 |" in table
+    assert "[1] Not learned" in table and "change: size." in table
+    assert "[2] Trained for 10 UNet steps; the code takes 15 now." in table
+
+
+RESULTS = Path(measure.__file__).parent / "results" / "quad"
+
+
+def published(name: str) -> dict:
+    return json.loads((RESULTS / "dependent-seed0-images4000-steps1000" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "unlearned"),
+    [
+        ("prompt-lora", ["quad2", "size", "orientation"]),
+        ("composable-diffusion", ["quad2", "size", "orientation"]),
+        ("concept-sliders", ["quad2", "size", "orientation"]),
+        ("ours", ["orientation"]),
+        ("lora-per-context", ["orientation"]),
+        ("labels-only", ["orientation"]),
+        ("autoencoder", []),
+    ],
+)
+def test_a_single_intervention_that_hardly_moves_its_own_attribute_was_not_learned(name, unlearned):
+    assert unlearned_singles(published(name)["interference"]) == unlearned
+
+
+def test_the_table_says_which_method_had_fewer_steps_than_the_code_takes_now():
+    notes = footnotes(published("oracle"))
+    assert "Trained for 1,000 UNet steps; the code takes 1,500 now." in notes
+
+
+def logged_steps(file: Path) -> int:
+    """Optimizer steps of a log, those of several LoRAs together."""
+    last: dict[str, int] = {}
+    for line in file.read_text().splitlines()[1:]:
+        metric, step, _ = line.split(",")
+        if metric == "loss" or metric.startswith("loss/"):
+            last[metric] = max(last.get(metric, 0), int(step))
+    return sum(last.values())
+
+
+def test_logged_trainings_have_the_steps_that_the_code_takes_now():
+    checked = 0
+    for log in RESULTS.glob("*/*.csv"):
+        expected = expected_steps(json.loads(log.with_suffix(".json").read_text()))
+        if expected is not None:  # time ends the training of the light VAE
+            assert logged_steps(log) == expected, log
+            checked += 1
+    assert checked >= 20

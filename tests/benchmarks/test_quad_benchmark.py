@@ -1,41 +1,37 @@
-"""The benchmark's methods: what they are told, and that the bound knows quad's own mechanisms."""
+"""The benchmark's methods: what they are given, and that the oracle has quad's own mechanisms."""
 
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from measure import AGAIN_SEED, REAL_SEED, measure_kernel_distance
-from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
-from methods.ours import (
+from measure import REAL_B_SEED, REAL_SEED, measure_kernel_distance
+from methods.ablations import (
     GivenNoiseModule,
-    UntoldModule,
+    LabelsOnly,
+    Oracle,
+    UnconditionalModule,
     given_noise,
-    learning_code_digest,
     oracle_graph,
     set_mechanisms,
 )
-from methods.rivals import (
-    ComposableDiffusion,
-    ConceptSliders,
-    LoraPerContext,
-    LoraTraining,
-    PromptLora,
-    load_base,
-    load_prompt_lora,
-    name_concepts,
-    plain_sampler,
-)
+from methods.baselines import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
+from methods.baselines.composable_diffusion import compose
+from methods.baselines.lora import LoraTraining, load_base, plain_sampler
+from methods.baselines.prompt_lora import load_prompt_lora, name_concepts
+from methods.context_adapter import learning_code_fingerprint, load_pipeline
+from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
 from methods.setting import Setting, in_batches
 from PIL import Image
 from safetensors.torch import load_file
-from tables import summarize_row
+from tables import summarize_method
 from torch.utils.tensorboard import SummaryWriter
 from training_logs import write_log
 
@@ -45,6 +41,7 @@ from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.data import load_context_dataset, quad
 from diffusers_ctx.evaluation import kernel_distance
 from diffusers_ctx.evaluation.features import latent_features
+from diffusers_ctx.training.config import ContextConfig
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -58,7 +55,7 @@ def setting(tmp_path_factory) -> Setting:
         images_per_context=12,
         train_steps=2,
         concept_steps=4,
-        rival_steps=3,
+        baseline_steps=3,
         num_inference_steps=2,
         work_dir=tmp_path_factory.mktemp("benchmark"),
     )
@@ -70,7 +67,7 @@ def make_module(module_class):
 
 
 @pytest.mark.parametrize("interventions", [(), ("quad1",), ("quad3", "size"), ("quad1", "quad2", "orientation")])
-def test_the_bound_has_the_simulators_own_mechanisms(setting, interventions):
+def test_the_oracle_has_the_simulators_own_mechanisms(setting, interventions):
     module = make_module(GivenNoiseModule)
     set_mechanisms(module, setting)
     sample = quad.generate(interventions, n=50, seed=3)
@@ -81,7 +78,7 @@ def test_the_bound_has_the_simulators_own_mechanisms(setting, interventions):
     np.testing.assert_allclose(values[..., 0].numpy(), sample.factors[:, nodes], atol=1e-4)
 
 
-def test_the_bounds_noise_is_that_of_the_images(setting):
+def test_the_oracles_noise_is_that_of_the_images(setting):
     dataset = load_context_dataset(setting.data_dir, concepts=list(quad.CONCEPTS))
     noise = setting.true_noise(list(dataset["context"])).numpy()
     for row in range(0, len(dataset), 5):
@@ -95,24 +92,44 @@ def test_the_bounds_noise_is_that_of_the_images(setting):
     assert given_noise(setting, list(dataset["context"])).shape == (len(dataset), 8)
 
 
-def test_a_module_without_a_posterior_gets_the_noise_it_is_handed():
+def test_the_oracles_posterior_is_the_noise_that_it_reads():
     module = make_module(GivenNoiseModule)
-    eps = torch.randn(3, *module.noise_shape)
-    assert torch.equal(module.posterior(torch.randn(3, 4, 8, 8), torch.zeros(3, 6)).at(eps), eps)
+    noise, eps = torch.randn(2, 3, *module.noise_shape)
+    assert torch.equal(module.posterior(noise, torch.zeros(3, 6)).at(eps), noise)
 
 
-def test_a_posterior_that_is_not_told_the_context_does_not_depend_on_it():
-    module = UntoldModule(quad.CONCEPTS, token_dim=8, posterior_type="amortized")
+@pytest.mark.parametrize("method", [Oracle, LabelsOnly])
+def test_ablations_read_the_noise_of_their_images(setting, method, tmp_path):
+    context = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(True)), posterior_encoder="vae")
+    latents = method(context=context).encode(setting, None)
+    rows = torch.tensor([40, 3])
+    read = latents.mean_batch(rows).posterior_input
+    expected = given_noise(setting, latents.contexts)[rows, :, None]
+    assert torch.equal(read, expected if method is Oracle else torch.zeros_like(expected))
+
+
+def test_the_oracle_trains_and_keeps_its_mechanisms(setting, tmp_path):
+    context = ContextConfig(num_hidden_factors=2, graph=list(oracle_graph(True)), posterior_encoder="vae")
+    Oracle(context=context).train(setting, tmp_path)
+    trained, expected = load_pipeline(tmp_path, setting.base).context_module, make_module(GivenNoiseModule)
+    set_mechanisms(expected, setting)
+    torch.testing.assert_close(trained.causal.blocks, expected.causal.blocks)
+    torch.testing.assert_close(trained.mechanism.weight_do, expected.mechanism.weight_do)
+    assert trained.read_out.norm.weight.isfinite().all()
+
+
+def test_an_unconditional_posterior_does_not_depend_on_the_context():
+    module = UnconditionalModule(quad.CONCEPTS, token_dim=8, posterior_type="amortized")
     latents, mask = torch.randn(2, 4, 8, 8), intervention_mask(["quad1"], quad.CONCEPTS, 2)
     assert torch.equal(module.posterior(latents, mask).mean, module.posterior(latents, 0 * mask).mean)
 
 
 def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting, tmp_path):
     training = LoraTraining(load_base(setting), setting.latents(), seed=0, log_dir=tmp_path, name="names")
-    rows = next(training._batches(["obs", "size"]))
+    rows = next(training.batches(["obs", "size"]))
     contexts = [training.latents.contexts[row] for row in rows]
     assert contexts.count("obs") == contexts.count("size") == len(rows) / 2
-    prompts = training.prompts(rows, name=True)
+    prompts = PromptLora().prompts(training, rows)
     assert all(prompt.endswith(", k") == (context == "size") for prompt, context in zip(prompts, contexts))
     assert name_concepts("a circle", ["quad1", "quad2"]) == "a circle, b, d"
 
@@ -124,13 +141,53 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     method = ComposableDiffusion("prompt-lora")
     composed = method.load(setting, tmp_path / "composable")
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
-    # the composing loop itself, with one concept: what is added to the plain prediction makes it the concept's
+    # with one concept, the loop samples as the LoRA does
     pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
-    loop = in_batches(lambda batch, noise: method._sample(pipeline, setting, batch, ["quad1"], noise), captions, 0)
+    loop = in_batches(lambda batch, noise: compose(pipeline, setting, batch, ["quad1"], noise), captions, 0)
     summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
     expected = alone(captions, ["quad1"], 0).astype(int)
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
-    assert composed(captions, ["quad1", "size"], 0).shape == (3, 64, 64, 3)
+
+
+@torch.no_grad()
+def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
+    """Recomputed one prompt at a time, with the rotation that DDIM is."""
+    PromptLora().train(setting, tmp_path / "prompt-lora")
+    captions, names = ["a picture of a circle", "a picture of a square"], ("quad1", "size")
+    composed = ComposableDiffusion("prompt-lora").load(setting, tmp_path / "composable")(captions, names, 0)
+
+    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
+    scheduler = pipeline.scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(setting.num_inference_steps)
+    alphas, times = scheduler.alphas_cumprod.double(), [*scheduler.timesteps.tolist(), None]
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert latents.shape[-1] == pipeline.unet.config.sample_size
+
+    def velocity(row: int, time: int, interventions: tuple[str, ...]) -> torch.Tensor:
+        prompt = name_concepts(captions[row], interventions)
+        text, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
+        return pipeline.unet(latents[row : row + 1], time, text).sample[0]
+
+    def changes_of(names: tuple[str, ...], time: int) -> torch.Tensor:
+        plain = torch.stack([velocity(row, time, ()) for row in range(2)])
+        changes = [torch.stack([velocity(row, time, (name,)) for row in range(2)]) - plain for name in names]
+        return plain + torch.stack(changes).sum(dim=0)
+
+    final = latents
+    for only in (("quad1",), ("size",), names):  # the last one is what is compared; each alone must differ from it
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for time, following in pairwise(times):
+            v = changes_of(only, time)
+            alpha = alphas[time]
+            signal = alpha.sqrt() * latents - (1 - alpha).sqrt() * v
+            noise = alpha.sqrt() * v + (1 - alpha).sqrt() * latents
+            alpha = scheduler.final_alpha_cumprod.double() if following is None else alphas[following]
+            latents = (alpha.sqrt() * signal + (1 - alpha).sqrt() * noise).float()
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        final = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+        difference = np.abs(final - composed).max()
+        assert difference <= 1 if only == names else difference > 1, only
 
 
 def add_by_hand(pipeline, folder: Path) -> None:
@@ -143,7 +200,7 @@ def add_by_hand(pipeline, folder: Path) -> None:
 
 
 def test_loras_of_several_contexts_are_added(setting, tmp_path):
-    setting = replace(setting, rival_steps=7)  # one for each
+    setting = replace(setting, baseline_steps=7)  # one for each
     LoraPerContext().train(setting, tmp_path)
     composed = LoraPerContext().load(setting, tmp_path)
     captions = ["a picture of a circle"] * 3
@@ -157,7 +214,7 @@ def test_loras_of_several_contexts_are_added(setting, tmp_path):
 
 
 def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, tmp_path):
-    setting = replace(setting, rival_steps=6)
+    setting = replace(setting, baseline_steps=6)
     PromptLora().train(setting, tmp_path / "prompt-lora")
     method = ConceptSliders("prompt-lora")
     method.train(setting, tmp_path / "sliders")
@@ -174,7 +231,7 @@ def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, t
 
 
 def test_composing_without_the_lora_says_what_to_run(setting, tmp_path):
-    with pytest.raises(FileNotFoundError, match="Run the row 'prompt-lora' first"):
+    with pytest.raises(FileNotFoundError, match="Run the method 'prompt-lora' first"):
         ComposableDiffusion("prompt-lora").train(setting, tmp_path / "composable")
 
 
@@ -185,7 +242,7 @@ def test_a_log_has_every_tenth_step_and_the_last_one_as_a_resumed_run_told_them_
                 log.add_scalar("loss", loss, step)
     write_log(tmp_path, tmp_path / "row.csv")
     heading, *lines = (tmp_path / "row.csv").read_text().splitlines()
-    assert heading == "figure,step,value"
+    assert heading == "metric,step,value"
     assert lines == ["loss,10,1", "loss,20,1", "loss,30,2", "loss,40,2", "loss,50,2", "loss,53,2"]
 
 
@@ -216,7 +273,7 @@ def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
     other = quad.generate(("quad2",), n=200, seed=12).images
     of_law, of_other = (measure_kernel_distance(images, names, 200, True) for images in (law, other))
     assert abs(of_law["kid"]) < 0.1 * of_other["kid"]
-    real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, AGAIN_SEED))
+    real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, REAL_B_SEED))
     features = latent_features(AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae"))
     assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
 
@@ -225,15 +282,24 @@ def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
 def test_concepts_of_other_code_are_not_taken_up(tmp_path, name, decides):
     source = Path(diffusers_ctx.__file__).parent
     package = shutil.copytree(source, tmp_path / "package", ignore=shutil.ignore_patterns("assets"))
-    before = learning_code_digest(package)
+    before = learning_code_fingerprint(package)
     file = package / name
     file.write_text(file.read_text() + "# changed\n")
-    assert (learning_code_digest(package) != before) == decides
+    assert (learning_code_fingerprint(package) != before) == decides
 
 
 @pytest.mark.slow
-def test_a_row_is_trained_measured_and_not_measured_again(tmp_path):
-    command = [sys.executable, FOLDER / "quad.py", "--rows", "ours", "--work_dir", tmp_path, "--results_dir", tmp_path]
+def test_a_method_is_trained_measured_and_not_measured_again(tmp_path):
+    command = [
+        sys.executable,
+        FOLDER / "quad.py",
+        "--methods",
+        "ours",
+        "--work_dir",
+        tmp_path,
+        "--results_dir",
+        tmp_path,
+    ]
     command += ["--images_per_context", "20", "--train_steps", "2", "--concept_steps", "4", "--n", "20"]
     written = []
     for _ in range(2):
@@ -241,7 +307,7 @@ def test_a_row_is_trained_measured_and_not_measured_again(tmp_path):
         (file,) = tmp_path.glob("*/ours.json")
         written.append(file.stat().st_mtime_ns)
     assert written[0] == written[1]
-    row = summarize_row(json.loads(file.read_text()))
+    row = summarize_method(json.loads(file.read_text()))
     assert row is not None and 0 < row["pairs"] < 0.5 and 0 <= row["edges"] <= 1
     assert row["KID of pairs"] > 0
     assert "concepts/" in file.with_suffix(".csv").read_text()

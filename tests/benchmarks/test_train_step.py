@@ -14,6 +14,7 @@ from methods.steps import EncodedLatents, StepSetting, create_run
 from train_step import CASES, alternate, ratio_of_medians
 
 from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def accelerate_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_changes_what_the_contestant_trains(setting, name):
+def test_a_step_changes_what_the_case_trains(setting, name):
     run = create_run(setting, CASES[name])
     unet = run.pipeline.unet
     before = {name: parameter.clone() for name, parameter in unet.named_parameters()}
@@ -49,8 +50,8 @@ def test_latents_that_are_encoded_in_the_step_are_the_cached_ones(setting):
     cached, encoded = (setting.latents(vae, cached) for cached in (True, False))
     assert isinstance(encoded, EncodedLatents)
     rows, noise = torch.tensor([5, 0, 9]), torch.randn(3, *cached.mean.shape[2:])
-    drawn = [latents.draw(rows, noise, torch.zeros(3)) for latents in (cached, encoded)]
-    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-5)
+    for draw in (lambda x: x.draw(rows, noise), lambda x: x.batch(rows, KeyedNoise(0, "diffusion", 4)).latents):
+        torch.testing.assert_close(draw(cached), draw(encoded), rtol=1e-4, atol=1e-5)
 
 
 def test_every_round_has_one_step_of_each():
@@ -69,7 +70,7 @@ def test_a_ratio_is_exact_where_the_machine_slows_both_down():
     assert low < 1 < high
 
 
-def test_figures_are_written_and_shown(setting, tmp_path, monkeypatch, capsys):
+def test_results_are_written_and_shown(setting, tmp_path, monkeypatch, capsys):
     file = tmp_path / "results" / "train_step.json"
     flags = ["--pretrained_model_name_or_path", setting.base, "--train_batch_size", "2", "--rank", "2"]
     monkeypatch.setattr(sys, "argv", ["train_step.py", *flags, "--steps", "2", "--results", str(file)])

@@ -173,26 +173,19 @@ def test_folder_names_that_confuse_the_datasets_library(tmp_path):
     assert shades_of(dataset) == list(shades.values())[:3]
 
 
-@pytest.mark.parametrize(
-    "context, message",
-    [
-        ("night + snow", "joined by '\\+' without spaces"),
-        ("Night", "'Night' and 'night' differ in capitals alone"),
-    ],
-)
-def test_contexts_whose_names_make_concepts_of_slips(photos, context, message):
-    write(photos, {context: ["a.png"]})
-    with pytest.raises(ValueError, match=message):
+def test_a_context_whose_name_makes_concepts_of_a_slip(photos):
+    write(photos, {"night + snow": ["a.png"]})
+    with pytest.raises(ValueError, match="joined by '\\+' without spaces"):
         load_context_dataset(photos)
 
 
 def test_a_concept_that_occurs_in_compositions_alone_may_be_a_slip(photos):
     write(photos, {"nihgt+snow": ["a.png"]})
-    with pytest.warns(UserWarning, match="'nihgt' has no context of its own, only compositions; is it 'night', missp"):
+    with pytest.warns(UserWarning, match=r"\['nihgt'\] have no context of their own, only compositions; .* spelled"):
         load_context_dataset(photos)
 
 
-@pytest.mark.filterwarnings("ignore:The concept 'fog' has no context of its own")
+@pytest.mark.filterwarnings("ignore:The concepts \\['fog'\\] have no context of their own")
 def test_contexts_of_several_interventions(photos):
     write(photos, {"night+snow": ["a.png"], "fog+snow": ["a.png"]})
     dataset = load_context_dataset(photos)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ctx.data import streaming
+from diffusers_ctx.data import stream_rows
 from diffusers_ctx.data.streaming import ContextStream, ImageStream, open_stream, take_images
 
 
@@ -139,10 +139,10 @@ def test_a_process_without_images_of_a_context_is_told_so(tmp_path):
 
 
 def test_a_context_that_is_long_in_coming_is_warned_of_and_then_given_up(sources, monkeypatch, caplog):
-    monkeypatch.setattr(streaming, "_WARN_AFTER", 5)
+    monkeypatch.setattr(stream_rows, "_WARN_AFTER", 5)
     ContextStream(open_stream(sources["sorted"]), "obs", 4).fill()  # nine of night come before it
     assert "The last 5 rows of the stream had no image of 'obs'; reading on." in caplog.text
-    monkeypatch.setattr(streaming, "_GIVE_UP_AFTER", 8)
+    monkeypatch.setattr(stream_rows, "_GIVE_UP_AFTER", 8)
     with pytest.raises(ValueError, match=r"The last 8 rows of the stream had no image of 'obs'. Add .* or shuffle"):
         ContextStream(open_stream(sources["sorted"]), "obs", 4).fill()
     with pytest.raises(ValueError, match=r"no image of any of \['obs', 'snow'\]"):

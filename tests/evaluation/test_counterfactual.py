@@ -3,29 +3,23 @@ import pytest
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import (
-    counterfactual_composition,
     counterfactual_effectiveness,
     counterfactual_error,
     counterfactual_minimality,
-    counterfactual_reversibility,
 )
 from diffusers_ctx.evaluation.quad_attributes import attribute_difference, read_attributes, true_attributes
-
-
-BETWEEN_IMAGES = (counterfactual_composition, counterfactual_reversibility, counterfactual_error)
 
 
 def images(n, seed):
     return np.random.default_rng(seed).integers(0, 256, (n, 4, 5, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("distance", BETWEEN_IMAGES)
-def test_distances_of_images(distance):
+def test_the_error_is_the_mean_difference_of_pixels():
     a, b = images(6, seed=0), images(6, seed=1)
-    assert distance(a, a) == 0
+    assert counterfactual_error(a, a) == 0
     by_hand = [abs(int(x) - int(y)) / 255 for x, y in zip(a.ravel(), b.ravel())]
-    assert distance(a, b) == pytest.approx(np.mean(by_hand), rel=1e-12)
-    assert distance(np.zeros_like(a), np.full_like(a, 255)) == 1
+    assert counterfactual_error(a, b) == pytest.approx(np.mean(by_hand), rel=1e-12)
+    assert counterfactual_error(np.zeros_like(a), np.full_like(a, 255)) == 1
 
 
 def test_each_image_is_compared_with_its_own():
@@ -43,8 +37,8 @@ def test_bytes_are_scaled_and_floats_are_not():
 def test_a_simulator_is_sound():
     sample = quad.generate((), n=50, seed=5)
     changed = sample.counterfactual(["quad4"])
-    assert counterfactual_composition(sample.images, sample.counterfactual([]).images) == 0
-    assert counterfactual_reversibility(sample.images, changed.counterfactual([]).images) == 0
+    assert counterfactual_error(sample.images, sample.counterfactual([]).images) == 0
+    assert counterfactual_error(sample.images, changed.counterfactual([]).images) == 0
     assert counterfactual_error(sample.images, changed.images) > 0.2  # of leaving the images as they are
 
 
@@ -84,12 +78,11 @@ def test_minimality_by_hand():
     assert counterfactual_minimality(factual, moved, np.zeros(3, dtype=bool)).shape == (0,)
 
 
-@pytest.mark.parametrize("distance", BETWEEN_IMAGES)
-def test_images_that_are_no_pairs(distance):
+def test_images_that_are_no_pairs():
     with pytest.raises(ValueError, match="Got 3 and 2 images"):
-        distance(images(3, 0), images(2, 0))
+        counterfactual_error(images(3, 0), images(2, 0))
     with pytest.raises(ValueError, match=r"shape \(4, 5, 3\)"):
-        distance(images(3, 0)[0], images(3, 0)[0])
+        counterfactual_error(images(3, 0)[0], images(3, 0)[0])
 
 
 def test_attributes_that_are_no_pairs():

@@ -25,26 +25,26 @@ def mean_colors(images):
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, np.ndarray]:
-    """Images of two laws, and real ones twice."""
-    laws = {"same": ((), 41), "other": (("quad4",), 42), "real": ((), 43), "again": ((), 44)}
-    return {name: quad.generate(context, n=200, seed=seed).images for name, (context, seed) in laws.items()}
+    """Images of two distributions, and real ones twice."""
+    distributions = {"same": ((), 41), "other": (("quad4",), 42), "real": ((), 43), "real_b": ((), 44)}
+    return {name: quad.generate(context, n=200, seed=seed).images for name, (context, seed) in distributions.items()}
 
 
-def test_figures_are_those_of_the_metrics(sets):
-    figures = measure_context(sets["other"], sets["real"], sets["again"], mean_colors, seed=3)
+def test_a_report_has_the_metrics_of_its_images(sets):
+    metrics = measure_context(sets["other"], sets["real"], sets["real_b"], mean_colors, seed=3)
     distance = sliced_wasserstein_distance(sets["other"], sets["real"], seed=3)
-    floor = sliced_wasserstein_distance(sets["again"], sets["real"], seed=3)
-    assert figures["n"] == 200 and (figures["swd"], figures["floor"]) == (distance, floor)
-    assert figures["debiased"] ** 2 == pytest.approx(distance**2 - floor**2)
-    assert tuple(figures["interval"]) == bootstrap_interval(sets["other"], sets["real"], seed=3)
+    floor = sliced_wasserstein_distance(sets["real_b"], sets["real"], seed=3)
+    assert metrics["n"] == 200 and (metrics["swd"], metrics["floor"]) == (distance, floor)
+    assert metrics["debiased"] ** 2 == pytest.approx(distance**2 - floor**2)
+    assert tuple(metrics["interval"]) == bootstrap_interval(sets["other"], sets["real"], seed=3)
     colors = {name: mean_colors(images) for name, images in sets.items()}
-    assert (figures["kid"], figures["kid_error"]) == kernel_distance(colors["other"], colors["real"], 100, 100, 3)
-    assert figures["kid_floor"] == kernel_distance(colors["again"], colors["real"], 100, 100, 3)[0]
+    assert (metrics["kid"], metrics["kid_error"]) == kernel_distance(colors["other"], colors["real"], 100, 100, 3)
+    assert metrics["kid_floor"] == kernel_distance(colors["real_b"], colors["real"], 100, 100, 3)[0]
 
 
-def test_they_tell_a_right_law_from_a_wrong_one(sets):
+def test_metrics_tell_the_right_distribution_from_a_wrong_one(sets):
     right, wrong = (
-        measure_context(sets[name], sets["real"], sets["again"], mean_colors) for name in ("same", "other")
+        measure_context(sets[name], sets["real"], sets["real_b"], mean_colors) for name in ("same", "other")
     )
     assert right["interval"][0] < right["floor"] < right["interval"][1] and right["debiased"] < 0.05
     assert wrong["interval"][0] > 2 * wrong["floor"] and wrong["debiased"] > 0.2
@@ -52,13 +52,13 @@ def test_they_tell_a_right_law_from_a_wrong_one(sets):
 
 
 def test_without_features_there_is_no_kernel_distance(sets):
-    figures = measure_context(sets["same"], sets["real"], sets["again"])
-    assert figures.keys() == {"n", "swd", "interval", "floor", "debiased"}
+    metrics = measure_context(sets["same"], sets["real"], sets["real_b"])
+    assert metrics.keys() == {"n", "swd", "interval", "floor", "debiased"}
 
 
 @pytest.mark.parametrize("sizes", [(5, 5, 6), (5, 6, 6), (1, 1, 1)])
 def test_sets_of_different_sizes(sets, sizes):
-    names = ("same", "real", "again")
+    names = ("same", "real", "real_b")
     with pytest.raises(ValueError, match=rf"{sizes[0]} samples, {sizes[1]} and {sizes[2]} real images; give as many"):
         measure_context(*(sets[name][:size] for name, size in zip(names, sizes)))
 
@@ -66,15 +66,15 @@ def test_sets_of_different_sizes(sets, sizes):
 def test_means_are_over_their_own_contexts():
     interventions = {"obs": (), "a": ("a",), "b": ("b",), "a+b": ("a", "b"), "a+b+c": ("a", "b", "c")}
     values = dict(zip(interventions, (9.0, 0.1, 0.2, 0.4, 0.8)))
-    figures = {
+    metrics = {
         name: {"n": 5, "swd": value, "floor": value / 2, "debiased": value / 4, "interval": [0, 1]}
         for name, value in values.items()
     }
-    summary = summarize(figures, interventions)
+    summary = summarize(metrics, interventions)
     assert summary["concept"] == pytest.approx({"contexts": 2, "swd": 0.15, "floor": 0.075, "debiased": 0.0375})
     assert summary["composition"] == pytest.approx({"contexts": 2, "swd": 0.6, "floor": 0.3, "debiased": 0.15})
     assert summary["gap"] == pytest.approx(0.15 - 0.0375)
-    assert summarize({"obs": figures["obs"], "a": figures["a"]}, interventions).keys() == {"concept"}
+    assert summarize({"obs": metrics["obs"], "a": metrics["a"]}, interventions).keys() == {"concept"}
 
 
 def test_axioms_are_distances_to_the_images():
@@ -106,7 +106,7 @@ RESULTS = {
 
 def test_the_table_has_a_row_per_context_and_mean():
     assert cells_of(render_markdown(RESULTS)) == [
-        ["context", "n", "SWD", "95 % interval", "floor", "debiased", "KID", "KID floor"],
+        ["context", "n", "SWD", "95 % interval", "real vs real", "debiased", "KID", "KID, real vs real"],
         ["obs", "20", "0.123", "0.110 to 0.140", "0.100", "0.070", "-0.000", "0.001"],
         ["night", "7", "0.200", "0.100 to 0.300", "0.100", "0.173", "2.000", "0.000"],
         ["mean of 1, concept", "", "0.200", "", "0.100", "0.173", "2.000", "0.000"],

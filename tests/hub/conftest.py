@@ -19,6 +19,7 @@ CONFIG = {
     "concepts": ["night", "snow"],
     "obs_context": "obs",
     "mode": "lora",
+    "injection": "cross_attention",
 }
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.pipelines.guidance import context_guidance
-from diffusers_ctx.training.encoding.latents import ImageTransform
+from diffusers_ctx.training.encoding.images import ImageTransform
 
 
 PROMPT = "a picture of a circle"

@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import ContextTrainer, parse_training_config
+from diffusers_ctx.training.diffusion.stage import DiffusionStage
 
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
@@ -141,6 +142,29 @@ def create_trainer(options: dict) -> ContextTrainer:
     config = parse_training_config(flags(options))
     pipeline = ComposablePipeline.from_pretrained(config.model.pretrained_model_name_or_path, safety_checker=None)
     return ContextTrainer(config, pipeline)
+
+
+def load_trainer(options: dict) -> ContextTrainer:
+    """A trainer that has read its data and checked everything."""
+    trainer = create_trainer(options)
+    trainer.load()
+    return trainer
+
+
+def encoded_trainer(options: dict | ContextTrainer) -> ContextTrainer:
+    """A trainer that has encoded its images."""
+    trainer = create_trainer(options) if isinstance(options, dict) else options
+    trainer.load()
+    with trainer.open():
+        trainer.encode()
+    return trainer
+
+
+def create_stage(trainer: ContextTrainer) -> DiffusionStage:
+    """The second stage of a trainer that has encoded its images, about to take its first step."""
+    arguments = (trainer.accelerator, trainer.pipeline, trainer.batches, trainer.config)
+    trainer.adapter_stage = DiffusionStage(*arguments, trainer.max_train_steps, trainer.learning_rate)
+    return trainer.adapter_stage
 
 
 def launch(

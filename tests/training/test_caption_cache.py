@@ -75,7 +75,7 @@ def test_a_disk_without_room_is_named(pipeline, tmp_path, largest_file, monkeypa
     size = sum(encoded.nbytes for encoded in pipeline.encode_captions(CAPTIONS).values())
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
-        with pytest.raises(OSError, match=r"`cache_dir` .* GB free, and what is encoded takes"):
+        with pytest.raises(OSError, match=r"`cache_dir` .* GB free, and encoded data takes"):
             CaptionCache(pipeline, CAPTIONS, tmp_path)
     largest_file(1000)
     with pytest.raises(OSError, match=r"captions-\w+\.arrow could not be written .*choose another `cache_dir`"):

@@ -135,7 +135,7 @@ def test_one_is_on_the_disk_before_it_has_its_name(accelerator, tmp_path, monkey
     monkeypatch.setattr(os, "fsync", fsync)
     checkpoint = save_checkpoint(accelerator, tmp_path, 1, OPTIONS, total_limit=None)
     unfinished = Path("unfinished-checkpoint-1")
-    assert on_disk == {unfinished, *(unfinished / name for name in names(checkpoint))}
+    assert on_disk == {unfinished / name for name in names(checkpoint)}
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -188,14 +188,13 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_same_options_alone(accelerator, 
         choose()
 
 
-@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.bin", "random_states_0.pkl", "options.json"])
-def test_one_that_was_cut_off_is_named_with_the_one_before_it(accelerator, tmp_path, file):
+def test_one_that_was_cut_off_is_named_with_the_one_before_it(accelerator, tmp_path):
     for step in (5, 10, 100):
         save_checkpoint(accelerator, tmp_path, step, OPTIONS, total_limit=None)
-    for step, mend in ((10, f"go on from .* `--resume_from_checkpoint {tmp_path}/checkpoint-5`"), (5, "train anew")):
-        damaged = tmp_path / f"checkpoint-{step}" / file
+    for step, fix in ((10, f"resume from .* `--resume_from_checkpoint {tmp_path}/checkpoint-5`"), (5, "train anew")):
+        damaged = tmp_path / f"checkpoint-{step}" / "trained.safetensors"
         damaged.write_bytes(damaged.read_bytes()[:-3])
-        with pytest.raises(ValueError, match=rf"{damaged} is damaged, .* from checkpoint-{step}; {mend}"):
+        with pytest.raises(ValueError, match=rf"The weights in {damaged.parent} are damaged; {fix}"):
             choose_checkpoint(tmp_path, f"checkpoint-{step}", 100, accelerator, OPTIONS)
     assert choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS) == tmp_path / "checkpoint-100"
 

@@ -12,15 +12,10 @@ from conftest import CONCEPTS, make_context_module
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.training.concepts.objective import ConceptObjective
-from diffusers_ctx.training.concepts.stage import _batches, learn_concepts
-from diffusers_ctx.training.config import (
-    ContextConfig,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-)
+from diffusers_ctx.training.concepts.stage import ConceptStage, balanced_rows
+from diffusers_ctx.training.config import ContextConfig
 from diffusers_ctx.training.encoding.latents import ContextLatents
-from diffusers_ctx.training.run.concept_checkpoint import PROGRESS_NAME, ConceptProgress
+from diffusers_ctx.training.run.concept_checkpoint import PROGRESS_NAME, ConceptCheckpoint
 from diffusers_ctx.training.run.stop_signals import StopSignals
 
 
@@ -134,7 +129,7 @@ def test_latents_of_any_size_are_averaged_to_one_that_the_decoder_makes(latent_s
 def test_batches_have_every_context_equally_often():
     contexts = ["obs"] * 5 + ["snow"] * 2 + ["night"] * 3
     labels = torch.tensor([0] * 5 + [2] * 2 + [1] * 3)
-    batches = _batches(contexts, labels, seed=0, batch_size=7)
+    batches = balanced_rows(contexts, labels, seed=0, batch_size=7)
     for _ in range(5):
         assert labels[next(batches)].tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
@@ -160,7 +155,7 @@ def two_concept_latents(n: int) -> tuple[ContextLatents, torch.Tensor]:
 
 
 def learn_two_concepts(
-    latents: ContextLatents, progress: ConceptProgress, **options
+    latents: ContextLatents, checkpoint: ConceptCheckpoint, **options
 ) -> tuple[ContextModule, dict[str, float]]:
     torch.manual_seed(0)
     module = ContextModule(
@@ -173,8 +168,7 @@ def learn_two_concepts(
         posterior_width=8,
     )
     context = ContextConfig(num_hidden_factors=0, concept_batch_size=96, **options)
-    config = TrainingConfig(ModelConfig("unused"), DataConfig(train_data_dir="unused"), context)
-    return module, learn_concepts(Accelerator(cpu=True), module, latents, config, progress)
+    return module, ConceptStage(Accelerator(cpu=True), module, latents, context, seed=0, checkpoint=checkpoint).run()
 
 
 class StopAt(StopSignals):
@@ -191,14 +185,14 @@ class StopAt(StopSignals):
         return super().requested()
 
 
-def progress_in(folder: Path, stop_at: int | None = None, every: int = 1000) -> ConceptProgress:
-    return ConceptProgress(Accelerator(cpu=True), folder, {}, StopAt(stop_at), every)
+def checkpoint_in(folder: Path, stop_at: int | None = None, every: int = 1000) -> ConceptCheckpoint:
+    return ConceptCheckpoint(Accelerator(cpu=True), folder, {}, StopAt(stop_at), every)
 
 
 def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
     """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
     latents, truth = two_concept_latents(500)
-    module, figures = learn_two_concepts(latents, progress_in(tmp_path), concept_steps=600)
+    module, figures = learn_two_concepts(latents, checkpoint_in(tmp_path), concept_steps=600)
     assert not caplog.records
     assert {"kl/night", "kl/snow", "reconstruction", "contrast", "mismatch", "misfit"} == set(figures)
     with torch.no_grad():
@@ -220,7 +214,7 @@ def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
 
 def test_noise_that_collapses_is_warned_of(caplog, tmp_path):
     latents, _ = two_concept_latents(100)
-    _, figures = learn_two_concepts(latents, progress_in(tmp_path), concept_steps=200, kl_weight=1e4)
+    _, figures = learn_two_concepts(latents, checkpoint_in(tmp_path), concept_steps=200, kl_weight=1e4)
     assert max(figures["kl/night"], figures["kl/snow"]) < 0.1
     assert "The noise of ['night', 'snow'] says next to nothing" in caplog.text and "Lower `kl_weight`" in caplog.text
 
@@ -229,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     latents, _ = two_concept_latents(10)
     latents.mean[0, 3] = float("nan")
     with pytest.raises(FloatingPointError, match="concept_learning_rate"):
-        learn_two_concepts(latents, progress_in(tmp_path))
+        learn_two_concepts(latents, checkpoint_in(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -243,16 +237,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_learning_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, posterior_type, moments):
     latents, _ = two_concept_latents(20)
     options = {"concept_steps": 20, "posterior_type": posterior_type}
-    undisturbed, figures = learn_two_concepts(latents, progress_in(tmp_path), **options)
+    undisturbed, figures = learn_two_concepts(latents, checkpoint_in(tmp_path), **options)
     after = torch.rand(1)
     for moment in moments:
         folder = tmp_path / str(moment)
         folder.mkdir()
-        progress = progress_in(folder, stop_at=moment)
-        with progress.stop, pytest.raises(SystemExit):
-            learn_two_concepts(latents, progress, **options)
-        assert progress.stop.asked == moment  # it did not go on for a while
-        module, got = learn_two_concepts(latents, progress_in(folder), **options)
+        checkpoint = checkpoint_in(folder, stop_at=moment)
+        with checkpoint.stop, pytest.raises(SystemExit):
+            learn_two_concepts(latents, checkpoint, **options)
+        assert checkpoint.stop.asked == moment  # it did not go on for a while
+        module, got = learn_two_concepts(latents, checkpoint_in(folder), **options)
         weights = module.state_dict()
         assert not [n for n, weight in undisturbed.state_dict().items() if not torch.equal(weight, weights[n])]
         assert got == figures and torch.equal(torch.rand(1), after)
@@ -260,11 +254,11 @@ def test_learning_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, posterior_
 
 def test_learning_goes_on_from_what_was_kept_last(tmp_path):
     latents, _ = two_concept_latents(20)
-    undisturbed, _ = learn_two_concepts(latents, progress_in(tmp_path, every=5), concept_steps=20)
+    undisturbed, _ = learn_two_concepts(latents, checkpoint_in(tmp_path, every=5), concept_steps=20)
     kept = torch.load(tmp_path / PROGRESS_NAME)
-    assert (kept["stage"], kept["step"]) == ("Learning concepts", 10)
+    assert (kept["stage"], kept["step"]) == ("ALL", 10)
     assert [path.name for path in tmp_path.iterdir()] == [PROGRESS_NAME]
-    module, _ = learn_two_concepts(latents, progress_in(tmp_path, every=5), concept_steps=20)
+    module, _ = learn_two_concepts(latents, checkpoint_in(tmp_path, every=5), concept_steps=20)
     weights = module.state_dict()
     assert not [n for n, weight in undisturbed.state_dict().items() if not torch.equal(weight, weights[n])]
 
@@ -276,7 +270,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     latents, _ = two_concept_latents(20)
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match=r"could not be written .* free some of it"):
-        learn_two_concepts(latents, progress_in(tmp_path), concept_steps=20)
+        learn_two_concepts(latents, checkpoint_in(tmp_path), concept_steps=20)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,9 +1,7 @@
-"""The evaluation script as users run it: once in this process, and once by `accelerate launch` in two processes."""
+"""The evaluation: once in this process, and once as users run the script, by `accelerate launch` in two processes."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +12,15 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_ctx import ComposablePipeline, embedded_base
-from diffusers_ctx.evaluation import kernel_distance, sliced_wasserstein_distance
+from diffusers_ctx.evaluation import EvaluationConfig, Evaluator, kernel_distance, sliced_wasserstein_distance
 from diffusers_ctx.evaluation.features import clip_features
+from diffusers_ctx.keyed_random import keyed_generator
+from diffusers_ctx.pipelines.adapted import load_adapted_pipeline, recorded_base
 
 from .conftest import EVALUATION_SCRIPT, files_in, flags, launch_script
 
 
 PICTURES = ("grid.png", "graph.png", "counterfactuals.png")
-
-
-@pytest.fixture(scope="session")
-def script():
-    specification = importlib.util.spec_from_file_location("evaluate_context_adapter", EVALUATION_SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -68,28 +59,31 @@ def make_options(base_model: Path, output_dir: Path) -> dict:
     }
 
 
-def evaluate(script, adapter: Path, data: Path, options: dict) -> dict:
-    script.Evaluation(script.EvaluationConfig(**options), str(adapter), str(data)).run()
+def evaluate(adapter: Path, data: Path, options: dict) -> dict:
+    config = EvaluationConfig(**options)
+    pipeline, source, fingerprints = load_adapted_pipeline(adapter, config.pretrained_model_name_or_path)
+    pipeline.set_progress_bar_config(disable=True)
+    Evaluator(config, pipeline, str(data), source, fingerprints).run()
     return json.loads((Path(options["output_dir"]) / "results.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def results(script, adapter, held_out, base_model, tmp_path_factory) -> Path:
+def results(adapter, held_out, base_model, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("evaluation") / "results"
-    evaluate(script, adapter, held_out, make_options(base_model, output_dir))
+    evaluate(adapter, held_out, make_options(base_model, output_dir))
     return output_dir
 
 
-def figures_of(folder: Path) -> dict:
+def metrics_of(folder: Path) -> dict:
     results = json.loads((folder / "results.json").read_text())
     return {name: results[name] for name in ("contexts", "concept", "composition", "gap", "counterfactuals", "graph")}
 
 
-def numbers_in(figures: dict | list | float) -> list:
-    """All that is in nested figures, in their order."""
-    if isinstance(figures, dict):
-        figures = list(figures.values())
-    return [number for entry in figures for number in numbers_in(entry)] if isinstance(figures, list) else [figures]
+def numbers_in(metrics: dict | list | float) -> list:
+    """All numbers in nested metrics, in order."""
+    if isinstance(metrics, dict):
+        metrics = list(metrics.values())
+    return [number for entry in metrics for number in numbers_in(entry)] if isinstance(metrics, list) else [metrics]
 
 
 def read(folder: Path) -> np.ndarray:
@@ -115,24 +109,24 @@ def halves_of_the_composition(held_out: Path) -> tuple[np.ndarray, np.ndarray]:
     return images[order[0::2]], images[order[1::2]]
 
 
-def test_the_figures_are_of_samples_and_two_halves_of_the_images(results, held_out):
-    figures = figures_of(results)
-    assert list(figures["contexts"]) == ["obs", "night", "snow", "night+snow"]
-    real, again = halves_of_the_composition(held_out)
-    measured = figures["contexts"]["night+snow"]
+def test_the_metrics_are_of_samples_and_two_halves_of_the_images(results, held_out):
+    metrics = metrics_of(results)
+    assert list(metrics["contexts"]) == ["obs", "night", "snow", "night+snow"]
+    real, real_b = halves_of_the_composition(held_out)
+    measured = metrics["contexts"]["night+snow"]
     assert measured["n"] == 3
-    assert measured["floor"] == pytest.approx(sliced_wasserstein_distance(again, real))
+    assert measured["floor"] == pytest.approx(sliced_wasserstein_distance(real_b, real))
     samples = read(results / "samples" / "night+snow")
     assert measured["swd"] == pytest.approx(sliced_wasserstein_distance(samples, real))
-    assert figures["concept"]["contexts"] == 2 and figures["composition"]["swd"] == measured["swd"]
+    assert metrics["concept"]["contexts"] == 2 and metrics["composition"]["swd"] == measured["swd"]
 
 
-def test_samples_are_those_of_the_pipeline_under_the_interventions(results, script, adapter, base_model):
+def test_samples_are_those_of_the_pipeline_under_the_interventions(results, adapter, base_model):
     pipeline = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
     pipeline.load_context_adapter(adapter)
 
     def sample(context: str, interventions: list[str]) -> np.ndarray:
-        generators = [script.keyed_generator(f"0/{context}/{index}") for index in range(2)]
+        generators = [keyed_generator(0, "samples", context, index) for index in range(2)]
         output = pipeline(
             ["", ""],
             interventions=interventions,
@@ -149,9 +143,9 @@ def test_samples_are_those_of_the_pipeline_under_the_interventions(results, scri
 
 
 def test_counterfactuals_are_of_observational_images(results):
-    figures = figures_of(results)["counterfactuals"]
-    assert figures["n"] == 3 and list(figures["composition"]) == ["0", "1", "10"]
-    assert list(figures["reversibility"]) == list(figures["change"]) == CONCEPTS
+    metrics = metrics_of(results)["counterfactuals"]
+    assert metrics["n"] == 3 and list(metrics["composition"]) == ["0", "1", "10"]
+    assert list(metrics["reversibility"]) == list(metrics["change"]) == CONCEPTS
     there, images = (read(results / "counterfactuals" / name) for name in ("do-snow", "unchanged-0"))
     assert there.shape == (3, 32, 32, 3) and not np.array_equal(there, images)
 
@@ -164,9 +158,9 @@ def test_the_table_and_the_pictures(results, capsys):
     assert counterfactuals.size == (3 * 32, (1 + 2 + 2 * len(CONCEPTS)) * (32 + 14))
 
 
-def test_the_record_names_all_that_the_figures_depend_on(results):
+def test_the_record_names_all_that_the_metrics_depend_on(results):
     record = json.loads((results / "results.json").read_text())
-    assert record["settings"]["pretrained_model_name_or_path"] == "tiny-stable-diffusion"
+    assert record["pretrained_model_name_or_path"] == "tiny-stable-diffusion"
     assert record["settings"]["num_inference_steps"] == 2 and record["settings"]["resolution"] == 32
     assert record["versions"].keys() >= {"diffusers-ctx", "torch", "POT"} and record["num_processes"] == 1
     assert record["graph"]["nodes"] == [*CONCEPTS, "hidden_0", "hidden_1"] and record["adapter_commit"] is None
@@ -200,7 +194,7 @@ def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
 def test_two_processes_that_go_on_find_what_one_did(results, resumed):
     """But for rounding: a batch is divided between them, and so numbers may be added up in another order."""
     assert json.loads((resumed / "results.json").read_text())["num_processes"] == 2
-    assert numbers_in(figures_of(resumed)) == pytest.approx(numbers_in(figures_of(results)), abs=1e-4)
+    assert numbers_in(metrics_of(resumed)) == pytest.approx(numbers_in(metrics_of(results)), abs=1e-4)
     before, after = ({path.relative_to(x) for path in x.rglob("*.png")} for x in (results, resumed))
     assert before == after
     for name in before:
@@ -208,21 +202,21 @@ def test_two_processes_that_go_on_find_what_one_did(results, resumed):
         assert np.abs(former - latter).max() <= 1, name
 
 
-def test_images_that_are_there_are_not_made_again(script, results, adapter, held_out, options):
+def test_images_that_are_there_are_not_made_again(results, adapter, held_out, options):
     shutil.copytree(results, options["output_dir"])
     mark = Path(options["output_dir"]) / "samples" / "snow" / "00000.png"
     Image.new("RGB", (32, 32), "red").save(mark)
     marked = mark.read_bytes()
-    figures = evaluate(script, adapter, held_out, options)["contexts"]
+    metrics = evaluate(adapter, held_out, options)["contexts"]
     assert mark.read_bytes() == marked
-    former = figures_of(results)["contexts"]
-    assert figures["snow"] != former["snow"] and figures["night"] == former["night"]
+    former = metrics_of(results)["contexts"]
+    assert metrics["snow"] != former["snow"] and metrics["night"] == former["night"]
 
 
 # options
 
 
-def test_fewer_samples_no_counterfactuals_and_features_of_clip(script, adapter, held_out, options, tmp_path):
+def test_fewer_samples_no_counterfactuals_and_features_of_clip(adapter, held_out, options, tmp_path):
     clip = tmp_path / "clip"
     torch.manual_seed(0)
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -230,8 +224,8 @@ def test_fewer_samples_no_counterfactuals_and_features_of_clip(script, adapter, 
     CLIPVisionModelWithProjection(config).save_pretrained(clip)
     CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(clip)
     options |= {"max_samples": 2, "num_counterfactuals": 0, "feature_extractor": str(clip)}
-    results = evaluate(script, adapter, held_out, options)
-    assert {figures["n"] for figures in results["contexts"].values()} == {2}
+    results = evaluate(adapter, held_out, options)
+    assert {metrics["n"] for metrics in results["contexts"].values()} == {2}
     assert "counterfactuals" not in results and not (Path(options["output_dir"]) / "counterfactuals.png").exists()
     real, _ = halves_of_the_composition(held_out)
     samples = read(Path(options["output_dir"]) / "samples" / "night+snow")
@@ -239,15 +233,15 @@ def test_fewer_samples_no_counterfactuals_and_features_of_clip(script, adapter, 
     assert results["contexts"]["night+snow"]["kid"] == pytest.approx(kid, rel=1e-4)
 
 
-def test_the_base_is_what_the_adapter_names_where_that_can_be_loaded(script):
+def test_the_base_is_what_the_adapter_names_where_that_can_be_loaded():
     def base(name: str | None, mode: str = "lora") -> str:
-        return script.recorded_base("user/weather", {"base_model_name_or_path": name, "mode": mode})
+        return recorded_base("user/weather", {"base_model_name_or_path": name, "mode": mode})
 
     assert base("embedded_base()") == embedded_base()
     assert base("stable-diffusion-v1-5/stable-diffusion-v1-5") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert base("anything", mode="full") == "user/weather"
     for name in (None, "tiny-stable-diffusion"):
-        with pytest.raises(ValueError, match=f"only as {name!r}; give .*--pretrained_model_name_or_path"):
+        with pytest.raises(ValueError, match=f"only as {name!r}; give .*`pretrained_model_name_or_path`"):
             base(name)
 
 
@@ -255,11 +249,11 @@ def test_the_base_is_what_the_adapter_names_where_that_can_be_loaded(script):
 
 
 @pytest.fixture
-def refuses(script, adapter, held_out, options):
+def refuses(adapter, held_out, options):
     def check(message: str, data: Path = held_out, **changes) -> None:
         before = files_in(Path(options["output_dir"]))
         with pytest.raises(ValueError, match=message):
-            evaluate(script, adapter, data, options | changes)
+            evaluate(adapter, data, options | changes)
         assert files_in(Path(options["output_dir"])) == before
 
     return check
@@ -301,13 +295,13 @@ def test_a_folder_with_other_images(refuses, own_data):
     refuses("holds images and no settings.json that says how they were made", output_dir=str(own_data))
 
 
-def test_samples_of_another_adapter(script, refuses, results, options, adapter, held_out, tmp_path):
+def test_samples_of_another_adapter(refuses, results, options, adapter, held_out, tmp_path):
     shutil.copytree(results, options["output_dir"])
     other = shutil.copytree(adapter, tmp_path / "weather")
     weights = other / "context_adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(ValueError, match=r"`adapter` was '.*' and is"):
-        evaluate(script, other, held_out, options)
+        evaluate(other, held_out, options)
 
 
 def test_samples_of_another_base_of_the_same_name(refuses, results, options, base_model, tmp_path):

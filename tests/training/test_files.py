@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from diffusers_ctx.training.run.files import run_lock
 
-from .conftest import create_trainer, files_in
+from .conftest import create_trainer, encoded_trainer, files_in
 from .test_processes import TRAIN, launch
 
 
@@ -45,9 +44,10 @@ def other_run(folder) -> Iterator[subprocess.Popen]:
         process.kill()
 
 
-def test_another_run_in_the_folder_is_named(folder, other_run):
-    message = rf"Another run is training in .*adapter \(process {other_run.pid} of .*\); wait for it, .* `output_dir`"
-    for _ in range(2):  # who was refused has not wiped out the name
+@pytest.mark.usefixtures("other_run")
+def test_another_run_in_the_folder_is_an_error(folder):
+    message = "Another run is training in .*adapter; wait for it, .* `output_dir`"
+    for _ in range(2):  # the one that was refused has not freed the lock
         with pytest.raises(OSError, match=message), run_lock(folder):
             pytest.fail("two runs were let in")
 
@@ -57,16 +57,16 @@ def test_what_a_killed_run_held_is_free(folder, other_run):
     other_run.wait()
     assert files_in(folder)  # it could not clean up
     with run_lock(folder):
-        assert f"process {os.getpid()} of" in files_in(folder)[".training.lock"].decode()
+        assert files_in(folder)
     assert files_in(folder) == {}
 
 
 def test_trainers_of_one_process_share_the_folder(options, folder):
-    forgotten = create_trainer(options)
-    create_trainer(options).train()
-    assert (folder / ".training.lock").exists()  # one is still there
-    del forgotten
-    gc.collect()
+    waiting = create_trainer(options)
+    waiting.load()
+    with waiting.open():
+        create_trainer(options).train()
+        assert (folder / ".training.lock").exists()  # one still holds it
     assert not (folder / ".training.lock").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_file_system_that_cannot_lock_is_warned_of(folder, monkeypatch, caplog
     monkeypatch.setattr(fcntl, "flock", flock)
     with run_lock(folder):
         pass
-    assert re.search("adapter cannot be locked .*see to it that no other run trains", caplog.text)
+    assert re.search("adapter cannot be locked .*make sure that no other run trains", caplog.text)
     assert files_in(folder) == {}
 
 
@@ -85,7 +85,7 @@ def test_a_file_system_that_cannot_lock_is_warned_of(folder, monkeypatch, caplog
 def test_a_second_run_leaves_alone_what_the_first_is_writing(options, folder):
     (folder / "unfinished-checkpoint-2").mkdir()
     with pytest.raises(OSError, match="Another run is training"):
-        create_trainer(options)
+        encoded_trainer(options)
     assert (folder / "unfinished-checkpoint-2").exists()
 
 

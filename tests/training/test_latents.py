@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
 from diffusers_ctx.training.diffusion.timesteps import sample_timesteps
+from diffusers_ctx.training.encoding.images import ImageTransform
 from diffusers_ctx.training.encoding.latent_cache import cached
-from diffusers_ctx.training.encoding.latents import ContextLatents, ImageTransform, encode_images
+from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches, encode_images
 from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
 
@@ -106,7 +107,8 @@ def test_encoding_is_the_autoencoders_scaled(plain_pipeline, dataset, random_fli
             torch.testing.assert_close(latents.mean[view, row], posterior.mean[0].detach() * 0.18215)
             torch.testing.assert_close(latents.std[view, row], posterior.std[0].detach() * 0.18215)
     assert len(latents) == 5 and latents.contexts == ["obs", "night", "obs", "snow", "night"]
-    assert latents[3]["index"] == 3 and latents[3]["caption"] == "d" and latents[3]["mask"].tolist() == [0, 1]
+    one = latents.mean_batch(torch.tensor([3]))
+    assert one.captions == ["d"] and one.mask.tolist() == [[0, 1]] and torch.equal(one.latents, latents.mean[0, [3]])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -175,7 +177,7 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
     features = plain_pipeline.image_features("unet")
     size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8)  # of latents and features, by hand
     have(size - 1)
-    message = r"`cache_dir` .* GB free, and what is encoded takes .*; free some, choose another `cache_dir`"
+    message = r"`cache_dir` .* GB free, and encoded data takes .*; free some, choose another `cache_dir`"
     with pytest.raises(OSError, match=message):
         encode_all()
     assert list(tmp_path.iterdir()) == []
@@ -212,15 +214,43 @@ def test_images_in_files_are_known_by_their_content_and_not_their_name(plain_pip
 
 def test_draws_are_mean_plus_std_times_noise_of_the_view_that_the_coin_chose():
     mean, std = torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3, 4, 2, 2)
+    features, masks = torch.randn(2, 3, 5, 1, 1), torch.eye(3)
     geometry = torch.arange(36).view(2, 3, 6)
-    latents = ContextLatents(mean, std, torch.zeros(3, 1), ["obs"] * 3, [""] * 3, geometry)
-    indices, noise, coin = torch.tensor([2, 0, 2]), torch.randn(3, 4, 2, 2), torch.tensor([0.1, 0.9, 0.5])
-    drawn = latents.draw(indices, noise, coin)
-    for row, (view, index) in enumerate([(0, 2), (1, 0), (1, 2)]):
-        torch.testing.assert_close(drawn[row], mean[view, index] + std[view, index] * noise[row])
-        assert torch.equal(latents.geometry_of(indices, coin)[row], geometry[view, index])
-    unflipped = ContextLatents(mean[:1], std[:1], torch.zeros(3, 1), ["obs"] * 3, [""] * 3, geometry)
-    torch.testing.assert_close(unflipped.draw(indices, noise, coin)[1], mean[0, 0] + std[0, 0] * noise[1])
+    latents = ContextLatents(mean, std, masks, ["obs"] * 3, list("abc"), geometry, features)
+    rows = torch.tensor([2, 0, 2, 1])
+    random = KeyedNoise(0, "test", 0)
+    noise, views = random.normal(4, 4, 2, 2), (random.uniform(4) >= 0.5).long()
+    assert len(views.unique()) == 2
+    batch = latents.batch(rows, KeyedNoise(0, "test", 0))
+    for place, (view, row) in enumerate(zip(views, rows)):
+        torch.testing.assert_close(batch.latents[place], mean[view, row] + std[view, row] * noise[place])
+        assert torch.equal(batch.geometry[place], geometry[view, row])
+        assert torch.equal(batch.features[place], features[view, row]) and torch.equal(batch.mask[place], masks[row])
+    assert batch.captions == ["c", "a", "c", "b"] and torch.equal(batch.posterior_input, batch.features)
+    unflipped = ContextLatents(mean[:1], std[:1], masks, ["obs"] * 3, list("abc"), geometry[:1])
+    batch = unflipped.batch(rows, KeyedNoise(0, "test", 0))
+    torch.testing.assert_close(batch.latents, mean[0, rows] + std[0, rows] * noise)
+    assert batch.features is None and batch.posterior_input is batch.latents
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_processes_share_the_global_batches_and_may_begin_anywhere(num_processes):
+    n, batch_size = 7, 2
+    numbered = torch.arange(n, dtype=torch.float32).view(1, n, 1, 1, 1)
+    contexts = ["obs"] * 4 + ["night"] * 3
+    latents = ContextLatents(
+        numbered, torch.zeros_like(numbered), torch.zeros(n, 1), contexts, [""] * n, torch.zeros(1, n, 6)
+    )
+
+    def rows(size: int, index: int, count: int, start: int = 0) -> list[list[int]]:
+        batches = LatentBatches(latents, size, 5, index, count).batches(start)
+        return [next(batches)[0].latents.flatten().int().tolist() for _ in range(6)]
+
+    whole = rows(batch_size * num_processes, 0, 1)
+    shares = [rows(batch_size, index, num_processes) for index in range(num_processes)]
+    assert whole == [[row for part in parts for row in part] for parts in zip(*shares)]
+    assert rows(batch_size, 0, num_processes, start=4)[:2] == shares[0][4:]
+    assert all(sorted(contexts[row] for row in batch).count("obs") == len(batch) // 2 for batch in whole)
 
 
 # random numbers
@@ -231,25 +261,26 @@ def draws(noise: KeyedNoise, batch_size: int) -> list[torch.Tensor]:
 
 
 def test_the_shares_of_processes_make_up_what_one_process_draws():
-    whole = draws(KeyedNoise(seed=5, step=7), 8)
-    for num_processes in (2, 4):
-        shares = [draws(KeyedNoise(5, 7, index, num_processes), 8 // num_processes) for index in range(num_processes)]
-        for one, parts in zip(whole, zip(*shares)):
-            assert torch.equal(torch.cat(parts), one)
+    whole = draws(KeyedNoise(5, "a", 7), 8)
+    for count in (2, 4):
+        parts = [KeyedNoise(5, "a", 7, process_index=index, num_processes=count) for index in range(count)]
+        shares = [draws(part, 8 // count) for part in parts]
+        for one, several in zip(whole, zip(*shares)):
+            assert torch.equal(torch.cat(several), one)
 
 
-def test_numbers_depend_on_seed_and_step_and_on_nothing_else():
-    first = draws(KeyedNoise(5, 7), 8)
+def test_numbers_depend_on_seed_stream_and_step_and_on_nothing_else():
+    first = draws(KeyedNoise(5, "a", 7), 8)
     torch.randn(100)
-    draws(KeyedNoise(5, 6), 3)
-    assert all(map(torch.equal, draws(KeyedNoise(5, 7), 8), first))
-    for other in (KeyedNoise(5, 8), KeyedNoise(6, 7), KeyedNoise(5, -8), KeyedNoise(5, -7)):
+    draws(KeyedNoise(5, "a", 6), 3)
+    assert all(map(torch.equal, draws(KeyedNoise(5, "a", 7), 8), first))
+    for other in (KeyedNoise(5, "a", 8), KeyedNoise(6, "a", 7), KeyedNoise(5, "b", 7), KeyedNoise(5, "a7")):
         assert not any(map(torch.equal, draws(other, 8), first))
     assert not torch.equal(first[0][:, 0, 0], first[2])
 
 
 def test_numbers_have_the_laws_that_they_are_named_after():
-    noise = KeyedNoise(0, 0)
+    noise = KeyedNoise(0, "a", 0)
     normal, uniform = noise.normal(20_000), noise.uniform(20_000)
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
     assert 0 <= uniform.min() and uniform.max() < 1
@@ -265,7 +296,7 @@ def test_numbers_have_the_laws_that_they_are_named_after():
     ],
 )
 def test_timesteps_follow_their_law(sampling, distribution):
-    timesteps = sample_timesteps(KeyedNoise(0, 0).uniform(50_000), sampling, 1000)
+    timesteps = sample_timesteps(KeyedNoise(0, "a", 0).uniform(50_000), sampling, 1000)
     assert timesteps.dtype == torch.int64 and 0 <= timesteps.min() and timesteps.max() <= 999
     for place in (0.1, 0.3, 0.5, 0.8, 0.95):
         assert abs((timesteps < 1000 * place).double().mean() - distribution(place)) < 0.01

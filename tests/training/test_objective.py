@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from diffusers_ctx import ContextModule
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
-from diffusers_ctx.training.diffusion.objective import DiffusionObjective
+from diffusers_ctx.training.diffusion.objective import DiffusionObjective, Draws
+from diffusers_ctx.training.encoding.batch import Batch
 
 
 def with_module(unet: UNet2DConditionModel, context_module: ContextModule) -> UNet2DConditionModel:
@@ -25,6 +26,7 @@ def unet(plain_pipeline, context_module):
 
 @pytest.fixture
 def batch(context_module) -> dict:
+    """By the names of what a step is made of; see `loss_of`."""
     torch.manual_seed(4)
     return {
         "latents": torch.randn(4, 4, 16, 16),
@@ -34,6 +36,11 @@ def batch(context_module) -> dict:
         "timesteps": torch.tensor([0, 37, 500, 999]),
         "eps": torch.randn(4, *context_module.noise_shape),
     }
+
+
+def loss_of(objective: DiffusionObjective, one: dict) -> torch.Tensor:
+    images = Batch(one["latents"], None, one["mask"], torch.zeros(len(one["mask"]), 6), [])
+    return objective(images, Draws(one["noise"], one["timesteps"], one["eps"]), one["conditions"])
 
 
 def row_of(batch: dict, row: int) -> dict:
@@ -67,7 +74,7 @@ def signal_levels(zero_snr: bool) -> np.ndarray:
 def test_the_loss_is_the_formula(unet, context_module, batch, prediction_type, zero_snr, snr_gamma):
     scheduler = make_scheduler(prediction_type, zero_snr)
     with torch.no_grad():
-        loss = DiffusionObjective(unet, context_module, scheduler, snr_gamma)(**batch).item()
+        loss = loss_of(DiffusionObjective(unet, scheduler, snr_gamma), batch).item()
 
     losses = []
     for row in range(4):
@@ -105,12 +112,12 @@ def test_rows_do_not_mix_and_each_is_told_what_the_posterior_drew(plain_pipeline
     for parameter in module.mechanism.parameters():
         torch.nn.init.normal_(parameter)
     unet = with_module(plain_pipeline.unet, module)
-    objective = DiffusionObjective(unet, module, make_scheduler("v_prediction", True))
+    objective = DiffusionObjective(unet, make_scheduler("v_prediction", True))
     with torch.no_grad():
-        together = objective(**batch)
-        apart = [objective(**row_of(batch, row)) for row in range(4)]
-        other_noise = objective(**(batch | {"eps": batch["eps"].flip(0)}))
-        other_context = objective(**(batch | {"mask": batch["mask"].flip(0)}))
+        together = loss_of(objective, batch)
+        apart = [loss_of(objective, row_of(batch, row)) for row in range(4)]
+        other_noise = loss_of(objective, batch | {"eps": batch["eps"].flip(0)})
+        other_context = loss_of(objective, batch | {"mask": batch["mask"].flip(0)})
     torch.testing.assert_close(together, torch.stack(apart).mean())
     assert (other_noise - together).abs() > 1e-5
     # an inverse posterior reads the same values off an image in every context
@@ -118,11 +125,11 @@ def test_rows_do_not_mix_and_each_is_told_what_the_posterior_drew(plain_pipeline
 
 
 def test_gradients_reach_the_adapter_and_the_module_is_saved_once(unet, context_module, batch):
-    objective = DiffusionObjective(unet, context_module, make_scheduler("v_prediction", True))
+    objective = DiffusionObjective(unet, make_scheduler("v_prediction", True))
     names = [name for name, _ in objective.named_parameters(remove_duplicate=False)]
     assert len(names) == len(set(names)) and sum("read_out" in name for name in names) == len(
         list(context_module.read_out.parameters())
     )
-    objective(**batch).backward()
+    loss_of(objective, batch).backward()
     learning = [*context_module.read_out.parameters(), *context_attention_layers(unet).parameters()]
     assert all(parameter.grad.abs().max() > 0 for parameter in learning)

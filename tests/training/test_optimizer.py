@@ -8,7 +8,7 @@ import torch
 from diffusers_ctx.training.config import OptimizationConfig
 from diffusers_ctx.training.diffusion.optimizer import check_optimizer, create_optimizer, create_schedule
 
-from .conftest import create_trainer
+from .conftest import create_stage, encoded_trainer
 
 
 def parameter() -> torch.nn.Parameter:
@@ -56,23 +56,20 @@ def test_schedules_but_the_constant_one_warm_up(warm_up, steps):
 def test_a_missing_package_is_named_before_anything_is_written(options, tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=f"pip install {package}"):
-        create_trainer(options | {"optimizer": name})
+        encoded_trainer(options | {"optimizer": name})
     assert not (tmp_path / "adapter").exists()
 
 
 def test_options_that_cannot_work_are_refused(options):
-    with pytest.raises(ValueError, match="choose one of"):
-        create_trainer(options | {"optimizer": "sgd"})
     pytest.importorskip("prodigyopt")
     with pytest.raises(ValueError, match="set it to 1"):
-        create_trainer(options | {"optimizer": "prodigy", "learning_rate": 1e-4})
+        encoded_trainer(options | {"optimizer": "prodigy", "learning_rate": 1e-4})
 
 
 def test_what_the_schedule_refuses_is_found_before_anything_is_encoded(options, tmp_path):
     changes = {"lr_scheduler": "polynomial", "learning_rate": 5e-8}  # which ends at 1e-7
     with pytest.raises(ValueError, match=r"The optimizer or its schedule cannot work .* must be smaller than initial"):
-        create_trainer(options | changes)
+        encoded_trainer(options | changes)
     assert not (tmp_path / "adapter").exists()
-    trainer = create_trainer(options | changes | {"scale_lr": True})  # by the batch size of 4
-    trainer._prepare_training()
-    assert trainer.schedule.get_last_lr() == [pytest.approx(2e-7)]
+    stage = create_stage(encoded_trainer(options | changes | {"scale_lr": True}))  # by the batch size of 4
+    assert stage.schedule.get_last_lr() == [pytest.approx(2e-7)]

@@ -13,9 +13,10 @@ from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import context_attention_layers
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 from diffusers_ctx.training.diffusion.validation import validation_losses
-from diffusers_ctx.training.encoding.latents import ImageTransform
+from diffusers_ctx.training.encoding.images import ImageTransform, load_images
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
-from .conftest import create_trainer, flags, launch, make_options
+from .conftest import create_stage, create_trainer, encoded_trainer, flags, launch, load_trainer, make_options
 from .test_training_script import weights_of
 
 
@@ -44,7 +45,7 @@ def load(base: Path, adapter: Path) -> ComposablePipeline:
 
 def assert_sees_what_training_saw(pipeline: DiffusionPipeline, trainer: ContextTrainer) -> None:
     """On training images, flipped ones too: features, and the noise that they are explained by."""
-    dataset, transform = trainer._load_dataset(), ImageTransform(32, trainer.config.data.center_crop, seed=0)
+    dataset, transform = load_images(trainer.config), ImageTransform(32, trainer.config.data.center_crop, seed=0)
     rows = range(0, len(dataset), 5)
     pixels = torch.stack([transform(dataset[row]["image"], row) for row in rows])
     views = [pixels, pixels.flip(-1)][: len(trainer.latents.mean)]
@@ -81,16 +82,15 @@ def test_features_and_noise_are_those_of_training(options, encoders, base_model,
 
 
 def test_the_loss_on_held_out_images_is_given_their_features(options, encoders):
-    trainer = create_trainer(options | encoders["unet"] | {"validation_images": 2, "mode": "frozen"})
-    assert trainer._image_features is None  # no longer needed
+    trainer = encoded_trainer(options | encoders["unet"] | {"validation_images": 2, "mode": "frozen"})
     held_out = trainer.validator.held_out
     assert held_out.features.shape == (1, 6, 16, 8, 8)
-    trainer._prepare_training()
+    stage = create_stage(trainer)
     for layer in context_attention_layers(trainer.pipeline.unet).values():
         torch.nn.init.normal_(layer["value"].weight)  # zeros at first: tokens would not matter
 
     def losses() -> dict[str, float]:
-        return validation_losses(trainer.objective, trainer.pipeline, held_out, batch_size=4, stop=trainer.stop)
+        return validation_losses(stage.objective, trainer.pipeline, held_out, batch_size=4, stop=trainer.stop)
 
     before = losses()
     held_out.features = held_out.features[:, [1, 0, 2, 3, 4, 5]]
@@ -109,11 +109,9 @@ def test_features_and_noise_are_those_of_training_with_xl(xl_base_model, photos,
 
 
 def test_flipped_images_have_features_of_their_own(options, encoders):
-    trainer = create_trainer(options | encoders["unet"] | {"random_flip": True})
-    trainer._prepare_training()
-    batch = next(iter(trainer.loader))
-    latents, *_, features = trainer._step_inputs(0, batch)
-    kept, rows = trainer.latents, batch["index"]
+    kept, rows = encoded_trainer(options | encoders["unet"] | {"random_flip": True}).latents, torch.arange(6)
+    batch = kept.batch(rows, KeyedNoise(0, "test", 0))
+    latents, features = batch.latents, batch.features
     drawn = [(features[place] - kept.features[:, row]).flatten(1).norm(dim=1) for place, row in enumerate(rows)]
     views = torch.stack(drawn).argmin(dim=1)
     assert (torch.stack(drawn).min(dim=1).values == 0).all() and len(views.unique()) == 2
@@ -128,14 +126,14 @@ def test_features_are_cached_with_what_made_them(options, encoders, tmp_path):
     def files() -> set[Path]:
         return set((tmp_path / "cache").rglob("latents-*"))
 
-    create_trainer(cached)
+    encoded_trainer(cached)
     of_latents = files()
-    first = create_trainer(cached | encoders["unet"]).latents.features
+    first = encoded_trainer(cached | encoders["unet"]).latents.features
     assert len(files()) == 2
-    assert torch.equal(create_trainer(cached | encoders["unet"]).latents.features, first)
-    assert create_trainer(cached).latents.features is None
+    assert torch.equal(encoded_trainer(cached | encoders["unet"]).latents.features, first)
+    assert encoded_trainer(cached).latents.features is None
     assert len(files()) == 2 and of_latents < files()
-    assert create_trainer(cached | encoders["clip"]).latents.features.shape == (1, 18, 8, 4, 4)
+    assert encoded_trainer(cached | encoders["clip"]).latents.features.shape == (1, 18, 8, 4, 4)
     assert len(files()) == 3
 
 
@@ -148,7 +146,7 @@ def test_a_run_that_is_resumed_learns_the_same(options, encoders, tmp_path):
     assert any(name.endswith("encoder.layers.0.std") for name in expected)
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="`posterior_encoder` was unet and is vae"):
-        create_trainer(options | other | {"posterior_encoder": "vae"})
+        load_trainer(options | other | {"posterior_encoder": "vae"})
 
 
 def test_two_processes_learn_what_one_does(options, encoders, tmp_path):
@@ -209,7 +207,7 @@ def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip)
     assert config["posterior_encoder"] == "clip" and config["posterior_encoder_model"] is None
     with pytest.raises(ValueError, match="has an image encoder of its own; leave out `posterior_encoder_model`"):
         both = given | {"posterior_encoder_model": str(clip), "output_dir": options["output_dir"] + "2"}
-        ContextTrainer(parse_training_config(flags(options | both)), own)
+        ContextTrainer(parse_training_config(flags(options | both)), own).load()
     with pytest.raises(ValueError, match="load one that has it as component `image_encoder`"):
         load(base_model, adapter).infer_exogenous_noise(torch.rand(1, 3, 32, 32))
 
@@ -224,6 +222,6 @@ def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip)
     ],
 )
 def test_by_default_the_posterior_reads_features_where_there_are_any(options, changes, expected):
-    trainer = create_trainer(options | changes)
+    trainer = encoded_trainer(options | changes)
     assert trainer.context_module.config.posterior_encoder == expected
     assert (trainer.latents.features is None) == (expected == "vae")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from diffusers_ctx.training import parse_training_config
 from diffusers_ctx.training.checks import check_accelerator
 
-from .conftest import SCRIPT, SCRIPTS, accelerate_launch, create_trainer, flags, make_options
+from .conftest import SCRIPT, SCRIPTS, accelerate_launch, create_trainer, encoded_trainer, flags, make_options
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
@@ -149,7 +149,7 @@ def test_a_run_with_shards_goes_on_from_its_checkpoint(whole_and_sharded, tmp_pa
 def test_without_shards_it_cannot_go_on_from_there(whole_and_sharded):
     changes = {"resume_from_checkpoint": str(whole_and_sharded.sharded / "checkpoint-2"), "train_batch_size": 4}
     with pytest.raises(ValueError, match=r"checkpoint-2 was made with FSDP or DeepSpeed; resume with the Accelerate"):
-        create_trainer(whole_and_sharded.options | changes)
+        encoded_trainer(whole_and_sharded.options | changes)
 
 
 def test_a_whole_unet_of_shards_is_saved(base_model, photos, tmp_path):
@@ -204,7 +204,7 @@ def accelerator_with(
     [
         ({"fsdp_version": 1}, {}, 2, "With FSDP, set `fsdp_version` to 2"),
         ({"auto_wrap_policy": size_based_auto_wrap_policy}, {}, 2, "set `fsdp_auto_wrap_policy` to TRANSFORMER"),
-        ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` in the place of"),
+        ({"activation_checkpointing": True}, {}, 2, "give `--gradient_checkpointing` instead of"),
         ({}, {"optimizer": "adamw_8bit"}, 2, "set `optimizer` to adamw"),
         ({}, {"train_text_encoder": True}, 2, "leave out `train_text_encoder`"),
         ({}, {"validation_prompt": "a street"}, 2, "leave out `validation_prompt`"),

@@ -20,7 +20,7 @@ from diffusers_ctx.training.run.checkpoints import list_checkpoints
 from diffusers_ctx.training.run.concept_checkpoint import PROGRESS_NAME
 from diffusers_ctx.training.run.stop_signals import StopSignals
 
-from .conftest import SCRIPT, create_trainer, flags, make_options
+from .conftest import SCRIPT, create_trainer, flags, load_trainer, make_options
 from .test_training_script import weights_of
 
 
@@ -102,9 +102,9 @@ def test_a_signal_while_the_concepts_are_learned_saves_what_they_have_come_to(
     assert f"`kill -INT {process.pid}` where a launcher has ended, stops it at once" in errors
     assert not list_checkpoints(folder)
     with pytest.raises(ValueError, match=re.escape(PROGRESS_NAME)):
-        create_trainer(options | {"resume_from_checkpoint": None})
+        load_trainer(options | {"resume_from_checkpoint": None})
     with pytest.raises(ValueError, match="`seed` was 0 and is 1"):
-        create_trainer(options | {"seed": 1})
+        load_trainer(options | {"seed": 1})
     finish_and_compare(options, undisturbed, folder)
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ctx.training.encoding.latents import ImageTransform, encode_images
-from diffusers_ctx.training.encoding.streaming import StreamedBatches
+from diffusers_ctx.training.encoding.images import ImageTransform
+from diffusers_ctx.training.encoding.latents import encode_images
+from diffusers_ctx.training.encoding.streaming import StreamedBatches, open_images
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
-from .conftest import create_trainer, files_in, make_options
+from .conftest import create_trainer, encoded_trainer, files_in, load_trainer, make_options
 from .test_processes import TRAIN, launch
 from .test_training_script import weights_of
 
@@ -49,27 +51,26 @@ def custom_states(checkpoint: Path) -> list[dict]:
 
 
 def test_contexts_are_balanced_and_images_their_own(options, shards, photos):
-    trainer = create_trainer(options | STREAMED | NAMED | {"dataset_name": str(shards), "train_batch_size": 6})
+    trainer = encoded_trainer(options | STREAMED | NAMED | {"dataset_name": str(shards), "train_batch_size": 6})
     assert len(trainer.latents) == 12 and trainer.concepts == ["night", "snow"]  # the concepts' images
     context_of = {(0, 0): "obs", (1, 0): "night", (0, 1): "snow"}
     names = {"obs": set(), "night": set(), "snow": set()}
-    for number, batch in islice(trainer.stream.batches(0), 8):
-        contexts = [context_of[tuple(map(int, mask))] for mask in batch["mask"]]
+    for number, images in enumerate(islice(trainer.batches.images(0), 8)):
+        contexts = [context_of[tuple(map(int, mask))] for mask in images.mask]
         assert sorted(contexts) == ["night", "night", "obs", "obs", "snow", "snow"]
-        for row, (context, caption) in enumerate(zip(contexts, batch["caption"])):
+        for row, (context, caption) in enumerate(zip(contexts, images.captions)):
             index = caption.removeprefix("a street number ")
             names[context].add(index)
             with Image.open(photos / context / f"{index}.png") as image:
                 transform = ImageTransform(32, False, 0)
-                torch.testing.assert_close(batch["images"].pixels[row], transform(image, number * 6 + row))
+                torch.testing.assert_close(images.pixels[row], transform(image, number * 6 + row))
     assert {context: len(seen) for context, seen in names.items()} == {"night": 6, "obs": 7, "snow": 5}
 
 
 def test_images_are_encoded_as_those_up_front_are(options, shards):
     changes = {"dataset_name": str(shards), "random_flip": True, "train_batch_size": 5}
-    trainer = create_trainer(options | STREAMED | NAMED | changes)
-    _, batch = next(trainer.stream.batches(0))
-    images = batch["images"]
+    trainer = encoded_trainer(options | STREAMED | NAMED | changes)
+    images = next(trainer.batches.images(0))
     pictures = [
         Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8))
         for pixels in images.pixels
@@ -79,9 +80,11 @@ def test_images_are_encoded_as_those_up_front_are(options, shards):
     transform = ImageTransform(32, True, 0)
     vae = trainer.pipeline.vae
     latents = encode_images(vae, dataset, torch.zeros(5, 2), transform, random_flip=True, show_progress=False)
-    rows, flip, noise = torch.tensor([3, 0, 4]), torch.tensor([0.2, 0.7, 0.5]), torch.randn(3, 4, 16, 16)
-    torch.testing.assert_close(images.draw(rows, noise, flip), latents.draw(rows, noise, flip), atol=1e-5, rtol=1e-5)
-    left, mirrored = images.geometry_of(rows, torch.zeros(3)), images.geometry_of(rows, torch.ones(3) * 0.9)
+    key = (0, "test", 0)
+    drawn = images.encode(vae, KeyedNoise(*key))
+    expected = latents.batch(torch.arange(5), KeyedNoise(*key))
+    torch.testing.assert_close(drawn.latents, expected.latents, atol=1e-5, rtol=1e-5)
+    left, mirrored = images.geometry
     assert torch.equal(left[:, [0, 1, 2, 4, 5]], mirrored[:, [0, 1, 2, 4, 5]])
     width = 40 * 32 / 36  # of the resized image
     assert ((left[:, 3] + mirrored[:, 3] - (width - 32)).abs() <= 1).all()
@@ -186,10 +189,10 @@ def test_two_processes_see_other_images_and_can_go_on(base_model, shards, tmp_pa
     assert min(map(len, first_epoch)) >= 4 and not first_epoch[0] & first_epoch[1]
 
     (place,) = [state for state in custom_states(tmp_path / "adapter" / "checkpoint-1") if "places" in state]
-    trainer = create_trainer(options | {"output_dir": str(tmp_path / "other")})
+    trainer = load_trainer(options | {"output_dir": str(tmp_path / "other")})
     for index in range(2):
         batches = StreamedBatches(
-            trainer._images,
+            open_images(trainer.config),
             place["contexts"],
             trainer.concepts,
             trainer.pipeline.vae,
@@ -198,7 +201,7 @@ def test_two_processes_see_other_images_and_can_go_on(base_model, shards, tmp_pa
             SimpleNamespace(process_index=index, num_processes=2),
         )
         batches.load_state_dict(place)
-        captions = [caption for _, batch in islice(batches.batches(1), 2) for caption in batch["caption"]]
+        captions = [caption for images in islice(batches.images(1), 2) for caption in images.captions]
         assert [line.split("/")[1] for line in seen[index][2:6]] == [caption.split()[-1] for caption in captions]
 
 
@@ -210,7 +213,7 @@ def refuses(options, tmp_path):
     def check(message: str, **changes) -> None:
         before = files_in(tmp_path)
         with pytest.raises(ValueError, match=message):
-            create_trainer(options | STREAMED | changes)
+            load_trainer(options | STREAMED | changes)
         assert files_in(tmp_path) == before
 
     return check
@@ -221,13 +224,13 @@ def refuses(options, tmp_path):
     [
         (
             {"max_train_steps": None},
-            "With `streaming`, set `max_train_steps`: how many images an epoch has is not known",
+            "With `streaming`, set `max_train_steps`: the number of images in an epoch is not known",
         ),
         ({"cache_latents": True}, "With `streaming`, leave out `cache_latents`"),
         ({"posterior_encoder": "unet"}, "With `streaming`, set `posterior_encoder` to vae"),
         ({"posterior_encoder_model": "clip"}, "With `streaming`, set `posterior_encoder` to vae"),
         ({"validation_images": 1}, "With `streaming`, leave out `validation_images`"),
-        ({"max_train_samples": 3}, "give `streaming_concept_images` in the place of `max_train_samples`"),
+        ({"max_train_samples": 3}, "give `streaming_concept_images` instead of `max_train_samples`"),
         ({"streaming_concept_images": 0}, "`streaming_concept_images` is 0; it must be 1 or more"),
         ({"concepts": ["sleet"]}, r"`concepts` is \['sleet'\]; choose one or more of \['night', 'snow'\]"),
         ({"obs_context": "plain"}, "no observational context 'plain'; found"),
@@ -250,9 +253,10 @@ def test_an_image_that_cannot_be_read_among_the_first(refuses, photos, tmp_path)
 
 def test_an_image_that_cannot_be_read_later_stops_the_run(options, photos, tmp_path):
     source = shutil.copytree(photos, tmp_path / "photos")
-    trainer = create_trainer(options | STREAMED | {"train_data_dir": str(source), "max_train_steps": 20})
+    trainer = encoded_trainer(options | STREAMED | {"train_data_dir": str(source), "max_train_steps": 20})
     for file in (source / "night").glob("*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"An image of the stream cannot be read: .*night/\d\.png"):
-        trainer.train()
+        trainer.learn_concepts()
+        trainer.learn_adapter()
     assert not (tmp_path / "adapter" / "README.md").exists()

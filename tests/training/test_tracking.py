@@ -100,7 +100,7 @@ def test_a_tracker_that_refuses_does_so_before_anything_is_encoded(options, monk
     monkeypatch.setattr(trainer, "create_accelerator", create)
     monkeypatch.setattr(trainer, "encode_images", lambda *_, **__: pytest.fail("images were encoded"))
     with pytest.raises(RuntimeError, match=r"No API key configured.*log in to the tracker, or choose another one"):
-        create_trainer(options)
+        create_trainer(options).train()
 
 
 def test_wandb_has_the_axes_as_metrics():

@@ -1,9 +1,6 @@
-"""What cannot work stops before anything is computed or written, with one message that names the mend."""
+"""What cannot work stops before anything is computed or written, with one message that names the fix."""
 
-import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.training import TrainingConfig, check_base_model, parse_training_config
-from diffusers_ctx.training.run.record import flatten_options
 
-from .conftest import SCRIPT, XL_SCRIPT, create_trainer, files_in, flags
+from .conftest import create_stage, create_trainer, encoded_trainer, files_in
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
@@ -36,20 +31,20 @@ def refuses(options, tmp_path):
     def check(error: type[Exception], message: str, **changes) -> None:
         before = files_in(tmp_path)
         with pytest.raises(error, match=message):
-            create_trainer(options | changes)
+            encoded_trainer(options | changes)
         assert files_in(tmp_path) == before
 
     return check
 
 
 def test_the_same_options_unspoilt_are_accepted(options):
-    trainer = create_trainer(options)
+    trainer = encoded_trainer(options)
     assert trainer.max_train_steps == 2 and len(trainer.latents) == 18
 
 
 def test_what_was_found_is_printed(options, own_photos, capsys):
     (own_photos / "snow" / "metadata.csv").unlink()
-    create_trainer(options | {"concepts": ["snow", "night"], "validation_images": 1})
+    encoded_trainer(options | {"concepts": ["snow", "night"], "validation_images": 1})
     line = "Images (captions) by context: night 6 (6), obs 7 (7), snow 5 (0). Concepts: snow, night.\n"
     assert line in capsys.readouterr().out
 
@@ -67,7 +62,7 @@ def test_an_unreadable_image(refuses, own_photos, options):
     path.write_bytes(path.read_bytes()[:100])
     refuses(ValueError, r"1 of 18 images cannot be read: .*snow/3\.png.*skip_unreadable")
     with pytest.warns(UserWarning, match=r"snow/3\.png.*left out"):
-        assert len(create_trainer(options | {"skip_unreadable": True}).latents) == 17
+        assert len(encoded_trainer(options | {"skip_unreadable": True}).latents) == 17
 
 
 def test_an_empty_context(refuses, own_photos):
@@ -108,38 +103,8 @@ def test_too_few_epochs_for_one_step(refuses):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "frosen"}, "Unknown mode 'frosen'; choose frozen, lora or full"),
-        ({"mode": "frozen", "train_text_encoder": True}, "mode frozen has none; choose mode lora"),
-        ({"mode": "full", "train_text_encoder": True}, "`train_text_encoder` .* mode full has none; choose mode lora"),
         ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
-        ({"train_batch_size": 0}, "`train_batch_size` is 0"),
-        ({"concept_steps": 1}, "`concept_steps` is 1; it must be 2 or more"),
-        ({"proportion_empty_prompts": 1.5}, "`proportion_empty_prompts` is 1.5; it is a share in"),
-        ({"kl_warmup_steps": 0}, "`kl_warmup_steps` is 0"),
-        ({"kl_weight": -1.0}, "`kl_weight` is -1.0; it must be 0 or more"),
-        ({"num_hidden_factors": -1}, "`num_hidden_factors` is -1; it must be 0 or more"),
-        ({"concept_learning_rate": 0.0}, "`concept_learning_rate` is 0.0; it must be above 0"),
-        ({"learning_rate": 0.0}, "`learning_rate` is 0.0; it must be above 0"),
-        ({"learning_rate": "nan"}, "`learning_rate` is nan; it must be above 0"),
-        ({"learning_rate": "inf"}, "`learning_rate` is inf; it must be finite"),
-        ({"noise_offset": "nan"}, "`noise_offset` is nan; it must be finite"),
-        ({"validation_guidance_scale": "nan"}, "`validation_guidance_scale` is nan; it must be finite"),
-        ({"max_grad_norm": "nan"}, "`max_grad_norm` is nan; it must be above 0"),
-        ({"seed": 2**32}, "`seed` is 4294967296; it must be 4294967295 or less"),
-        ({"snr_gamma": -5.0}, "`snr_gamma` is -5.0; it must be above 0"),
-        ({"max_grad_norm": 0.0}, "`max_grad_norm` is 0.0; it must be above 0"),
-        ({"adam_beta1": 1.0}, r"`adam_beta1` is 1.0; it must be in \[0, 1\)"),
-        ({"adam_weight_decay": -0.1}, "`adam_weight_decay` is -0.1; it must be 0 or more"),
-        ({"adam_epsilon": 0.0}, "`adam_epsilon` is 0.0; it must be above 0"),
-        ({"ema_decay": 2.0}, "`ema_decay` is 2.0; it is a share in"),
-        ({"lr_warmup_steps": -1}, "`lr_warmup_steps` is -1; it must be 0 or more"),
-        ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
-        ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` is 0"),
-        ({"injection": "text"}, "Unknown injection 'text'; choose one of .*'prompt'"),
-        ({"timestep_sampling": "high"}, "Unknown timestep_sampling 'high'; choose one of .*'high_noise'"),
-        ({"lr_scheduler": "cosin"}, "Unknown lr_scheduler 'cosin'; choose one of .*'cosine'"),
         ({"lr_warmup_steps": 5}, "`lr_warmup_steps` is 5, and .* `constant` has no .*to constant_with_warmup"),
-        ({"lr_scheduler": "piecewise_constant"}, "Unknown lr_scheduler 'piecewise_constant'"),
         ({"report_to": "notebook"}, "`report_to` is 'notebook', and no tracker .* choose one of .*'tensorboard'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),
         (
@@ -150,11 +115,6 @@ def test_too_few_epochs_for_one_step(refuses):
             {"validation_interventions": ["night+"], "validation_prompt": "a street"},
             "`validation_interventions` .*'night[+]'",
         ),
-        (
-            {"validation_interventions": ["night+snow"], "validation_images": 1},
-            "nothing is drawn without a prompt; give a `validation_prompt`",
-        ),
-        ({"posterior_encoder": "dino"}, "Unknown posterior_encoder 'dino'; choose one of .*'clip'"),
         ({"posterior_encoder": "unet", "mode": "full"}, "In mode full the UNet changes.*choose mode frozen or lora"),
         ({"posterior_encoder": "clip"}, "no image encoder of its own; name a CLIP model by `posterior_encoder_model`"),
         (
@@ -169,44 +129,18 @@ def test_options_that_cannot_work(refuses, changes, message):
 
 
 def test_gradients_may_be_left_as_they_are(options):
-    assert create_trainer(options | {"max_grad_norm": "inf"}).config.optimization.max_grad_norm == float("inf")
+    assert encoded_trainer(options | {"max_grad_norm": "inf"}).config.optimization.max_grad_norm == float("inf")
 
 
 @pytest.mark.parametrize(("scheduler", "warm_up"), [("cosine", 2), ("constant_with_warmup", None)])
 def test_a_warm_up_as_long_as_the_run_is_warned_of(options, caplog, scheduler, warm_up):
     changes = {"lr_scheduler": scheduler, "lr_warmup_steps": warm_up}
-    create_trainer(options | changes)
+    encoded_trainer(options | changes)
     assert f"grows for {warm_up or 500} steps, and the run has 2:" in caplog.text
     caplog.clear()
-    create_trainer(options | changes | {"max_train_steps": 501})
-    create_trainer(options)
+    encoded_trainer(options | changes | {"max_train_steps": 501})
+    encoded_trainer(options)
     assert "grows for" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("/nowhere/base", "'/nowhere/base' is not there, and no name on the Hub; give the folder"),
-        ("models/old/base", "'models/old/base' is not there"),
-        (__file__, "is no folder, and no name on the Hub"),
-    ],
-)
-def test_a_base_model_that_is_not_there(name, message):
-    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` .*{message}"):
-        check_base_model(name)
-
-
-@pytest.mark.parametrize("script", [SCRIPT, XL_SCRIPT])
-def test_the_scripts_ask_for_the_base_model_before_they_load_it(options, monkeypatch, script):
-    changes = {"pretrained_model_name_or_path": "/nowhere/base"}
-    monkeypatch.setattr(sys, "argv", [str(script), *flags(options | changes)])
-    with pytest.raises(ValueError, match="'/nowhere/base' is not there"):
-        runpy.run_path(str(script), run_name="__main__")
-
-
-def test_a_base_model_may_be_a_folder_or_on_the_hub(base_model):
-    check_base_model(str(base_model))
-    check_base_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
 def test_half_precision_without_a_gpu(refuses):
@@ -247,7 +181,7 @@ def test_going_on_with_other_options_or_images(refuses, options, own_photos):
     refuses(
         ValueError, "`learning_rate` was .* and is 0.5, `seed` was 0 and is 9. Resume with the same ones", **changes
     )
-    create_trainer(options | {"resume_from_checkpoint": "latest", "max_train_steps": 3, "cache_latents": True})
+    encoded_trainer(options | {"resume_from_checkpoint": "latest", "max_train_steps": 3, "cache_latents": True})
     shutil.rmtree(own_photos / "snow")
     message = "`images` was {'night': 6, 'obs': 7, 'snow': 5} and is {'night': 6, 'obs': 7}"
     refuses(ValueError, message, resume_from_checkpoint="latest")
@@ -258,7 +192,7 @@ def test_going_on_with_as_many_other_images_or_captions(refuses, options, own_ph
     create_trainer(options | {"checkpointing_steps": 2}).train()
     shutil.move(own_photos, elsewhere := own_photos.with_name("elsewhere"))
     changes = {"train_data_dir": str(elsewhere), "resume_from_checkpoint": "latest", "max_train_steps": 3}
-    create_trainer(options | changes)
+    encoded_trainer(options | changes)
     captions = elsewhere / "night" / "metadata.csv"
     if what == "image":
         (elsewhere / "night" / "3.png").write_bytes((elsewhere / "night" / "2.png").read_bytes())
@@ -267,14 +201,14 @@ def test_going_on_with_as_many_other_images_or_captions(refuses, options, own_ph
     else:  # the same pictures in each context, of which two have changed places
         (elsewhere / "night" / "3.png").rename(elsewhere / "night" / "4th.png")
         captions.write_text(captions.read_text().replace("3.png", "4th.png"))
-    message = "other options: images, captions or their order are not what they were. Resume with the same ones"
+    message = "other options: images, captions or their order have changed. Resume with the same ones"
     refuses(ValueError, message, **changes)
 
 
 def test_going_on_with_images_from_a_table_of_the_same_files(options, parquet):
     create_trainer(options | {"checkpointing_steps": 2}).train()
     changes = {"train_data_dir": None, "dataset_name": str(parquet), "resume_from_checkpoint": "latest"}
-    assert create_trainer(options | changes).checkpoint is not None
+    assert encoded_trainer(options | changes).checkpoint is not None
 
 
 def test_going_on_with_another_base_model(refuses, options, tmp_path):
@@ -294,16 +228,16 @@ def test_going_on_with_another_base_model(refuses, options, tmp_path):
 def test_a_run_that_becomes_longer_keeps_to_when_the_unet_was_to_learn(options, caplog):
     plan = options | {"unfreeze_after": 0.5, "max_train_steps": 4, "checkpointing_steps": 4}
     create_trainer(plan).train()
-    longer = create_trainer(plan | {"resume_from_checkpoint": "latest", "max_train_steps": 9})
-    assert longer.options["unfreeze_step"] == 2 and not [line for line in caplog.messages if "learning rate" in line]
+    longer = encoded_trainer(plan | {"resume_from_checkpoint": "latest", "max_train_steps": 9})
+    assert longer.contract["unfreeze_step"] == 2 and not [line for line in caplog.messages if "learning rate" in line]
     create_trainer(plan | {"output_dir": options["output_dir"] + "2", "lr_scheduler": "cosine"}).train()
     changes = {"output_dir": options["output_dir"] + "2", "lr_scheduler": "cosine", "resume_from_checkpoint": "latest"}
-    create_trainer(plan | changes | {"max_train_steps": 9})
+    encoded_trainer(plan | changes | {"max_train_steps": 9})
     assert "a run of 9 steps, and not of 4 as before: the schedule 'cosine'" in caplog.text
 
 
 def test_the_latest_checkpoint_of_a_run_that_has_none_is_its_beginning(options, caplog):
-    trainer = create_trainer(options | {"resume_from_checkpoint": "latest"})
+    trainer = encoded_trainer(options | {"resume_from_checkpoint": "latest"})
     assert trainer.checkpoint is None and "training starts from the beginning" in caplog.text
 
 
@@ -330,20 +264,21 @@ def test_a_loss_that_is_not_finite_writes_no_adapter(options, tmp_path):
 
 def test_a_loss_that_is_not_finite_leaves_what_was_learned_of_the_concepts(options, tmp_path):
     trainer = create_trainer(options | {"learning_rate": 1e30, "max_train_steps": 9})
-    with pytest.raises(FloatingPointError, match=r"the last checkpoint is .*checkpoint-0"):
+    with pytest.raises(FloatingPointError, match=r"The last checkpoint is .*checkpoint-0"):
         trainer.train()
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["checkpoint-0"]
 
 
 def test_gradients_that_are_not_finite_change_nothing(options, tmp_path):
-    trainer = create_trainer(options)
-    trainer._prepare_training()
-    before = [parameter.detach().clone() for parameter in trainer._learning]
-    trainer._learning[0].register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(FloatingPointError, match=r"Gradients are not finite at step 0\. Lower `learning_rate`"):
-        trainer._run(0)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer._learning))
-    assert set(files_in(tmp_path / "adapter")) == {".training.lock"}
+    stage = create_stage(encoded_trainer(options))
+    before = [parameter.detach().clone() for parameter in stage.parameters]
+    stage.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        FloatingPointError, match=r"The norm of the gradients is inf at step 0\. Lower `learning_rate`"
+    ):
+        next(stage.steps())
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.parameters))
+    assert set(files_in(tmp_path / "adapter")) == set()
 
 
 def test_a_validation_that_fails_in_the_end_takes_nothing_with_it(options, monkeypatch):
@@ -361,81 +296,6 @@ def out_of_memory(*arguments, **keywords):
     raise RuntimeError("out of memory")
 
 
-def parse_yaml(folder: Path, line: str) -> TrainingConfig:
-    file = folder / "options.yaml"
-    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: photos\n{line}\n")
-    return parse_training_config([str(file)])
-
-
-@pytest.mark.parametrize(
-    ("line", "name", "value"),
-    [
-        ("learning_rate: 1e-4", "learning_rate", 1e-4),
-        ("learning_rate: 0.0001", "learning_rate", 1e-4),
-        ("snr_gamma: 5", "snr_gamma", 5.0),
-        ("max_train_steps: null", "max_train_steps", None),
-        ("mixed_precision: no", "mixed_precision", "no"),
-        ("mixed_precision: bf16", "mixed_precision", "bf16"),
-        ("random_flip: true", "random_flip", True),
-        ("concepts: night", "concepts", ["night"]),
-        ("concepts: [night, snow]", "concepts", ["night", "snow"]),
-        ("validation_interventions: night+snow", "validation_interventions", ["night+snow"]),
-    ],
-)
-def test_values_of_a_yaml_file(tmp_path, line, name, value):
-    read = flatten_options(parse_yaml(tmp_path, line))[name]
-    assert read == value and type(read) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("learning_rate: fast", "`learning_rate` is 'fast'; give a number"),
-        ("learning_rate: true", "`learning_rate` is True; give a number"),
-        ("max_train_steps: 1e3", "`max_train_steps` is '1e3'; give an integer"),
-        ("train_batch_size: 3.0", "`train_batch_size` is 3.0; give an integer"),
-        ("train_batch_size: null", "`train_batch_size` is None; give an integer"),
-        ("random_flip: 'false'", "`random_flip` is 'false'; give true or false"),
-        ("dataset_config_name: 2024", "`dataset_config_name` is 2024; give text, in quotes"),
-        ("concepts: [night, no]", r"`concepts` is \['night', False\]; give a list of texts"),
-        ("concepts: 3", "`concepts` is 3; give a list of texts"),
-    ],
-)
-def test_values_of_a_yaml_file_that_are_not_of_their_options_type(tmp_path, line, message):
-    with pytest.raises(ValueError, match=message):
-        parse_yaml(tmp_path, line)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.yaml", "", "a.yaml holds no options; write each as"),
-        ("a.yaml", "- mode: lora\n", "a.yaml holds no options; write each as"),
-        ("a.json", "[1]", "a.json holds no options; write each as"),
-        ("a.yaml", "mode: [lora\n", "a.yaml is no valid YAML: "),
-        ("a.json", "{'mode': 'lora'}", "a.json is no valid JSON: "),
-        ("a.yaml", "lerning_rate: 1e-4\n", "a.yaml: there is no option `lerning_rate`; did you mean `learning_rate`?"),
-        ("a.yaml", "xyz: 1\n", "a.yaml: there is no option `xyz`; `--help` lists all"),
-        ("a.yaml", "train_data_dir: photos\n", "a.yaml names no `pretrained_model_name_or_path`; add it, or give it"),
-    ],
-)
-def test_files_that_are_not_of_options(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse_training_config([str(tmp_path / name)])
-
-
-def test_flags_after_a_file_override_it(tmp_path):
-    file = tmp_path / "options.yaml"
-    file.write_text("train_data_dir: photos\nlearning_rate: 1e-5\nrank: 4\nconcepts: [snow]\nrandom_flip: true\n")
-    flags = "--pretrained_model_name_or_path base --rank 8 --resume_from_checkpoint latest --random_flip false"
-    got = flatten_options(parse_training_config([str(file), *flags.split()]))
-    changed = {"train_data_dir": "photos", "learning_rate": 1e-5, "rank": 8, "concepts": ["snow"]}
-    changed |= {"pretrained_model_name_or_path": "base", "resume_from_checkpoint": "latest", "random_flip": False}
-    plain = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "photos"]
-    assert got == flatten_options(parse_training_config(plain)) | changed
-
-
 def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
     trainer = create_trainer(options | {"concept_learning_rate": 1e30, "concept_steps": 20})
     with pytest.raises(FloatingPointError, match="learning the concepts; lower `concept_learning_rate`"):
@@ -448,15 +308,19 @@ def test_concepts_that_are_not_learned_to_a_finite_loss(options, tmp_path):
 
 @pytest.fixture
 def sizes(options, tmp_path) -> SimpleNamespace:
-    """Bytes of the tensors in the first checkpoint (concepts, what learns and an average of it), in others, which have
-    two moments of AdamW too, and in what is saved in the end."""
+    """Bytes of the tensors in a checkpoint (concepts, weights that learn, their average and two moments of AdamW), and
+    in the final adapter."""
     options = options | {"unfreeze_after": 0.0, "max_train_steps": 1, "use_ema": True}
     output_dir = create_trainer(options | {"output_dir": str(tmp_path / "earlier")}).train()
-    state = torch.load(output_dir / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"]
-    learned = sum(moments["exp_avg"].numel() for moments in state.values())
+    learned = numbers_in_optimizer(output_dir)
     weights = size_of(output_dir / "checkpoint-1" / "trained.safetensors")
     adapter = sum(size_of(output_dir / name) for name in ADAPTER_WEIGHTS)
-    return SimpleNamespace(first=weights + 4 * learned, checkpoint=weights + 12 * learned, adapter=adapter)
+    return SimpleNamespace(checkpoint=weights + 12 * learned, adapter=adapter)
+
+
+def numbers_in_optimizer(output_dir: Path) -> int:
+    state = torch.load(output_dir / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"]
+    return sum(moments["exp_avg"].numel() for moments in state.values())
 
 
 def size_of(file: Path) -> int:
@@ -474,9 +338,11 @@ def free(monkeypatch):
 RUN = {"use_ema": True, "max_train_steps": 6, "checkpointing_steps": 2}
 
 
-def test_a_full_disk_is_noticed_before(refuses, sizes, free):
-    free(2 * sizes.checkpoint - 1)
-    refuses(OSError, "GB free, and this run needs .* GB or more: a checkpoint takes .* Free some, or choose", **RUN)
+def test_a_full_disk_is_noticed_before(refuses, options, sizes, free):
+    free(sizes.checkpoint + sizes.adapter - 1)
+    refuses(OSError, "GB free; a checkpoint takes .* and the final adapter .* Free some, or choose another", **RUN)
+    free(sizes.checkpoint + sizes.adapter)
+    encoded_trainer(options | RUN)
 
 
 def test_what_a_run_that_died_has_left_is_removed_before_room_is_looked_for(options, sizes, tmp_path, monkeypatch):
@@ -485,49 +351,40 @@ def test_what_a_run_that_died_has_left_is_removed_before_room_is_looked_for(opti
     room = 2 * sizes.checkpoint
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if leftover.exists() else room))
     trainer = create_trainer(options | RUN)
-    assert set(files_in(trainer.output_dir)) == {".training.lock"}
-
-
-def test_a_run_shorter_than_from_one_checkpoint_to_the_next_has_a_first_and_a_last_one(refuses, options, sizes, free):
-    run = {"use_ema": True, "max_train_steps": 1}
-    free(sizes.first + sizes.checkpoint - 1)
-    refuses(OSError, "GB free, and this run needs", **run)
-    free(sizes.first + sizes.checkpoint)
-    create_trainer(options | run)
+    trainer.load()
+    with trainer.open():
+        pass
+    assert set(files_in(trainer.output_dir)) == set()
 
 
 def test_the_whole_pipeline_of_mode_full_needs_room_too(refuses, options, tmp_path, free):
     run = {"mode": "full", "unfreeze_after": 0.0, "max_train_steps": 1}
     folder = create_trainer(options | run | {"output_dir": str(tmp_path / "earlier")}).train()
-    learned = torch.load(folder / "checkpoint-1" / "optimizer.bin", weights_only=True)["state"].values()
-    moments = 8 * sum(moments["exp_avg"].numel() for moments in learned)
+    moments = 8 * numbers_in_optimizer(folder)
     saved = [file for file in folder.rglob("*.safetensors") if file.parent.name != "checkpoint-0"]
-    needed = moments + sum(map(size_of, saved))  # the first checkpoint can be done without in the end
+    needed = moments + sum(map(size_of, saved))
     free(0.99 * needed)
-    refuses(OSError, "GB free, and this run needs", **run)
+    refuses(OSError, "GB free; a checkpoint takes", **run)
     free(1.01 * needed)
-    create_trainer(options | run)
+    encoded_trainer(options | run)
 
 
-def test_checkpoints_that_do_not_all_fit_are_warned_of(options, sizes, free, caplog):
-    free(2 * sizes.checkpoint)
-    create_trainer(options | RUN | {"checkpoints_total_limit": 1})
+@pytest.mark.parametrize(("changes", "count"), [({}, 3), ({"checkpoints_total_limit": 1}, 2)])
+def test_checkpoints_that_do_not_all_fit_are_warned_of(options, sizes, free, caplog, changes, count):
+    needed = count * sizes.checkpoint + sizes.adapter
+    free(needed)
+    encoded_trainer(options | RUN | changes)
     assert "do not fit" not in caplog.text
-    create_trainer(options | RUN)
-    assert "4 checkpoints of" in caplog.text and "do not fit into" in caplog.text
+    free(needed - 1)
+    encoded_trainer(options | RUN | changes)
+    assert f"{count} checkpoints of" in caplog.text and "do not fit; lower `checkpoints_total_limit`" in caplog.text
 
 
-def test_a_run_that_goes_on_needs_room_for_what_is_left(refuses, options, sizes, free, caplog):
-    run = options | {"use_ema": True, "max_train_steps": 4, "checkpointing_steps": 2}
-    output_dir = create_trainer(run).train()
-    free(sizes.adapter - 1)
-    refuses(OSError, "GB free, and this run needs", **run | {"resume_from_checkpoint": "latest"})
-    (output_dir / "checkpoint-4").rename(output_dir / "set-aside")
-    shutil.rmtree(output_dir / "checkpoint-0")
-    free(sizes.checkpoint + sizes.adapter)
-    create_trainer(run | {"resume_from_checkpoint": "latest"})
+def test_a_run_that_goes_on_needs_room_for_what_is_left(options, sizes, free, caplog):
+    run = options | {"use_ema": True, "max_train_steps": 2, "checkpointing_steps": 2}
+    create_trainer(run).train()
+    free(2 * sizes.checkpoint + sizes.adapter)
+    encoded_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6})
     assert "do not fit" not in caplog.text
-    create_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6, "checkpoints_total_limit": 1})
-    assert "do not fit" not in caplog.text
-    create_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 6})
-    assert "2 checkpoints of" in caplog.text and "do not fit into" in caplog.text
+    encoded_trainer(run | {"resume_from_checkpoint": "latest", "max_train_steps": 8})
+    assert "3 checkpoints of" in caplog.text and "do not fit" in caplog.text

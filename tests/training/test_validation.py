@@ -11,9 +11,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.data.held_out import hold_out
+from diffusers_ctx.training.diffusion.objective import Draws
 from diffusers_ctx.training.diffusion.validation import validation_losses
+from diffusers_ctx.training.encoding.batch import Batch
 
-from .conftest import IMAGES, create_trainer
+from .conftest import IMAGES, create_stage, create_trainer, encoded_trainer, load_trainer
 from .test_training_script import weights_of
 
 
@@ -33,23 +35,24 @@ def test_so_many_of_each_context_are_held_out():
 
 @pytest.fixture
 def trainer(options):
-    trainer = create_trainer(options | {"validation_images": 3, "mode": "frozen"})
-    trainer._prepare_training()
+    trainer = encoded_trainer(options | {"validation_images": 3, "mode": "frozen"})
+    create_stage(trainer)
     return trainer
 
 
 def losses_of(trainer, **changes) -> dict[str, float] | None:
     arguments = {"latents": trainer.validator.held_out, "batch_size": 4, "stop": trainer.stop} | changes
-    return validation_losses(trainer.objective, trainer.pipeline, **arguments)
+    return validation_losses(trainer.adapter_stage.objective, trainer.pipeline, **arguments)
 
 
 def test_a_signal_is_not_kept_waiting(options):
-    trainer = create_trainer(options | {"validation_images": 3, "mode": "frozen", "validation_prompt": "a street"})
-    trainer._prepare_training()
+    changes = {"validation_images": 3, "mode": "frozen", "validation_prompt": "a street"}
+    trainer = encoded_trainer(options | changes)
+    create_stage(trainer)
     with trainer.stop:
         os.kill(os.getpid(), signal.SIGTERM)
     assert losses_of(trainer) is None
-    trainer._validate(2)
+    trainer.validate(2)
     assert not (trainer.output_dir / "validation").exists()
 
 
@@ -58,7 +61,7 @@ def test_held_out_images_are_not_trained_on(trainer):
     assert len(held_out) == 9 and len(trainer.latents) == sum(IMAGES.values()) - 9
     train = {latent.numpy().tobytes() for latent in trainer.latents.mean[0]}
     assert not any(latent.numpy().tobytes() in train for latent in held_out.mean[0])
-    assert len(trainer.sampler) == 3 * (max(IMAGES.values()) - 3)
+    assert len(trainer.batches.sampler) == 3 * (max(IMAGES.values()) - 3)
 
 
 def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
@@ -73,10 +76,16 @@ def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
                 pipeline.encode_captions([held_out.captions[row]]), held_out.geometry[0, [row]]
             )
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
+            batch = Batch(
+                held_out.mean[0, [row]],
+                held_out.features[0, [row]],
+                held_out.masks[[row]],
+                held_out.geometry[0, [row]],
+                [held_out.captions[row]],
+            )
             with torch.no_grad():
-                one = [held_out.mean[0, [row]], held_out.masks[[row]], conditions, noise[[row]]]
-                features = held_out.features[0, [row]]
-                expected.append(trainer.objective(*one, torch.tensor([timestep]), nothing, features).item())
+                draws = Draws(noise[[row]], torch.tensor([timestep]), nothing)
+                expected.append(trainer.adapter_stage.objective(batch, draws, conditions).item())
         assert losses[context] == pytest.approx(np.mean(expected), rel=1e-4)
 
 
@@ -85,12 +94,12 @@ def test_losses_can_be_compared(trainer):
     torch.randn(7)
     assert losses_of(trainer) == expected
     assert losses_of(trainer, batch_size=2) == pytest.approx(expected, rel=1e-4)
-    trainer.objective.snr_gamma = 0.1
+    trainer.adapter_stage.objective.snr_gamma = 0.1
     assert losses_of(trainer) == expected
 
 
 def test_held_out_are_the_same_images_and_crops_whatever_the_seed(options):
-    one, other = (create_trainer(options | {"validation_images": 3, "seed": seed}) for seed in (0, 1))
+    one, other = (encoded_trainer(options | {"validation_images": 3, "seed": seed}) for seed in (0, 1))
     for name in ("mean", "geometry", "masks"):
         assert torch.equal(getattr(one.validator.held_out, name), getattr(other.validator.held_out, name))
     assert not torch.equal(one.latents.geometry, other.latents.geometry)
@@ -113,7 +122,7 @@ def test_they_are_logged_and_change_nothing(options, tmp_path):
 
 def test_too_many_are_refused_before_anything_is_written(options, tmp_path):
     with pytest.raises(ValueError, match="lower `validation_images`"):
-        create_trainer(options | {"validation_images": 5})
+        load_trainer(options | {"validation_images": 5})
     assert not (tmp_path / "adapter").exists()
 
 

@@ -10,7 +10,16 @@ from conftest import attach_random_module, make_xl_pipeline
 from diffusers_ctx import ComposableXLPipeline
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
-from .conftest import EVALUATION_SCRIPT, XL_SCRIPT, create_trainer, flags, launch_script, make_options
+from .conftest import (
+    EVALUATION_SCRIPT,
+    XL_SCRIPT,
+    create_stage,
+    encoded_trainer,
+    flags,
+    launch_script,
+    load_trainer,
+    make_options,
+)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -61,16 +70,15 @@ def test_it_is_evaluated_with_its_own_pipeline(xl_base_model, photos, tmp_path):
 def test_the_unet_is_told_size_and_crop_of_each_image(xl_base_model, photos, tmp_path):
     config = parse_training_config(flags(make_options(xl_base_model, photos, tmp_path, proportion_empty_prompts=0.0)))
     trainer = ContextTrainer(config, ComposableXLPipeline.from_pretrained(xl_base_model))
-    trainer._prepare_training()
-    batch = next(iter(trainer.loader))
-    _, _, conditions, *_ = trainer._step_inputs(0, batch)
+    encoded_trainer(trainer)
+    batch, random = next(trainer.batches.batches(0))
+    _, _, conditions = create_stage(trainer)._inputs(batch, random)
     told = conditions["added_cond_kwargs"]["time_ids"]
-    rows = batch["index"].tolist()
     # the pictures are 40 wide and 36 high: resized to 36 x 32, there are 3 or 4 columns to spare and no row
-    for row, ids in zip(rows, told.tolist()):
+    for geometry, ids in zip(batch.geometry.tolist(), told.tolist()):
         assert ids[:2] == [36, 40] and ids[2] == 0 and 0 <= ids[3] <= 4 and ids[4:] == [32, 32]
-        assert ids == trainer.latents.geometry[0, row].tolist()
-    text, _, pooled, _ = trainer.pipeline.encode_prompt(batch["caption"], do_classifier_free_guidance=False)
+        assert ids == geometry
+    text, _, pooled, _ = trainer.pipeline.encode_prompt(batch.captions, do_classifier_free_guidance=False)
     torch.testing.assert_close(conditions["encoder_hidden_states"], text)
     torch.testing.assert_close(conditions["added_cond_kwargs"]["text_embeds"], pooled)
 
@@ -78,9 +86,9 @@ def test_the_unet_is_told_size_and_crop_of_each_image(xl_base_model, photos, tmp
 def test_the_models_own_size_is_the_default(xl_base_model, photos, tmp_path):
     config = parse_training_config(flags(make_options(xl_base_model, photos, tmp_path, resolution=None)))
     trainer = ContextTrainer(config, ComposableXLPipeline.from_pretrained(xl_base_model))
-    assert trainer.latents.mean.shape[-2:] == (16, 16)  # of 32 pixels
+    assert encoded_trainer(trainer).latents.mean.shape[-2:] == (16, 16)  # of 32 pixels
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(base_model, xl_base_model, photos, tmp_path):
     with pytest.raises(ValueError, match=r"train_context_text_to_image_sdxl\.py"):
-        create_trainer(make_options(xl_base_model, photos, tmp_path))
+        load_trainer(make_options(xl_base_model, photos, tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -14,12 +15,15 @@ from ..run.accelerator import broadcast_weights
 from ..run.keyed_noise import KeyedNoise
 
 
+logger = logging.getLogger(__name__)
+
 _STEPS = 1000
 _BATCH_SIZE = 256
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.1
 _HELD_OUT_SHARE = 0.1
 _LEAST_HELD_OUT = 20  # with fewer, chance would decide what is kept
+_LEAST_CAPTIONED = round(_LEAST_HELD_OUT / _HELD_OUT_SHARE)
 _STEPS_OF_A_TRIAL = 50
 _IMAGES_AT_ONCE = 512
 _CAPTIONS_AT_ONCE = 16
@@ -34,8 +38,8 @@ def fit_captions(
 ) -> None:
     """Teaches a module's `captions` which node values go with which captions.
 
-    It keeps what told captions of held-out images apart best, and stays as it is, saying nothing, where captions do
-    not differ, nothing helps, or there are fewer than 200 images with one.
+    It keeps the weights that tell captions of held-out images apart best. It stays as it is where captions do not
+    differ or nothing helps, and, with a warning, where fewer than 200 images have one.
 
     Every process does the same and takes the main process's result.
 
@@ -50,7 +54,14 @@ def fit_captions(
     rows = [row for row, caption in enumerate(latents.captions) if caption]  # where there is none, nothing is said
     names = sorted({latents.captions[row] for row in rows})
     held_out = int(_HELD_OUT_SHARE * len(rows))
-    if len(names) < 2 or held_out < _LEAST_HELD_OUT:
+    if len(names) < 2:
+        return
+    if held_out < _LEAST_HELD_OUT:
+        if accelerator.is_main_process:
+            logger.warning(
+                f"{len(rows)} images have a caption, and {_LEAST_CAPTIONED} are needed to learn what captions say:"
+                " samples will be drawn without `match_prompt`. Caption more images."
+            )
         return
     with torch.no_grad():
         parts = (names[start : start + _CAPTIONS_AT_ONCE] for start in range(0, len(names), _CAPTIONS_AT_ONCE))
@@ -101,10 +112,11 @@ def _draw_values(
     context_module: ContextModule, latents: ContextLatents, rows: torch.Tensor, seed: int, device: torch.device
 ) -> torch.Tensor:
     """Node values (B, N, d) of some images, drawn from their posteriors as noise is drawn from the prior."""
-    exogenous = KeyedNoise(seed, 0).normal(len(latents), *context_module.noise_shape)
+    exogenous = KeyedNoise(seed, "captions").normal(len(latents), *context_module.noise_shape)
     values = []
     for part in rows.split(_IMAGES_AT_ONCE):
         mask = latents.masks[part].to(device)
-        noise = context_module.posterior(latents.seen[0, part].to(device), mask).at(exogenous[part].to(device))
+        posterior = context_module.posterior(latents.posterior_input[0, part].to(device), mask)
+        noise = posterior.at(exogenous[part].to(device))
         values.append(context_module.concept_values(noise, mask.to(noise)).cpu())
     return torch.cat(values)

@@ -10,6 +10,9 @@ from ...context.causal import ReducedForm, Structural
 from ..run.keyed_noise import KeyedNoise
 
 
+_DIRECTIONS = 64
+
+
 def contrastive_loss(log_densities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats of guessing an image's context by Bayes' rule with equal priors, at least 0.
 
@@ -43,7 +46,7 @@ def graph_penalty(
     return acyclicity_weight * causal.acyclicity() + sparsity_weight * causal.group_lasso()
 
 
-def unit_directions(random: KeyedNoise, dim: int, count: int) -> torch.Tensor:
+def unit_directions(random: KeyedNoise, dim: int, count: int = _DIRECTIONS) -> torch.Tensor:
     """Random unit vectors (dim, count)."""
     return F.normalize(random.normal(dim, count), dim=0)
 

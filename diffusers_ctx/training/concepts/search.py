@@ -31,7 +31,6 @@ RUNGS = ((0.1, 6), (0.3, 3), (1.0, 1))
 
 _STEPS_FACTOR = 2  # steps are cheap: there are no images in them
 _IMAGES_PER_CONTEXT = 128  # in a step, with repetition where there are fewer
-_DIRECTIONS = 64
 _LEARNING_RATE = 2e-3
 _MECHANISMS_LEARNING_RATE = 1e-2
 _MAX_GRADIENT_NORM = 20.0
@@ -109,11 +108,11 @@ def search_flow(
     goals = [max(1, round(share * steps)) for share, _ in RUNGS]
     rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(len(contexts))]
     population = Population(_initial_candidates(context_module, codes, contexts, seed), options, steps)
-    with tqdm(total=goals[-1], desc="Searching concepts", disable=not show_progress) as progress:
+    with tqdm(total=goals[-1], desc="Telling concepts apart", disable=not show_progress) as progress:
         for start, goal, survivors in zip([0, *goals], goals, [*[count for _, count in RUNGS[1:]], 1]):
             for step in range(start, goal):
                 before_step()
-                population.step(_draw_batch(codes, rows_of, contexts, _random_of_step(seed, options, step)))
+                population.step(_draw_batch(codes, rows_of, contexts, KeyedNoise(seed, "search", step)))
                 progress.update()
             population.keep_best(survivors)
             population.fit_scms(codes, contexts, seed)
@@ -290,18 +289,13 @@ def _initial_candidates(
     return candidates
 
 
-def _random_of_step(seed: int, options: ContextConfig, step: int) -> KeyedNoise:
-    """Random numbers after those of the steps on images."""
-    return KeyedNoise(seed, -1 - options.concept_steps - step)
-
-
 def _draw_batch(
     codes: ImageCodes, rows_of: list[torch.Tensor], contexts: torch.Tensor, random: KeyedNoise
 ) -> CodeBatch:
     """The same batch for all candidates, so that they can be compared."""
     rows = _draw_rows(rows_of, random)
     drawn = codes.mean[rows] + codes.std[rows] * random.normal(len(rows), codes.mean.shape[1])
-    directions = unit_directions(random, drawn.shape[1], _DIRECTIONS)
+    directions = unit_directions(random, drawn.shape[1])
     labels = torch.arange(len(contexts), device=contexts.device).repeat_interleave(_IMAGES_PER_CONTEXT)
     return CodeBatch(drawn.to(contexts.device), directions.to(contexts.device), labels, contexts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from ...adapter import add_context_tokens
+from ...adapter import add_context_tokens, attached_context_module
 from ...context import ContextModule
 from ...pipelines import CompositionMixin
-
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from ..encoding.batch import Batch
 
 
 class CaptionEncoder(nn.Module):
@@ -31,12 +29,25 @@ class CaptionEncoder(nn.Module):
         return self._conditions(self._encode(captions), geometry)
 
 
+class Draws(NamedTuple):
+    """What is drawn at random for a batch, beside its latents.
+
+    Attributes:
+        noise: (B, C, h, w), added to the latents.
+        timesteps: (B,).
+        eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
+    """
+
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    eps: torch.Tensor
+
+
 class DiffusionObjective(nn.Module):
-    """The diffusion loss of a UNet that is told the context's tokens, with noise from the posterior.
+    """The diffusion loss of a UNet that attends to the context's tokens, with exogenous noise from the posterior.
 
     Args:
         unet: the UNet with a context module attached.
-        context_module: the module.
         scheduler: the noise schedule; its prediction type is what the UNet predicts.
         snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), or `None`.
         caption_encoder: encodes captions in the forward pass, or `None` if they come encoded.
@@ -45,7 +56,6 @@ class DiffusionObjective(nn.Module):
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        context_module: ContextModule,
         scheduler: DDPMScheduler,
         snr_gamma: float | None = None,
         caption_encoder: CaptionEncoder | None = None,
@@ -55,53 +65,35 @@ class DiffusionObjective(nn.Module):
         self.scheduler = scheduler
         self.snr_gamma = snr_gamma
         self.caption_encoder = caption_encoder
-        # the UNet owns the module; in a tuple it is not registered again, which would save and synchronise it twice
-        self._context_module = (context_module,)
 
-    def forward(
-        self,
-        latents: torch.Tensor,
-        mask: torch.Tensor,
-        conditions: dict[str, Any],
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        eps: torch.Tensor,
-        features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The weighted mean of `losses`; with a caption encoder, `conditions` are the arguments that it takes."""
+    @property
+    def context_module(self) -> ContextModule:
+        """The module that the UNet owns; as a property it is neither saved nor synchronized twice."""
+        module = attached_context_module(self.unet)
+        assert module is not None
+        return module
+
+    def forward(self, batch: Batch, draws: Draws, conditions: dict[str, Any] | None = None) -> torch.Tensor:
+        """The weighted mean of `losses`; a caption encoder makes the conditions, where there is one."""
         if self.caption_encoder is not None:
-            conditions = self.caption_encoder(**conditions)
-        losses = self.losses(latents, mask, conditions, noise, timesteps, eps, features)
-        return (losses * self._weights(timesteps)).mean()
+            conditions = self.caption_encoder(batch.captions, batch.geometry)
+        assert conditions is not None
+        return (self.losses(batch, draws, conditions) * self._weights(draws.timesteps)).mean()
 
-    def losses(
-        self,
-        latents: torch.Tensor,
-        mask: torch.Tensor,
-        conditions: dict[str, Any],
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        eps: torch.Tensor,
-        features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
         """Each image's loss (B,), without the weights of training.
 
         Args:
-            latents: (B, C, h, w).
-            mask: (B, K).
-            conditions: what else the UNet is told, as keyword arguments of its call.
-            noise: (B, C, h, w), standard normal.
-            timesteps: (B,).
-            eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
-            features: (B, F, h', w'), what the posterior sees; by default the latents.
+            batch: the images.
+            draws: what is drawn for them.
+            conditions: keyword arguments of the UNet's call other than the context tokens.
         """
-        (context_module,) = self._context_module
-        z = context_module.posterior(latents if features is None else features, mask).at(eps)
-        tokens = context_module(z, mask)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.unet(noisy, timesteps, **add_context_tokens(conditions, tokens)).sample
-        losses = F.mse_loss(prediction.float(), self._target(latents, noise, timesteps).float(), reduction="none")
-        return losses.mean(dim=(1, 2, 3))
+        z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
+        tokens = self.context_module(z, batch.mask)
+        noisy = self.scheduler.add_noise(batch.latents, draws.noise, draws.timesteps)
+        prediction = self.unet(noisy, draws.timesteps, **add_context_tokens(conditions, tokens)).sample
+        target = self._target(batch.latents, draws.noise, draws.timesteps)
+        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction_type = self.scheduler.config.prediction_type
@@ -109,9 +101,8 @@ class DiffusionObjective(nn.Module):
             return noise
         if prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
-        if prediction_type == "sample":
-            return latents
-        raise ValueError(f"Unknown prediction type '{prediction_type}'.")
+        assert prediction_type == "sample"
+        return latents
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Loss weights (B,): min(SNR, γ), divided by what the prediction type weighs already; 1 where SNR is zero."""

@@ -1,4 +1,4 @@
-"""The optimizers and learning-rate schedules that training can use."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,24 +18,21 @@ from ..config import OptimizationConfig
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
-# piecewise_constant takes rules that no option gives
-SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 _WARM_UP_STEPS = 500
 
 
 def create_optimizer(
     parameters: Sequence[nn.Parameter], options: OptimizationConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """AdamW, with its state in 8 bits if so asked, or Prodigy, which finds the learning rate itself.
+    """AdamW, AdamW with its state in 8 bits, or Prodigy, which finds the learning rate itself.
 
     Args:
-        parameters: what learns.
-        options: names the optimizer and its hyperparameters.
-        learning_rate: the peak; for Prodigy a factor to what it finds, which is best left at 1.
+        parameters: the parameters that learn.
+        options: the optimizer and its hyperparameters.
+        learning_rate: the peak; Prodigy multiplies the rate that it finds by it, and is best left at 1.
 
     Raises:
-        ImportError: if the package that the optimizer is in is not installed.
+        ImportError: if the optimizer's package is not installed.
     """
     shared: dict[str, Any] = {
         "lr": learning_rate,
@@ -47,22 +44,22 @@ def create_optimizer(
         return torch.optim.AdamW(parameters, fused=True, **shared)
     if options.optimizer == "adamw_8bit":
         return _import("bitsandbytes").optim.AdamW8bit(parameters, **shared)
-    # bias correction and safeguard are what its authors advise for diffusion models
+    # its authors advise bias correction and safeguard for diffusion models
     return _import("prodigyopt").Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **shared)
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, options: OptimizationConfig, steps: int) -> LambdaLR:
-    """The learning rate over a run of so many steps."""
+    """The schedule of the learning rate over a run of `steps` optimizer steps."""
     warm_up = _warm_up_steps(options)
     return get_scheduler(options.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
 
 
 def warn_of_warm_up(options: OptimizationConfig, steps: int) -> None:
-    """Warns where a run ends before its learning rate has come to its peak."""
+    """Warns if a run ends before its learning rate has reached its peak."""
     if options.lr_scheduler != "constant" and steps <= (warm_up := _warm_up_steps(options)):
         logger.warning(
-            f"The learning rate grows for {warm_up} steps, and the run has {steps}: it ends before the rate has come"
-            " to its peak; lower `lr_warmup_steps`."
+            f"The learning rate grows for {warm_up} steps, and the run has {steps}: it ends before the rate has"
+            " reached its peak; lower `lr_warmup_steps`."
         )
 
 
@@ -71,22 +68,17 @@ def _warm_up_steps(options: OptimizationConfig) -> int:
 
 
 def check_optimizer(options: OptimizationConfig, learning_rate: float) -> None:
-    """Checks that the optimizer is known and installed, the schedule known and what was asked for, and that both take
-    their options.
+    """Checks that the optimizer is installed, and that it and the schedule accept their options.
 
     Args:
-        options: names both and their hyperparameters.
-        learning_rate: the peak that they will be made with.
+        options: the optimizer, the schedule and their hyperparameters.
+        learning_rate: the peak.
 
     Raises:
-        ValueError: if one is unknown or refuses an option, Prodigy is given a learning rate that is meant for another
-            one, or a schedule would ignore its warm-up.
-        ImportError: if the package that the optimizer is in is not installed.
+        ValueError: if one refuses an option, the schedule would ignore its warm-up, or Prodigy is given a learning
+            rate that is meant for another optimizer.
+        ImportError: if the optimizer's package is not installed.
     """
-    if options.optimizer not in OPTIMIZERS:
-        raise ValueError(f"Unknown optimizer '{options.optimizer}'; choose one of {list(OPTIMIZERS)}.")
-    if options.lr_scheduler not in SCHEDULES:
-        raise ValueError(f"Unknown lr_scheduler '{options.lr_scheduler}'; choose one of {SCHEDULES}.")
     if options.lr_scheduler == "constant" and options.lr_warmup_steps:
         raise ValueError(
             f"`lr_warmup_steps` is {options.lr_warmup_steps}, and the schedule `constant` has no warm-up; set"
@@ -98,8 +90,8 @@ def check_optimizer(options: OptimizationConfig, learning_rate: float) -> None:
         raise ValueError(f"The optimizer or its schedule cannot work with these options: {error}.") from error
     if options.optimizer == "prodigy" and options.learning_rate < 0.1:
         raise ValueError(
-            f"`learning_rate` is {options.learning_rate}: Prodigy finds the learning rate itself, and this is a"
-            " factor to it; set it to 1."
+            f"`learning_rate` is {options.learning_rate}, and Prodigy multiplies the rate that it finds by it; set it"
+            " to 1."
         )
 
 

@@ -1,22 +1,21 @@
-"""How timesteps are drawn."""
+"""The distribution of training timesteps."""
 
 from __future__ import annotations
 
 import torch
 
+from ..config import TimestepSampling
 
-TIMESTEP_SAMPLING = ("uniform", "logit_normal", "high_noise")
 
-
-def sample_timesteps(uniform: torch.Tensor, sampling: str, num_train_timesteps: int) -> torch.Tensor:
-    """Timesteps (B,) from uniform numbers in [0, 1), by the inverse of the distribution function.
+def sample_timesteps(uniform: torch.Tensor, sampling: TimestepSampling, num_train_timesteps: int) -> torch.Tensor:
+    """Timesteps (B,) from uniform numbers, by the inverse of the distribution function.
 
     Args:
-        uniform: (B,).
+        uniform: (B,), in [0, 1).
         sampling: `uniform`; `logit_normal`, most often in the middle (Esser et al. 2024, arXiv 2403.03206, equation
             19, with location 0 and scale 1); `high_noise`, in proportion to the timestep, for concepts that move large
-            areas: what those look like is decided first.
-        num_train_timesteps: the timesteps of the schedule.
+            areas, which sampling decides first.
+        num_train_timesteps: the number of timesteps of the noise schedule.
     """
     if sampling == "logit_normal":
         uniform = torch.special.ndtri(uniform.double()).sigmoid()

@@ -4,21 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
-from diffusers import SchedulerMixin, UNet2DConditionModel
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...adapter import LORA_ADAPTER, attached_context_module, context_attention_layers
-from ..config import ModelConfig, TrainingConfig
+from ...adapter import (
+    LORA_ADAPTER,
+    attach_context_module,
+    attached_adapter,
+    attached_context_module,
+    context_attention_layers,
+)
+from ...context import ContextModule
+from ...pipelines import CompositionMixin
+from ..config import ModelConfig
 
 
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-_UNFREEZE_AFTER = 0.2  # of the steps
+
+
+def prepare_backbone(
+    pipeline: CompositionMixin, context_module: ContextModule, model: ModelConfig, accelerator: Accelerator
+) -> None:
+    """Moves the models to their device and type, and attaches the context module."""
+    unet = pipeline.unet
+    pipeline.to(accelerator.device)
+    pipeline.vae.requires_grad_(False)
+    for text_encoder in pipeline.text_encoders.values():
+        text_encoder.requires_grad_(False)
+    if model.mode != "full":  # there the UNet learns, and all of the pipeline is saved
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        for module in (unet, *pipeline.text_encoders.values()):
+            module.to(torch.empty(0, device=accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
+    attach_context_module(unet, context_module, model.injection)
+    attached_adapter(unet).trained_full = model.mode == "full"
+    context_module.float()
+    if model.injection == "prompt":  # tokens of zeros take a little of the attention and add nothing
+        torch.nn.init.zeros_(context_module.read_out.norm.weight)
+    if model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        for text_encoder in learning_text_encoders(pipeline, model):
+            # the reentrant kind has no gradients where the input has none, and embeddings are frozen
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+
+
+def learning_text_encoders(pipeline: CompositionMixin, model: ModelConfig) -> list[PreTrainedModel]:
+    """The text encoders that learn a LoRA."""
+    return list(pipeline.text_encoders.values()) if model.train_text_encoder else []
 
 
 def prepare_mode(
@@ -51,41 +90,6 @@ def gradients_off(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str, Any]:
-    """What the noise schedule of training has other than the base model's; empty where it has the same.
-
-    Raises:
-        ValueError: if the mode leaves the UNet as it is, or zero terminal SNR meets a prediction of the noise.
-    """
-    prediction_type = model.prediction_type or scheduler.config.prediction_type
-    options: dict[str, Any] = {}
-    if prediction_type != scheduler.config.prediction_type:
-        options["prediction_type"] = prediction_type
-    if model.rescale_betas_zero_snr and not scheduler.config.get("rescale_betas_zero_snr"):
-        # at the last timestep there is nothing but noise then: sampling has to start there (arXiv 2305.08891)
-        options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if options and model.mode == "frozen":
-        raise ValueError(
-            f"A frozen UNet cannot learn another noise schedule ({', '.join(options)}); choose mode lora or full."
-        )
-    zero_snr = model.rescale_betas_zero_snr or scheduler.config.get("rescale_betas_zero_snr")
-    if options and zero_snr and prediction_type == "epsilon":
-        raise ValueError(
-            "Where there is nothing but noise, a prediction of the noise says nothing: zero terminal SNR needs"
-            " `--prediction_type v_prediction`."
-        )
-    return options
-
-
-def with_unfreezing(config: TrainingConfig, schedule: dict[str, Any]) -> TrainingConfig:
-    """The configuration with the time of unfreezing chosen, if it leaves that open."""
-    if config.model.unfreeze_after is not None:
-        return config
-    # a frozen UNet cannot predict what it was not taught to
-    share = 0.0 if schedule else _UNFREEZE_AFTER
-    return replace(config, model=replace(config.model, unfreeze_after=share))
 
 
 def adapter_modules(unet: UNet2DConditionModel) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from ..config import TrainingConfig
 from ..encoding.latents import ContextLatents
 from ..run.stop_signals import StopSignals
 from ..run.tracking import track, track_step
-from .objective import DiffusionObjective
+from .objective import DiffusionObjective, Draws
 
 
 # of what is held out, its crops and its noise: runs with other seeds are to be compared, so the run's own would not do
@@ -113,7 +113,7 @@ def validation_losses(
 
     Args:
         objective: the loss, on its device.
-        pipeline: what tells the UNet its other conditions.
+        pipeline: encodes captions.
         latents: the held-out images.
         batch_size: images at once.
         stop: whether the run is asked to stop.
@@ -121,23 +121,16 @@ def validation_losses(
     Returns:
         The losses; `None` if the run was asked to stop.
     """
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    noise = torch.randn(latents.mean.shape[1:], generator=generator)
+    noise = torch.randn(latents.mean.shape[1:], generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
     losses: list[float] = []
     for rows in torch.arange(len(latents)).split(batch_size):
         if stop.received:
             return None
-        captions = [latents.captions[row] for row in rows]
-        inputs = (
-            latents.mean[0, rows],
-            latents.masks[rows],
-            pipeline.unet_conditions(pipeline.encode_captions(captions), latents.geometry[0, rows]),
-            noise[rows],
-            timesteps[rows],
-            torch.zeros(len(rows), *pipeline.context_module.noise_shape),  # the posterior's mean
-            latents.features_of(rows, torch.zeros(len(rows))),
-        )
+        batch = latents.mean_batch(rows)
+        eps = torch.zeros(len(rows), *objective.context_module.noise_shape)  # the posterior's mean
+        conditions = pipeline.unet_conditions(pipeline.encode_captions(batch.captions), batch.geometry)
+        inputs = (batch, Draws(noise[rows], timesteps[rows], eps), conditions)
         losses += objective.losses(*send_to_device(inputs, pipeline.device)).tolist()
     names = np.array(latents.contexts)
     return {name: float(np.array(losses)[names == name].mean()) for name in dict.fromkeys(latents.contexts)}

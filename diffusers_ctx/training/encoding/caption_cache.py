@@ -1,15 +1,16 @@
-"""Encoded captions on disk, found again by the captions and by what encoded them."""
+"""A cache of encoded captions on disk, keyed by the captions and the content of the text encoders."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
+from ...fingerprint import fingerprint
 from ...pipelines import CompositionMixin
 from ..run.files import check_room, check_writable, wait_for_file, writing_to_cache
 
@@ -18,18 +19,18 @@ _BATCH_SIZE = 16
 
 
 class CaptionCache:
-    """Encodes captions as `pipeline.encode_captions` does, each only once: the rest is read from an Arrow file.
+    """Encodes captions like `pipeline.encode_captions`, each once; afterwards they are read from an Arrow file.
 
-    Files are not read into memory as a whole. Several processes may write them at once.
+    The file is mapped, not loaded into memory. Several processes may write it at once.
 
     Args:
-        pipeline: has the text encoders, which must not change.
-        captions: all that will be asked for.
-        folder: where the files are.
-        wait_for_other_process: whether another process of this machine does it, whose file is waited for.
+        pipeline: its text encoders must not change.
+        captions: every caption that will be asked for.
+        folder: the cache.
+        wait_for_other_process: wait for the file of another process on this machine, instead of encoding.
 
     Raises:
-        OSError: if the folder cannot be written to, or has no room for what is encoded.
+        OSError: if the folder cannot be written to or has no room.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class CaptionCache:
         self.encoded.set_format("torch")
 
     def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """What the text encoders make of captions: tensors with a row for each.
+        """The encoded captions: tensors with one row per caption.
 
         Raises:
-            KeyError: if one was not announced.
+            KeyError: if a caption was not announced.
         """
         rows = self.encoded[[self.rows[caption] for caption in captions]]
         return {
@@ -82,13 +83,11 @@ class CaptionCache:
 
 
 def _content_key(pipeline: CompositionMixin, captions: list[str], shapes: dict[str, torch.Size]) -> str:
-    """A digest of the captions' tokens, of the text encoders' weights and settings, and of what is kept."""
-    settings = (type(pipeline).__name__, pipeline.config.get("force_zeros_for_empty_prompt"), captions, shapes)
-    digest = hashlib.sha256(repr(settings).encode())
+    """The fingerprint of the captions, their tokens, the text encoders, and the shapes of what they return."""
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
+    parts: list[Any] = [type(pipeline).__name__, zeros, captions, shapes]
     for name, encoder in pipeline.text_encoders.items():
         tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
-        tokens = tokenizer(captions, padding="max_length", truncation=True).input_ids
-        digest.update(repr((encoder.config.to_json_string(), tokens)).encode())
-        for parameter, weight in sorted(encoder.state_dict().items()):
-            digest.update(f"{parameter} {weight.dtype}".encode() + weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
+        parts += [encoder.config.to_json_string(), tokens, encoder]
+    return fingerprint(*parts)

@@ -1,8 +1,7 @@
-"""Latents on disk, found again by the content of all that they were encoded from."""
+"""A cache of latents on disk, keyed by the content of everything that they are encoded from."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from ...fingerprint import fingerprint
 from ..run.files import atomic_write, check_room, check_writable, wait_for_file, writing_to_cache
 
 
@@ -18,39 +18,42 @@ Latents = dict[str, torch.Tensor]
 
 
 def content_key(vae: AutoencoderKL, dataset: datasets.Dataset, *settings: object) -> str:
-    """A digest of the images' files, in their order, of the VAE's weights and of the settings' `repr`.
+    """The fingerprint of the VAE, of the content of the images' files, in order, and of the settings.
 
     Args:
-        vae: what encodes them.
+        vae: what encodes the images.
         dataset: has a column `image`.
         settings: what else the latents depend on.
     """
-    digest = hashlib.sha256(repr((settings, vae.dtype)).encode())
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
-    for row in dataset.select_columns("image").cast_column("image", datasets.Image(decode=False)):
-        content = row["image"]["bytes"]
-        digest.update(hashlib.sha256(Path(row["image"]["path"]).read_bytes() if content is None else content).digest())
-    return digest.hexdigest()[:32]
+    rows = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    files = (row["image"] for row in rows)
+    images = [fingerprint(Path(file["path"]) if file["bytes"] is None else file["bytes"]) for file in files]
+    return fingerprint(vae, images, settings)
 
 
 def cached(
     folder: Path, key: str, encode: Callable[[], Latents], wait_for_other_process: bool = False, size: int = 0
 ) -> Latents:
-    """What is in the folder under that key, and otherwise what `encode` returns, which is kept there.
+    """Reads what the folder has under the key, or calls `encode` and keeps what it returns.
 
-    Safe under several processes: each writes a file of its own, which takes its name when it is whole. With
-    `wait_for_other_process`, what is not there yet is waited for.
+    Several processes may call it at once: each writes a file of its own and then renames it.
+
+    Args:
+        folder: the cache.
+        key: names the file; see `content_key`.
+        encode: makes what is not there yet.
+        wait_for_other_process: wait until another process has written it, instead of encoding.
+        size: bytes that the folder needs room for.
 
     Raises:
-        OSError: if the folder cannot be written to, or has no room for `size` bytes; nothing has been encoded then. If
-            what was encoded cannot be written, too.
+        OSError: if the folder cannot be written to or has no room, before anything is encoded; or if the file cannot
+            be written.
     """
     file = folder / f"latents-{key}.safetensors"
     if wait_for_other_process:
         wait_for_file(file)
     elif not file.exists():
-        check_writable(folder, "cache_dir")  # and not only when all is encoded
+        check_writable(folder, "cache_dir")  # before the images are encoded
         check_room(folder, size)
         latents = encode()
         with writing_to_cache(file):

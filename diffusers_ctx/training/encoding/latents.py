@@ -1,36 +1,37 @@
-"""Images encoded once, before training: what the diffusion model and the posterior both see."""
+"""Images encoded once, before training: latents, and features that the posterior reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...adapter.image_features import ImageFeatures
+from ...data import ContextBalancedSampler
+from ..run.keyed_noise import KeyedNoise
+from .batch import Batch
+from .images import ImageTransform, encode_pixels
 from .latent_cache import cached, content_key
 
 
 @dataclass
-class ContextLatents(Dataset):
-    """Latents of images in contexts; row `i` is an image, with all that a training step needs of it.
+class ContextLatents:
+    """Latents of images in contexts; row `i` is an image.
 
     Attributes:
         mean: (V, n, C, h, w), means of the VAE's posterior, scaled; V is 2 where images may be flipped, else 1.
         std: the same, standard deviations.
-        masks: (n, K) intervention masks.
+        masks: (n, K), intervention masks.
         contexts: n names of contexts.
         captions: n captions.
-        geometry: (V, n, 6), each image's original height and width, top and left of its crop in the resized image,
-            and height and width of the crop, in pixels.
-        features: (V, n, F, h', w'), what the posterior sees in the place of latents, if anything.
+        geometry: (V, n, 6), see [`Batch`].
+        features: (V, n, F, h', w'), what the posterior reads instead of latents, if anything.
     """
 
     mean: torch.Tensor
@@ -42,71 +43,62 @@ class ContextLatents(Dataset):
     features: torch.Tensor | None = None
 
     @property
-    def seen(self) -> torch.Tensor:
-        """What the posterior sees, (V, n, ...)."""
+    def posterior_input(self) -> torch.Tensor:
+        """What the posterior reads, (V, n, ...)."""
         return self.mean if self.features is None else self.features
 
     def __len__(self) -> int:
         return self.mean.shape[1]
 
-    def __getitem__(self, index: int) -> dict:
-        return {"index": index, "mask": self.masks[index], "caption": self.captions[index]}
+    def batch(self, rows: torch.Tensor, random: KeyedNoise) -> Batch:
+        """A draw from the VAE's posteriors of some rows (B,), each from a view that is drawn as well."""
+        noise, flip = random.normal(len(rows), *self.mean.shape[2:]), random.uniform(len(rows))
+        views = (flip * len(self.mean)).long()
+        return self._batch(views, rows, self.mean[views, rows] + self.std[views, rows] * noise)
 
-    def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) of some rows, from standard normal `noise` and uniform numbers `flip` (B,)."""
-        views = self._views(flip)
-        return self.mean[views, indices] + self.std[views, indices] * noise
+    def mean_batch(self, rows: torch.Tensor) -> Batch:
+        """The means of some rows (B,), not flipped."""
+        views = torch.zeros_like(rows)
+        return self._batch(views, rows, self.mean[views, rows])
 
-    def geometry_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """The geometry (B, 6) of the views that `draw` takes."""
-        return self.geometry[self._views(flip), indices]
-
-    def features_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor | None:
-        """The features (B, F, h', w') of the views that `draw` takes; `None` where the posterior sees latents."""
-        return None if self.features is None else self.features[self._views(flip), indices]
-
-    def _views(self, flip: torch.Tensor) -> torch.Tensor:
-        return (flip * len(self.mean)).long()
+    def _batch(self, views: torch.Tensor, rows: torch.Tensor, latents: torch.Tensor) -> Batch:
+        features = None if self.features is None else self.features[views, rows]
+        captions = [self.captions[row] for row in rows]
+        return Batch(latents, features, self.masks[rows], self.geometry[views, rows], captions)
 
 
-class ImageTransform:
-    """Resizes an image's shorter side to `resolution` and crops a square, in the centre or at a random place.
+class LatentBatches:
+    """The batches of one process, from latents in memory.
 
-    The place is drawn once per image, from its index, so that it does not depend on the order of reading.
+    Args:
+        latents: the images.
+        batch_size: images per process and batch.
+        seed: the run's seed.
+        process_index: this process.
+        num_processes: number of processes.
     """
 
-    def __init__(self, resolution: int, center_crop: bool, seed: int):
-        self.resolution = resolution
-        self.center_crop = center_crop
-        self.seed = seed
+    def __init__(
+        self, latents: ContextLatents, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
+    ):
+        self.latents, self.batch_size, self.seed = latents, batch_size, seed
+        self.process_index, self.num_processes = process_index, num_processes
+        self.sampler = ContextBalancedSampler(latents.contexts, seed)
 
-    def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
-        """Pixels (3, resolution, resolution) in [-1, 1]."""
-        size = (self.resolution, self.resolution)
-        square = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=self._place(index))
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
-
-    def geometry(self, image: Image.Image, index: int, flipped: bool = False) -> torch.Tensor:
-        """The image's row (6,) of `ContextLatents.geometry`; of the mirror image if `flipped`."""
-        scale = self.resolution / min(image.size)
-        left, top = (place * (side * scale - self.resolution) for place, side in zip(self._place(index), image.size))
-        if flipped:
-            left = image.width * scale - self.resolution - left
-        return torch.tensor([image.height, image.width, round(top), round(left), self.resolution, self.resolution])
-
-    def _place(self, index: int) -> tuple[float, float]:
-        """Where the crop lies from left to right and from top to bottom, in [0, 1]."""
-        if self.center_crop:
-            return 0.5, 0.5
-        left, top = np.random.default_rng((self.seed, index)).random(2)
-        return left, top
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W); on the CPU."""
-    posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
-    return posterior.mean.float().cpu() * scale, posterior.std.float().cpu() * scale
+    def batches(self, start: int) -> Iterator[tuple[Batch, KeyedNoise]]:
+        """See [`Batches`]. An epoch leaves out the rows that do not fill a batch of all processes."""
+        per_epoch = len(self.sampler) // (self.batch_size * self.num_processes)
+        epoch, skipped = divmod(start, per_epoch)
+        number = start
+        while True:
+            self.sampler.set_epoch(epoch)
+            parts = torch.tensor(list(self.sampler)).split(self.batch_size)
+            for rows in parts[self.process_index :: self.num_processes][skipped:per_epoch]:
+                share = {"process_index": self.process_index, "num_processes": self.num_processes}
+                random = KeyedNoise(self.seed, "diffusion", number, **share)
+                yield self.latents.batch(rows, random), random
+                number += 1
+            epoch, skipped = epoch + 1, 0
 
 
 def encode_images(

@@ -1,22 +1,22 @@
-"""What the posterior sees of images in training: latents, or features of another network."""
+"""The input of the posterior in training: latents, or features of another network."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from ...adapter.image_features import POSTERIOR_ENCODERS, ClipFeatures, ImageFeatures
-from ...adapter.weights import public_name
+from ...adapter.image_features import ClipFeatures, ImageFeatures
+from ...adapter_format import public_name
 from ...pipelines import CompositionMixin
-from ..config import ContextConfig, TrainingConfig
+from ..config import ContextConfig, PosteriorEncoder, TrainingConfig
 
 
 def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -> TrainingConfig:
-    """The configuration with the posterior's encoder chosen, if it leaves that open."""
+    """The config with a posterior encoder: the given one, or else the best that the base model and options allow."""
     if config.context.posterior_encoder is not None:
         return config
     if config.context.posterior_encoder_model is not None:
-        encoder = "clip"
+        encoder: PosteriorEncoder = "clip"
     elif config.model.mode == "full" or config.data.streaming or pipeline.unet.mid_block is None:
         encoder = "vae"
     else:
@@ -25,19 +25,17 @@ def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -
 
 
 def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) -> ImageFeatures | None:
-    """What makes the features that the posterior sees; `None` if it sees latents.
+    """The network whose features the posterior sees; `None` if it sees latents.
 
     Raises:
-        ValueError: if the options contradict one another, or there is no such model.
+        ValueError: if the options contradict one another, or the CLIP model cannot be loaded.
     """
     encoder, model = config.context.posterior_encoder, config.context.posterior_encoder_model
     has_own = getattr(pipeline, "image_encoder", None) is not None
-    if encoder not in POSTERIOR_ENCODERS:
-        raise ValueError(f"Unknown posterior_encoder '{encoder}'; choose one of {list(POSTERIOR_ENCODERS)}.")
     if encoder == "unet" and config.model.mode == "full":
         raise ValueError(
-            "In mode full the UNet changes, and the features that the posterior saw in training would be gone; choose"
-            " mode frozen or lora, or another `posterior_encoder`."
+            "In mode full the UNet changes, and with it the features that the posterior learned on; choose mode frozen"
+            " or lora, or another `posterior_encoder`."
         )
     if model is not None and encoder != "clip":
         raise ValueError(
@@ -49,7 +47,7 @@ def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) ->
             "The base model has no image encoder of its own; name a CLIP model by `posterior_encoder_model`, such as"
             " openai/clip-vit-large-patch14."
         )
-    if model is not None and has_own:  # which abduction would take
+    if model is not None and has_own:  # which inference of the noise would use
         raise ValueError("The base model has an image encoder of its own; leave out `posterior_encoder_model`.")
     if model is not None:
         return ClipFeatures.from_pretrained(model, config.data.cache_dir)
@@ -59,12 +57,12 @@ def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) ->
 def posterior_input(
     options: ContextConfig, pipeline: CompositionMixin, features: ImageFeatures | None, resolution: int
 ) -> dict[str, Any]:
-    """Arguments of the context module: what its posterior sees of images of a resolution in pixels."""
+    """Keyword arguments of the context module: the shape of its posterior's input for images of a resolution."""
     latent_size = resolution // pipeline.vae_scale_factor
-    seen = {"posterior_in_channels": pipeline.vae.config.latent_channels, "posterior_sample_size": latent_size}
+    latents = {"posterior_in_channels": pipeline.vae.config.latent_channels, "posterior_sample_size": latent_size}
     if features is None:
-        return seen
-    return seen | {
+        return latents
+    return latents | {
         "posterior_in_channels": features.channels,
         "posterior_feature_size": features.size(latent_size),
         "posterior_encoder": options.posterior_encoder,

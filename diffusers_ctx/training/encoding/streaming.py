@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,8 +17,11 @@ from diffusers import AutoencoderKL
 
 from ...data import context_mask
 from ...data.streaming import ContextStream, ImageStream, open_stream, take_images
+from ...keyed_random import keyed_seed
 from ..config import TrainingConfig
-from .latents import ImageTransform, encode_pixels
+from ..run.keyed_noise import KeyedNoise
+from .batch import Batch
+from .images import ImageTransform, encode_pixels
 
 
 _ENCODED_AT_ONCE = 16
@@ -27,17 +29,7 @@ _ENCODED_AT_ONCE = 16
 
 def open_images(config: TrainingConfig) -> ImageStream:
     """The stream of a run's images; see [`~data.streaming.open_stream`]."""
-    data = config.data
-    return open_stream(
-        Path(data.train_data_dir) if data.train_data_dir else str(data.dataset_name),
-        image_column=data.image_column,
-        context_column=data.context_column,
-        text_column=data.caption_column,
-        name=data.dataset_config_name,
-        split=data.dataset_split,
-        cache_dir=data.cache_dir,
-        seed=config.optimization.seed,
-    )
+    return open_stream(**config.data.source_options(), seed=config.optimization.seed)
 
 
 def take_concept_images(stream: ImageStream, config: TrainingConfig, show_progress: bool) -> datasets.Dataset:
@@ -56,32 +48,30 @@ def take_concept_images(stream: ImageStream, config: TrainingConfig, show_progre
 
 @dataclass
 class StreamedImages:
-    """A batch of images that are encoded when they are drawn; to a training step what `ContextLatents` is.
+    """Images of a batch that is not encoded yet.
 
     Attributes:
-        vae: the autoencoder.
         pixels: (B, 3, H, W) in [-1, 1].
-        geometry: (V, B, 6), see `ContextLatents`; V is 2 where images may be flipped, else 1.
+        geometry: (V, B, 6), see [`Batch`]; V is 2 where images may be flipped, else 1.
+        mask: (B, K).
+        captions: B captions.
     """
 
-    vae: AutoencoderKL
     pixels: torch.Tensor
     geometry: torch.Tensor
+    mask: torch.Tensor
+    captions: list[str]
 
-    def draw(self, indices: torch.Tensor, noise: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """See `ContextLatents.draw`."""
-        flipped = self._views(flip).bool()[:, None, None, None]
-        pixels = torch.where(flipped, self.pixels[indices].flip(-1), self.pixels[indices])
-        encoded = [encode_pixels(self.vae, part) for part in pixels.split(_ENCODED_AT_ONCE)]
+    def encode(self, vae: AutoencoderKL, random: KeyedNoise) -> Batch:
+        """What `ContextLatents.batch` draws of the same images, encoded by the autoencoder now."""
+        size, side = len(self.pixels), self.pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+        noise, flip = random.normal(size, vae.config.latent_channels, side, side), random.uniform(size)
+        views = (flip * len(self.geometry)).long()
+        pixels = torch.where(views.bool()[:, None, None, None], self.pixels.flip(-1), self.pixels)
+        encoded = [encode_pixels(vae, part) for part in pixels.split(_ENCODED_AT_ONCE)]
         mean, std = (torch.cat(parts) for parts in zip(*encoded))
-        return mean + std * noise
-
-    def geometry_of(self, indices: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-        """See `ContextLatents.geometry_of`."""
-        return self.geometry[self._views(flip), indices]
-
-    def _views(self, flip: torch.Tensor) -> torch.Tensor:
-        return (flip * len(self.geometry)).long()
+        geometry = self.geometry[views, torch.arange(size)]
+        return Batch(mean + std * noise, None, self.mask, geometry, self.captions)
 
 
 class StreamedBatches:
@@ -137,18 +127,25 @@ class StreamedBatches:
         for stream in self.streams:
             stream.fill()
 
-    def batches(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbered batches, endlessly, from number `start` of the whole run.
+    def batches(self, start: int) -> Iterator[tuple[Batch, KeyedNoise]]:
+        """See [`Batches`].
 
         Raises:
             ValueError: if an image cannot be read, or a context comes to no more images.
         """
+        for number, images in enumerate(self.images(start), start):
+            share = {"process_index": self.process_index, "num_processes": self.num_processes}
+            random = KeyedNoise(self.seed, "diffusion", number, **share)
+            yield images.encode(self.vae, random), random
+
+    def images(self, start: int) -> Iterator[StreamedImages]:
+        """The images of the batches from number `start` on; while one is used, the next one is read."""
         with ThreadPoolExecutor(max_workers=1) as reader:
             ahead = reader.submit(self._read, start)
-            for number in count(start):
-                batch, self._places = ahead.result()
-                ahead = reader.submit(self._read, number + 1)
-                yield number, batch
+            for number in count(start + 1):
+                images, self._places = ahead.result()
+                ahead = reader.submit(self._read, number)
+                yield images
 
     def state_dict(self) -> dict[str, Any]:
         """The places after the last batch that was handed out. All processes must ask for it."""
@@ -160,8 +157,8 @@ class StreamedBatches:
         for stream, place in zip(self.streams, self._places, strict=True):
             stream.load_state_dict(place)
 
-    def _read(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """A batch, and the streams' places after it."""
+    def _read(self, number: int) -> tuple[StreamedImages, list[dict[str, Any]]]:
+        """The images of a batch, and the streams' places after it."""
         first = (number * self.num_processes + self.process_index) * self.batch_size
         order = [self._context_at(first + row) for row in range(self.batch_size)]
         pixels, geometries, captions = [], [], []
@@ -170,15 +167,13 @@ class StreamedBatches:
             pixels.append(self.transform(image, place))
             geometries.append(torch.stack([self.transform.geometry(image, place, flipped) for flipped in self.views]))
             captions.append(caption)
-        batch = {
-            "index": torch.arange(self.batch_size),
-            "mask": self.masks[order],
-            "caption": captions,
-            "images": StreamedImages(self.vae, torch.stack(pixels), torch.stack(geometries, dim=1)),
-        }
-        return batch, [stream.state_dict() for stream in self.streams]
+        stacked = (torch.stack(pixels), torch.stack(geometries, dim=1))
+        images = StreamedImages(*stacked, self.masks[order], captions)
+        return images, [stream.state_dict() for stream in self.streams]
 
     def _context_at(self, place: int) -> int:
         """The context's number at a place in the global batches of the whole run."""
         turn, position = divmod(place, len(self.contexts))
-        return int(np.random.default_rng((self.seed, turn)).permutation(len(self.contexts))[position])
+        return int(
+            np.random.default_rng(keyed_seed(self.seed, "contexts", turn)).permutation(len(self.contexts))[position]
+        )

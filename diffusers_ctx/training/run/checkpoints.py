@@ -1,25 +1,24 @@
-"""Checkpoints of a training run: written whole or not at all, pruned, found again."""
+"""Checkpoints of a training run: atomic writing, pruning, and finding the one to resume from."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from ...adapter_format import safetensors_defect
 from .concept_checkpoint import PROGRESS_NAME, contract_of_progress
+from .files import flush
 from .record import CONTENT
 
 
@@ -28,15 +27,15 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-\d+")
 _UNFINISHED = "unfinished-"
 _WEIGHTS = "trained.safetensors"
-_OPTIONS = "options.json"
-_OF_LENGTH = ("max_train_steps", "unfreeze_step")  # a run may become longer
+_CONTRACT = "options.json"
+_LENGTH = ("max_train_steps", "unfreeze_step")  # a resumed run may be longer
 
 
 def register_trained_weights(accelerator: Accelerator) -> None:
-    """Lets checkpoints hold what a run learns, and not the base model again each time."""
+    """Makes Accelerate's checkpoints hold the weights that learn, and not the whole base model."""
 
     def save(models: list[nn.Module], weights: list, output_dir: str) -> None:
-        if accelerator.is_main_process and weights:  # those of shards Accelerate has saved by itself
+        if accelerator.is_main_process and weights:  # Accelerate has saved shards already
             for model in models:
                 state = _trained_state(accelerator.unwrap_model(model, keep_torch_compile=False))
                 safetensors.torch.save_file(state, Path(output_dir) / _WEIGHTS)
@@ -59,13 +58,19 @@ def register_trained_weights(accelerator: Accelerator) -> None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, options: dict[str, Any], total_limit: int | None
+    accelerator: Accelerator, output_dir: Path, step: int, contract: dict[str, Any], total_limit: int | None
 ) -> Path:
-    """Writes `output_dir/checkpoint-<step>`, then removes the oldest of those up to it beyond `total_limit`.
+    """Writes `output_dir/checkpoint-<step>` and then removes the oldest earlier ones beyond `total_limit`.
 
-    It is written under another name and renamed when it is whole and on the disk: a run that dies in between, or whose
-    power fails, leaves nothing that could be taken for a checkpoint. `options` are those that a run which resumes from
-    it must have.
+    It is written under another name and renamed when it is complete and on the disk. A run that dies in between, or a
+    power failure, leaves nothing that could be taken for a checkpoint.
+
+    Args:
+        accelerator: has everything to save.
+        output_dir: the run's folder.
+        step: optimizer steps done.
+        contract: what a run that resumes from it must agree with; see [`~record.resume_contract`].
+        total_limit: how many checkpoints to keep; `None` keeps all.
 
     Raises:
         OSError: if it cannot be written; nothing is left of it.
@@ -77,17 +82,22 @@ def save_checkpoint(
         accelerator.save_state(str(unfinished), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (unfinished / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n")
-            _flush(unfinished)
+            (unfinished / _CONTRACT).write_text(json.dumps(contract, indent=2) + "\n")
+            for file in filter(Path.is_file, unfinished.rglob("*")):
+                flush(file)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is all three, by what writes
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # what a full disk raises depends on the writer
         shutil.rmtree(unfinished, ignore_errors=True)
         last = find_checkpoint(output_dir, "latest")
-        go_on = f"go on from {last.name} with `--resume_from_checkpoint latest`" if last else "begin again"
+        fix = f"go on from {last.name} with `--resume_from_checkpoint latest`" if last else "begin again"
         raise OSError(
             f"{target} could not be written ({error}). If the disk is full, free some of it, or lower"
-            f" `checkpoints_total_limit`; then {go_on}."
+            f" `checkpoints_total_limit`; then {fix}."
         ) from error
     if accelerator.is_main_process:
         if target.exists():
@@ -101,7 +111,7 @@ def save_checkpoint(
 
 
 def remove_unfinished(accelerator: Accelerator, output_dir: Path) -> None:
-    """Removes what runs that died have left half-written or half-removed. All processes must call it."""
+    """Removes incomplete checkpoints of runs that died. All processes must call it."""
     if accelerator.is_main_process:
         for leftover in output_dir.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
@@ -109,7 +119,14 @@ def remove_unfinished(accelerator: Accelerator, output_dir: Path) -> None:
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:
-    """The folder of a checkpoint: `latest`, one in `output_dir`, or any path. `None` if there is no latest one.
+    """The folder of a checkpoint.
+
+    Args:
+        output_dir: the run's folder.
+        name: `latest`, the name of a checkpoint in `output_dir`, or the path of any checkpoint.
+
+    Returns:
+        Its path; `None` for `latest` if there is none.
 
     Raises:
         FileNotFoundError: if a named checkpoint does not exist.
@@ -126,22 +143,22 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
 
 
 def choose_checkpoint(
-    output_dir: Path, name: str | None, last_step: int, accelerator: Accelerator, options: dict[str, Any]
+    output_dir: Path, name: str | None, last_step: int, accelerator: Accelerator, contract: dict[str, Any]
 ) -> Path | None:
-    """The checkpoint that a run starts from; `None` is the beginning.
+    """The checkpoint that a run starts from; `None` starts from the beginning.
 
     Args:
         output_dir: the run's folder.
-        name: see `find_checkpoint`; `None` asks for the beginning. Without a checkpoint, `latest` goes on with
-            learning the concepts, where a run was stopped in that.
+        name: see `find_checkpoint`; `None` asks for the beginning. `latest` resumes the learning of the concepts if a
+            run was stopped before its first checkpoint.
         last_step: the run's last step.
         accelerator: the run's.
-        options: what decides what the run learns.
+        contract: see [`~record.resume_contract`].
 
     Raises:
         FileNotFoundError: if a named checkpoint does not exist.
-        ValueError: if the run cannot go on from there, as where a file of it is cut off, or would begin anew beside
-            an earlier run's checkpoints.
+        ValueError: if the run cannot resume from it, or would start from the beginning next to checkpoints of an
+            earlier run.
     """
     if name is None:
         _check_no_checkpoints(output_dir)
@@ -152,24 +169,24 @@ def choose_checkpoint(
         if begun is None:
             logger.warning(f"There is no checkpoint in {output_dir} yet; training starts from the beginning.")
         else:
-            _check_options(output_dir, begun, options)
+            _check_contract(output_dir, begun, contract)
         return None
     if checkpoint_step(checkpoint) > last_step:
         raise ValueError(
             f"{checkpoint} is beyond the {last_step} steps of this run; raise `max_train_steps`, or resume from"
             " another checkpoint."
         )
-    _check_kind(checkpoint, accelerator)
+    _check_sharding(checkpoint, accelerator)
     _check_whole(checkpoint)
-    _check_options(checkpoint, _read_options(checkpoint), options)
+    _check_contract(checkpoint, _read_contract(checkpoint), contract)
     return checkpoint
 
 
-def restore_unfreeze_step(checkpoint: Path, options: dict[str, Any]) -> None:
-    """Puts into the options of a run that goes on for longer than was planned what stays as it was planned."""
-    before = _read_options(checkpoint)
-    options["unfreeze_step"] = before["unfreeze_step"]
-    length, steps, schedule = before["max_train_steps"], options["max_train_steps"], options["lr_scheduler"]
+def restore_unfreeze_step(checkpoint: Path, contract: dict[str, Any]) -> None:
+    """Sets the step at which the UNet begins to learn to the one of the checkpoint, also in a run that is longer."""
+    before = _read_contract(checkpoint)
+    contract["unfreeze_step"] = before["unfreeze_step"]
+    length, steps, schedule = before["max_train_steps"], contract["max_train_steps"], contract["lr_scheduler"]
     if length != steps and not schedule.startswith("constant"):
         logger.warning(
             f"From here on the learning rate is that of a run of {steps} steps, and not of {length} as before: the"
@@ -177,33 +194,34 @@ def restore_unfreeze_step(checkpoint: Path, options: dict[str, Any]) -> None:
         )
 
 
-def _read_options(checkpoint: Path) -> dict[str, Any]:
-    """The options of the run that wrote it."""
-    file = checkpoint / _OPTIONS
+def _read_contract(checkpoint: Path) -> dict[str, Any]:
+    """The contract of the run that wrote the checkpoint."""
+    file = checkpoint / _CONTRACT
     if not file.exists():
-        raise ValueError(f"{checkpoint} has no {_OPTIONS}: it was not written by this version of the training script.")
+        raise ValueError(
+            f"{checkpoint} has no {_CONTRACT}: it was not written by this version of the training script."
+        )
     return json.loads(file.read_text())
 
 
-def _check_options(kept: Path, before: dict[str, Any], options: dict[str, Any]) -> None:
-    """Checks that a run has the options of what was kept: others would be half ignored, half obeyed."""
+def _check_contract(saved: Path, before: dict[str, Any], contract: dict[str, Any]) -> None:
+    """Checks that a run has the contract of what was saved: other options would be obeyed in part."""
     changed = [
-        f"`{name}` was {before.get(name)} and is {options.get(name)}"
-        for name in sorted({*before, *options}.difference(_OF_LENGTH, [CONTENT]))
-        if before.get(name) != options.get(name)
+        f"`{name}` was {before.get(name)} and is {contract.get(name)}"
+        for name in sorted({*before, *contract}.difference(_LENGTH, [CONTENT]))
+        if before.get(name) != contract.get(name)
     ]
-    if CONTENT in before and before[CONTENT] != options.get(CONTENT):  # checkpoints of the first days do not say
-        changed.append("images, captions or their order are not what they were")
+    if before.get(CONTENT) != contract.get(CONTENT):
+        changed.append("images, captions or their order have changed")
     if changed:
         raise ValueError(
-            f"{kept} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
+            f"{saved} is of a run with other options: {', '.join(changed)}. Resume with the same ones, or train"
             " anew into another `output_dir`."
         )
 
 
-def _check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Checks that a checkpoint has weights in shards where this run has them so, and whole ones otherwise; Accelerate
-    would look for other files."""
+def _check_sharding(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Checks that the checkpoint is sharded if and only if the run is; Accelerate would look for other files."""
     sharding = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharding == (checkpoint / _WEIGHTS).exists():
         raise ValueError(
@@ -213,32 +231,17 @@ def _check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Checks that none of its files is cut off. Weights are not read, only where a file says how long it must be."""
-    damaged = [file for file in sorted(checkpoint.iterdir()) if not _is_whole(file)]
-    if not damaged:
+    """Checks that its weights were copied in full, if it was moved; what a run writes is atomic."""
+    if not any(safetensors_defect(file) for file in checkpoint.glob("*.safetensors")):
         return
     earlier = [x for x in list_checkpoints(checkpoint.parent) if checkpoint_step(x) < checkpoint_step(checkpoint)]
-    go_on = f"go on from the one before it with `--resume_from_checkpoint {earlier[-1]}`" if earlier else "train anew"
-    raise ValueError(f"{damaged[0]} is damaged, and nothing can go on from {checkpoint.name}; {go_on}.")
-
-
-def _is_whole(file: Path) -> bool:
-    if file.suffix in (".bin", ".pkl"):  # what `torch.save` writes ends with its table of contents
-        return is_zipfile(file)
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text())
-        elif file.suffix == ".safetensors":
-            with safe_open(file, framework="numpy"):
-                pass
-    except (ValueError, SafetensorError):
-        return False
-    return True
+    fix = f"resume from the one before it with `--resume_from_checkpoint {earlier[-1]}`" if earlier else "train anew"
+    raise ValueError(f"The weights in {checkpoint} are damaged; {fix}.")
 
 
 def _check_no_checkpoints(output_dir: Path) -> None:
-    """Checks that a run which starts from the beginning leaves no older run's checkpoints to be resumed from: `latest`
-    would be the one with the most steps, of whichever run."""
+    """Checks that a new run does not start next to an older run's checkpoints: `latest` would be the one with the most
+    steps, of either run."""
     if found := [*list_checkpoints(output_dir), *output_dir.glob(PROGRESS_NAME)]:
         raise ValueError(
             f"{output_dir} has checkpoints of an earlier run, such as {found[-1].name}; go on from there with"
@@ -260,26 +263,13 @@ def _is_checkpoint(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
-def _flush(folder: Path) -> None:
-    """Waits until the disk has a folder's files: where power fails, a name may have come there before its content."""
-    if os.name != "posix":  # where folders cannot be opened
-        return
-    for path in (*folder.rglob("*"), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            with suppress(OSError) if path.is_dir() else nullcontext():  # some network disks cannot do it for folders
-                os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _remove(checkpoint: Path) -> None:
-    """Renames it first: a run that dies in between must not leave a part of it that could be taken for the whole."""
+    """Renames it first: a run that dies in between must not leave a part that could be taken for the whole."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{_UNFINISHED}removal-of-{checkpoint.name}")))
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What learns, and the context module, part of which learned before."""
+    """The weights that learn, and the context module, which has learned before."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
         name: weight.detach().cpu().contiguous()

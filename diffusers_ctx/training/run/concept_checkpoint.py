@@ -1,8 +1,9 @@
-"""What learning the concepts has come to, on disk: it can be stopped, and taken up again."""
+"""Checkpoints of concept learning."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -24,46 +25,48 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-class ConceptProgress:
-    """Keeps what learning the concepts has come to: when a stage begins, every so many steps, and when the run is
-    asked to stop, which it does then. What an earlier run has kept is taken up.
+class ConceptCheckpoint:
+    """Saves the state of concept learning when a stage begins, every so many steps, and when the run is asked to stop,
+    which it does then. A later run resumes from what was saved.
 
     Args:
-        accelerator: of the run. Its main process writes; all take up what was written.
-        folder: where it is kept.
-        options: those that a run which takes it up must have.
+        accelerator: of the run. Its main process writes; all resume from what was written.
+        folder: where the file is.
+        contract: the options that a run which resumes must have.
         stop: whether the run is asked to stop.
-        every: how many steps there are between two times.
+        every: steps between two saves.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, options: dict[str, Any], stop: StopSignals, every: int):
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, contract: dict[str, Any], stop: StopSignals, every: int
+    ):
         self.accelerator = accelerator
         self.file = folder / PROGRESS_NAME
-        self.options = options
+        self.contract = contract
         self.stop = stop
         self.every = every
         self._earlier = torch.load(self.file, map_location="cpu") if self.file.exists() else None
         self.values: torch.Tensor | None = None if self._earlier is None else self._earlier["values"]
         """(n, N, d), node values of the images, once they are found."""
 
-    def take_up(self, stage: str, **parts: Stateful) -> int | None:
-        """Gives the parts of a stage the state in which an earlier run has left them, if it has.
+    def resume(self, stage: str, **parts: Stateful) -> float:
+        """Gives the parts of a stage the state that an earlier run saved.
 
         Returns:
-            How many of its steps are done; `None` if it is behind what the earlier run was doing.
+            The steps of the stage that are done; infinity where the earlier run was past it.
         """
         if self._earlier is None:
             return 0
         if self._earlier["stage"] != stage:
-            return None
+            return math.inf
         earlier, self._earlier = self._earlier, None
         for name, part in parts.items():
             part.load_state_dict(earlier["parts"][name])
         torch.set_rng_state(earlier["random"])
         return earlier["step"]
 
-    def before_step(self, stage: str, step: int, **parts: Stateful) -> None:
-        """Keeps the state of the parts if it is time. All processes must call it.
+    def maybe_save(self, stage: str, step: int, **parts: Stateful) -> None:
+        """Saves the state of the parts before this step, if it is time. All processes must call it.
 
         Raises:
             OSError: if it cannot be written.
@@ -71,12 +74,12 @@ class ConceptProgress:
         """
         stopping = self.stop.requested()
         if stopping or step % self.every == 0:
-            self._keep(stage, step, parts)
+            self._save(stage, step, parts)
         if stopping:
             self._end_run()
 
-    def look(self) -> None:
-        """Where there is nothing to keep. All processes must call it.
+    def check_stop(self) -> None:
+        """Where there is nothing to save. All processes must call it.
 
         Raises:
             SystemExit: if the run was asked to stop.
@@ -84,14 +87,19 @@ class ConceptProgress:
         if self.stop.requested():
             self._end_run()
 
+    def remove(self) -> None:
+        """Once the concepts are learned, and saved elsewhere."""
+        if self.accelerator.is_main_process:
+            self.file.unlink(missing_ok=True)
+
     def _end_run(self) -> NoReturn:
         self.stop.end_run("while the concepts were learned")
 
-    def _keep(self, stage: str, step: int, parts: dict[str, Stateful]) -> None:
+    def _save(self, stage: str, step: int, parts: dict[str, Stateful]) -> None:
         if not self.accelerator.is_main_process:
             return
         state = {
-            "options": json.dumps(self.options),
+            "contract": json.dumps(self.contract),
             "stage": stage,
             "step": step,
             "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -108,12 +116,6 @@ class ConceptProgress:
 
 
 def contract_of_progress(folder: Path) -> dict[str, Any] | None:
-    """The options of the run that has begun to learn concepts there; `None` if none has."""
+    """The contract of the run that has begun to learn concepts there; `None` if none has."""
     file = folder / PROGRESS_NAME
-    return json.loads(torch.load(file, map_location="cpu", mmap=True)["options"]) if file.exists() else None
-
-
-def remove_progress(accelerator: Accelerator, folder: Path) -> None:
-    """When the concepts are learned, and kept elsewhere."""
-    if accelerator.is_main_process:
-        (folder / PROGRESS_NAME).unlink(missing_ok=True)
+    return json.loads(torch.load(file, map_location="cpu", mmap=True)["contract"]) if file.exists() else None

@@ -1,27 +1,27 @@
-"""Random numbers keyed by seed, step and place in the global batch.
+"""Random numbers keyed by seed, stream and step, and shared among processes by place in the global batch.
 
-They depend neither on how many processes share the batch nor on what was drawn before, so that two processes train as
-one does, and a resumed run as one that was never stopped.
+They depend neither on how many processes share the batch nor on what was drawn before: two processes train as one
+does, and a resumed run as one that was never stopped.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ...keyed_random import keyed_generator
+
 
 class KeyedNoise:
-    """Random numbers of one step; each process gets the rows of its own share of the global batch.
+    """Random numbers of one step; each process gets the rows of its share of the global batch.
 
     Args:
-        seed: the run's seed.
-        step: number of the batch, counted from the start of the run over gradient accumulation.
+        key: the run's seed, the name of the stream, and the step.
         process_index: this process.
-        num_processes: all processes; each has a batch of the same size.
+        num_processes: number of processes; each has a batch of the same size.
     """
 
-    def __init__(self, seed: int, step: int, process_index: int = 0, num_processes: int = 1):
-        # on the CPU, since each kind of device has random numbers of its own
-        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    def __init__(self, *key: int | str, process_index: int = 0, num_processes: int = 1):
+        self.generator = keyed_generator(*key)
         self.process_index = process_index
         self.num_processes = num_processes
 

@@ -1,8 +1,8 @@
-"""What a run says about itself: to trackers, beside its weights and on the model card."""
+"""The record of a run: its options, what a resumed run must have in common with it, and its part of the model card."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import os
 import platform
@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 from torch import nn
 
+from ...fingerprint import fingerprint
 from ...version import __version__
 from ..config import TrainingConfig
 
@@ -31,10 +32,18 @@ _LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
 
 
 def flatten_options(config: TrainingConfig) -> dict[str, Any]:
-    """Every option by the name of its flag; the token stays out."""
+    """Every option by the name of its flag, except for the Hub's token."""
     options = {name: value for group in vars(config).values() for name, value in vars(group).items()}
     del options["hub_token"]
     return options
+
+
+def tracked_options(config: TrainingConfig) -> dict[str, Any]:
+    """Every option, as trackers take them."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
+        for name, value in flatten_options(config).items()
+    }
 
 
 def resume_contract(
@@ -46,19 +55,19 @@ def resume_contract(
     images: datasets.Dataset,
     models: Iterable[nn.Module],
 ) -> dict[str, Any]:
-    """The options that decide what a run learns, and what it learns from.
+    """The options that decide the outcome of a run, and fingerprints of the data and the base model.
 
-    A run that resumes must have them as they were, but for its length. It may find the same model and images in other
-    places, and divide a batch among other processes, unless each has its own part of a stream.
+    A resumed run must have the same contract, except for its length. The same model and images may lie elsewhere, and
+    a batch may be divided among another number of processes, unless each reads its own part of a stream.
 
     Args:
-        config: the run.
-        accelerator: its processes and precision.
-        concepts: the concepts that it learns.
-        resolution: height and width of its images.
-        steps: its optimizer steps.
-        images: those that it trains on, or with streaming, learns the concepts on.
-        models: those of the base, before anything has learned.
+        config: the run's options.
+        accelerator: the run's processes and precision.
+        concepts: the concepts to learn.
+        resolution: height and width of the images.
+        steps: optimizer steps.
+        images: the training images; with streaming, those that the concepts are learned on.
+        models: the models of the base, before training.
     """
     assert config.model.unfreeze_after is not None, "`with_unfreezing` chooses it"
     free = {*_MAY_CHANGE, *vars(config.output)}
@@ -68,21 +77,21 @@ def resume_contract(
     if config.data.streaming:
         options["processes"] = accelerator.num_processes
     else:
-        options[CONTENT] = _digest_of_images(images)
+        options[CONTENT] = _fingerprint_of_images(images)
     return options | {
         "concepts": list(concepts),
         "resolution": resolution,
         "train_batch_size of all processes": config.optimization.train_batch_size * accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "images": dict(sorted(Counter(images["context"]).items())),
-        "weights of the base model": _digest(models),
+        "weights of the base model": _fingerprint_of_weights(models),
         "max_train_steps": steps,
         "unfreeze_step": math.ceil(config.model.unfreeze_after * steps),
     }
 
 
 CONTENT = "content of images, captions and contexts"
-"""The option that is a digest of them, which says nothing to people."""
+"""Names their fingerprint, a hash that a message does not show."""
 
 _MAY_CHANGE = (
     "pretrained_model_name_or_path",
@@ -105,31 +114,33 @@ _MAY_CHANGE = (
 )
 
 
-def _digest(models: Iterable[nn.Module]) -> str:
-    """A digest of where each of the weights begins: of two models that were trained apart, all differ."""
+def _fingerprint_of_weights(models: Iterable[nn.Module]) -> str:
+    """The fingerprint of the first values of each weight: they differ between models that were trained apart, and a
+    base model of gigabytes is not hashed at each start."""
     weights = (parameter for model in models for parameter in model.parameters())
-    beginnings = (weight.detach().flatten()[:64].float().cpu().numpy() for weight in weights)
-    return hashlib.sha256(b"".join(beginning.tobytes() for beginning in beginnings)).hexdigest()[:16]
+    return fingerprint(*(weight.detach().flatten()[:64].float() for weight in weights))
 
 
-def _digest_of_images(images: datasets.Dataset) -> str:
-    """A digest of contexts and captions, in order, and of how long each image's file is, how it begins and ends."""
-    digest = hashlib.sha256(repr((list(images["context"]), list(images["text"]))).encode())
-    for row in images.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+def _fingerprint_of_images(images: datasets.Dataset) -> str:
+    """The fingerprint of contexts and captions, in order, and of each image file's length, beginning and end: a
+    dataset of terabytes is not read at each start."""
+    files = images.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    ends = []
+    for row in files:
         content, path = row["image"]["bytes"], row["image"]["path"]
         with Path(path).open("rb") if content is None else BytesIO(content) as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - _AN_END))
             end = file.read()
             file.seek(0)
-            digest.update(repr((length, file.read(_AN_END), end)).encode())
-    return digest.hexdigest()[:16]
+            ends.append((length, file.read(_AN_END), end))
+    return fingerprint(list(images["context"]), list(images["text"]), ends)
 
 
 def training_record(
     config: TrainingConfig, accelerator: Accelerator, steps: int, images: int, resolution: int
 ) -> dict[str, Any]:
-    """How an adapter was trained, as its model card tells it; see [`~hub.render_model_card`]."""
+    """How an adapter was trained, for its model card; see [`~hub.render_model_card`]."""
     options = config.optimization
     per_step = options.train_batch_size * accelerator.num_processes * options.gradient_accumulation_steps
     return {
@@ -151,6 +162,6 @@ def training_record(
 
 
 def _command() -> list[str]:
-    """The command line of this process; the launcher's own flags are not known to it."""
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ  # which `accelerate launch` always sets, and nothing else
+    """The command line of this process, without the launcher's own flags, which it cannot see."""
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ  # set by `accelerate launch` alone
     return [*(["accelerate", "launch"] if launched else ["python"]), *sys.argv]

@@ -1,4 +1,4 @@
-"""Sheets of samples: plain pictures from which figures take their tiles."""
+"""Grids of samples: plain pictures whose tiles go into the figures."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def join_tiles(rows: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
 
 
-def tiles(sheet: Image.Image, name: str) -> np.ndarray:
-    """The images (COLUMNS, 64, 64, 3) of one of the combinations `DRAWN` in a sheet."""
+def tiles(grid: Image.Image, name: str) -> np.ndarray:
+    """The images (COLUMNS, 64, 64, 3) of one of the combinations `DRAWN` in a grid."""
     top, size = DRAWN.index(name) * quad.RESOLUTION, quad.RESOLUTION
-    row = np.asarray(sheet.convert("RGB"))[top : top + size]
+    row = np.asarray(grid.convert("RGB"))[top : top + size]
     return row.reshape(size, -1, size, 3).swapaxes(0, 1)

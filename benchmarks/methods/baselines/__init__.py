@@ -1,0 +1,9 @@
+"""Baselines: LoRAs, and the ways of composing them."""
+
+from .composable_diffusion import ComposableDiffusion
+from .concept_sliders import ConceptSliders
+from .lora_per_context import LoraPerContext
+from .prompt_lora import PromptLora
+
+
+__all__ = ["ComposableDiffusion", "ConceptSliders", "LoraPerContext", "PromptLora"]

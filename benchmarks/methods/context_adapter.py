@@ -1,0 +1,206 @@
+"""Context adapters in every mode and form, trained by the library's two stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+import diffusers_ctx
+from diffusers_ctx import ComposablePipeline, ContextModule
+from diffusers_ctx.adapter.image_features import ImageFeatures
+from diffusers_ctx.data import quad
+from diffusers_ctx.fingerprint import fingerprint
+from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.concepts.stage import ConceptStage
+from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
+from diffusers_ctx.training.diffusion.noise_schedule import schedule_options
+from diffusers_ctx.training.diffusion.stage import DiffusionStage
+from diffusers_ctx.training.diffusion.trainable import prepare_backbone
+from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches
+from diffusers_ctx.training.encoding.posterior_features import create_image_features, with_posterior_encoder
+from diffusers_ctx.training.run.accelerator import create_accelerator
+from diffusers_ctx.training.run.tracking import start_trackers, track_step
+from diffusers_ctx.training.trainer import create_context_module
+
+from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
+
+
+TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
+TRAIN_BATCH_SIZE = 64
+_LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
+
+
+@dataclass(frozen=True)
+class ContextAdapter:
+    """A context adapter.
+
+    Attributes:
+        mode: `frozen`, `lora` or `full`.
+        context: options of the module and of learning the concepts.
+    """
+
+    mode: str = "lora"
+    context: ContextConfig = field(default_factory=ContextConfig)
+
+    @property
+    def learns_graph(self) -> bool:
+        return self.context.graph is None
+
+    def steps(self, setting: Setting) -> int:
+        return setting.train_steps
+
+    def train(self, setting: Setting, folder: Path) -> None:
+        pipeline = ComposablePipeline.from_pretrained(setting.base)
+        config = with_posterior_encoder(self.config(setting, folder), pipeline)
+        accelerator = create_accelerator(config)
+        set_seed(setting.seed)
+        features = create_image_features(config, pipeline)
+        module = self.create_module(config, pipeline, features)
+        prepare_backbone(pipeline, module, config.model, accelerator)
+        if schedule := schedule_options(config.model, pipeline.scheduler):
+            pipeline.set_context_scheduler(schedule)
+        start_trackers(accelerator, {})
+        latents = self.encode(setting, features)
+        self.learn_concepts(setting, accelerator, pipeline, module, latents, config)
+        set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
+        self._learn_adapter(accelerator, pipeline, latents, config)
+        pipeline.save_context_adapter(folder, mode=self.mode)
+        if self.mode == "full":  # the adapter belongs to the UNet that learned with it
+            pipeline.save_pretrained(folder)
+        accelerator.end_training()
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
+        return adapter_sampler(pipeline, setting.num_inference_steps)
+
+    def config(self, setting: Setting, folder: Path) -> TrainingConfig:
+        return TrainingConfig(
+            ModelConfig(setting.base, mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
+            DataConfig(train_data_dir=str(setting.data_dir), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
+            replace(self.context, concept_steps=setting.concept_steps),
+            OptimizationConfig(
+                seed=setting.seed,
+                train_batch_size=TRAIN_BATCH_SIZE,
+                max_train_steps=self.steps(setting),
+                learning_rate=_LEARNING_RATES[self.mode],
+                lr_scheduler="cosine",
+                lr_warmup_steps=50,
+            ),
+            OutputConfig(output_dir=str(folder)),
+        )
+
+    # What ablations change
+
+    def create_module(
+        self, config: TrainingConfig, pipeline: ComposablePipeline, features: ImageFeatures | None
+    ) -> ContextModule:
+        return create_context_module(config, pipeline, list(quad.CONCEPTS), features, quad.RESOLUTION)
+
+    def encode(self, setting: Setting, features: ImageFeatures | None) -> ContextLatents:
+        """The latents that all methods share, with the features that the posterior reads, if any."""
+        latents = setting.latents()
+        if features is None:
+            return latents
+
+        def compute() -> torch.Tensor:  # features of the UNet depend on latents alone
+            means = latents.mean[0].to(device()).split(BATCH_SIZE)
+            return torch.cat([features(mean, mean).cpu() for mean in means])[None]
+
+        return replace(latents, features=setting.shared(f"features-{features.digest()}", compute))
+
+    def learn_concepts(
+        self,
+        setting: Setting,
+        accelerator: Accelerator,
+        pipeline: ComposablePipeline,
+        module: ContextModule,
+        latents: ContextLatents,
+        config: TrainingConfig,
+    ) -> None:
+        """Learns the concepts, or takes those of a method that differs in nothing that they depend on."""
+
+        def compute() -> dict[str, torch.Tensor]:
+            stage = ConceptStage(
+                accelerator,
+                module,
+                latents,
+                config.context,
+                setting.seed,
+                encode_captions=pipeline.encode_captions,
+            )
+            stage.run()
+            return module.state_dict()
+
+        options = {name: value for name, value in module.config.items() if not name.startswith("_")}
+        features_from = None if config.context.posterior_encoder == "vae" else setting.base
+        code = learning_code_fingerprint(Path(diffusers_ctx.__file__).parent)
+        key = fingerprint(type(self).__name__, options, asdict(config.context), features_from, code)
+        module.load_state_dict(setting.shared(f"concepts-{key}", compute))
+
+    def _learn_adapter(
+        self, accelerator: Accelerator, pipeline: ComposablePipeline, latents: ContextLatents, config: TrainingConfig
+    ) -> None:
+        options = config.optimization
+        batches = LatentBatches(latents, options.train_batch_size, options.seed)
+        stage = DiffusionStage(accelerator, pipeline, batches, config, options.max_train_steps, options.learning_rate)
+        for metrics in tqdm(stage.steps(), total=options.max_train_steps, desc="Training"):
+            track_step(accelerator, metrics, stage.step)
+        stage.finish()
+
+
+def learning_code_fingerprint(package: Path) -> str:
+    """Of the code that learns concepts: what an earlier version learned is not taken for what this one would learn."""
+    files = [file for name in ("context", "training") for file in (package / name).rglob("*.py")]
+    return fingerprint(*sorted(files))
+
+
+def adapter_sampler(
+    pipeline: ComposablePipeline,
+    num_inference_steps: int,
+    intervenes: bool = True,
+    has_noise: bool = True,
+    match_prompt: bool = False,
+) -> Sampler:
+    """Samples of a pipeline with an adapter.
+
+    Args:
+        pipeline: the pipeline.
+        num_inference_steps: denoising steps.
+        intervenes: whether the adapter is given the interventions.
+        has_noise: whether samples have exogenous noise; zeros otherwise.
+        match_prompt: whether noise is chosen to match the captions.
+    """
+
+    def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
+        def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
+            shape = (len(prompts), *pipeline.context_module.noise_shape)
+            return pipeline(
+                prompts,
+                interventions=list(interventions) if intervenes else [],
+                exogenous_noise=None if has_noise else torch.zeros(shape),
+                match_prompt=match_prompt,
+                generator=generator,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=1.0,
+                output_type="np",
+            ).images
+
+        return in_batches(sample_batch, captions, seed)
+
+    return sample
+
+
+def load_pipeline(folder: str | Path, base: str, full: bool = False) -> ComposablePipeline:
+    """A base with the adapter of a folder; `full` if the folder holds the base too."""
+    pipeline = ComposablePipeline.from_pretrained(folder if full else base)
+    pipeline.load_context_adapter(folder)
+    pipeline.to(device())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

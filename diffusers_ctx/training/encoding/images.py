@@ -1,0 +1,77 @@
+"""The run's images, and the pixels and latents that the models are trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+
+from ...data import load_context_dataset
+from ...keyed_random import keyed_seed
+from ..config import TrainingConfig
+
+
+def load_images(config: TrainingConfig) -> datasets.Dataset:
+    """The run's images; see [`~data.load_context_dataset`]."""
+    data = config.data
+    return load_context_dataset(
+        **data.source_options(),
+        obs_context=data.obs_context,
+        concepts=data.concepts,
+        skip_unreadable=data.skip_unreadable,
+        max_samples_per_context=data.max_train_samples,
+        seed=config.optimization.seed,
+    )
+
+
+def describe_images(images: datasets.Dataset, concepts: Sequence[str]) -> str:
+    """A line about what was found: the contexts, how many images and captions each has, and the concepts."""
+    contexts = list(images["context"])
+    captions = Counter(context for context, caption in zip(contexts, images["text"]) if caption)
+    found = [f"{name} {count} ({captions[name]})" for name, count in sorted(Counter(contexts).items())]
+    return f"Images (captions) by context: {', '.join(found)}. Concepts: {', '.join(concepts)}."
+
+
+class ImageTransform:
+    """Resizes an image's shorter side to `resolution` and crops a square, in the center or at a random place.
+
+    The place is drawn once per image, from its index: it does not depend on the order of reading.
+    """
+
+    def __init__(self, resolution: int, center_crop: bool, seed: int):
+        self.resolution = resolution
+        self.center_crop = center_crop
+        self.seed = seed
+
+    def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
+        """Pixels (3, resolution, resolution) in [-1, 1]."""
+        size = (self.resolution, self.resolution)
+        square = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=self._place(index))
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+
+    def geometry(self, image: Image.Image, index: int, flipped: bool = False) -> torch.Tensor:
+        """The image's row (6,) of `Batch.geometry`; that of its mirror image if `flipped`."""
+        scale = self.resolution / min(image.size)
+        left, top = (place * (side * scale - self.resolution) for place, side in zip(self._place(index), image.size))
+        if flipped:
+            left = image.width * scale - self.resolution - left
+        return torch.tensor([image.height, image.width, round(top), round(left), self.resolution, self.resolution])
+
+    def _place(self, index: int) -> tuple[float, float]:
+        """Where the crop lies from left to right and from top to bottom, in [0, 1]."""
+        if self.center_crop:
+            return 0.5, 0.5
+        left, top = np.random.default_rng(keyed_seed(self.seed, "crop", index)).random(2)
+        return left, top
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W); on the CPU."""
+    posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
+    return posterior.mean.float().cpu() * scale, posterior.std.float().cpu() * scale
