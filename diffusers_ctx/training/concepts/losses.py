@@ -39,9 +39,7 @@ def gaussian_likelihood_loss(mse: torch.Tensor, dimensions: int) -> torch.Tensor
     return dimensions / 2 * mse.log()
 
 
-def graph_penalty(
-    causal: ReducedForm | Structural, acyclicity_weight: float, sparsity_weight: float
-) -> torch.Tensor:
+def graph_penalty(causal: ReducedForm | Structural, acyclicity_weight: float, sparsity_weight: float) -> torch.Tensor:
     """Weighted sum of the penalties on cycles and on edges, at least 0."""
     return acyclicity_weight * causal.acyclicity() + sparsity_weight * causal.group_lasso()
 
@@ -54,7 +52,7 @@ def unit_directions(random: KeyedNoise, dim: int, count: int = _DIRECTIONS) -> t
 def sorted_distance(a: torch.Tensor, b: torch.Tensor, directions: torch.Tensor, groups: int) -> torch.Tensor:
     """Squared sliced Wasserstein distance of rows (B, ...), within `groups` equal parts of them.
 
-    The distance that samples are judged by, `evaluation.sliced_wasserstein_distance`, has neither gradients nor groups.
+    `evaluation.sliced_wasserstein_distance`, the metric of samples, has neither gradients nor groups.
 
     Args:
         a: (B, ...), flattened to (B, D).

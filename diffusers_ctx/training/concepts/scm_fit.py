@@ -69,8 +69,8 @@ class LinearGaussianSCM(nn.Module):
         r"""Mean of `-log p(c | m)` in nats, up to a constant, with equal weight for each of the contexts (C, K), plus
         `graph_penalty`.
 
-        With `z = L c - s` of `inverse_mechanisms`, the first is `1/2 (tr(L S L^T) - 2 s^T L \mu + s^T s) - log |det L|` for
-        mean `\mu` and second moment `S` of a context.
+        With `z = L c - s` of `inverse_mechanisms`, the first is
+        `1/2 (tr(L S L^T) - 2 s^T L \mu + s^T s) - log |det L|` for mean `\mu` and second moment `S` of a context.
         """
         whiten, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, contexts)
         spread = torch.einsum("cij,cjk,cik->c", whiten, moments.second, whiten)

@@ -246,9 +246,7 @@ class Population:
         """Fits each one's mechanisms and causal layer anew to its node values."""
         for row in range(len(self)):
             candidate = self.candidate(row)
-            fit_scm(
-                candidate.context_module, candidate.values(codes), codes.labels, contexts, self.options, seed
-            )
+            fit_scm(candidate.context_module, candidate.values(codes), codes.labels, contexts, self.options, seed)
             with torch.no_grad():
                 for name, weight in self.weights.items():
                     weight[row] = candidate.get_parameter(name)
