@@ -30,7 +30,7 @@ RUNGS = ((0.1, 6), (0.3, 3), (1.0, 1))
 """Shares of the steps, and how many candidates learn until then."""
 
 _STEPS_FACTOR = 2  # steps are cheap: there are no images in them
-_IMAGES_PER_CONTEXT = 128  # in a step, with repetition where there are fewer
+_IMAGES_PER_CONTEXT = 64  # in a step, with repetition where there are fewer
 _LEARNING_RATE = 2e-3
 _MECHANISMS_LEARNING_RATE = 1e-2
 _MAX_GRADIENT_NORM = 20.0
@@ -229,10 +229,15 @@ class Population:
         """
         if not len(rows):
             raise FloatingPointError("No flow to node values has a finite loss; lower `contrastive_weight`.")
-        for weight in self.weights.values():
-            weight.data = weight[rows]
-            state = self._optimizer.state[weight]
-            state.update({name: moment[rows] for name, moment in state.items() if moment.ndim})
+        kept = {weight: weight[rows].requires_grad_() for weight in self.weights.values()}
+        self.weights = {name: kept[weight] for name, weight in self.weights.items()}
+        for group in self._optimizer.param_groups:
+            group["params"] = [kept[weight] for weight in group["params"]]
+        for weight, state in list(self._optimizer.state.items()):
+            # the number of steps is a scalar; moments have a row for each candidate
+            state = {name: value[rows] if value.ndim else value for name, value in state.items()}
+            self._optimizer.state[kept[weight]] = state
+            del self._optimizer.state[weight]
         self._scores = deque((scores[rows] for scores in self._scores), maxlen=_JUDGED_STEPS)
 
     @torch.no_grad()
