@@ -1,4 +1,4 @@
-"""How well a small Stable Diffusion draws what it was pretrained on: quad images of all contexts, pooled.
+"""How well a small Stable Diffusion draws its pretraining images: quad images of all contexts, pooled.
 
 python benchmarks/base_quad.py diffusers_ctx/assets/quad-base
 python benchmarks/base_quad.py runs/longer --images_per_context 100 --num_inference_steps 6 12 25 50
@@ -46,7 +46,7 @@ def sample_pooled(
 
 
 def measure_base(folder: str, images_per_context: int, num_inference_steps: int) -> dict[str, Any]:
-    """Distance to real images, share of samples with the prompt's shape, and drift of the attributes' laws."""
+    """Distance to real images, share of samples with the prompt's shape, and drift of the attributes."""
     samples, real, real_b, captions = sample_pooled(folder, images_per_context, num_inference_steps)
     values, real_values, real_b_values = (read_attributes(images).values for images in (samples, real, real_b))
     metrics = measure_context(samples, real, real_b)

@@ -1,9 +1,9 @@
-"""How close an adapter's contexts and compositions come to their laws on quad, measured on as many images as you like.
+"""Distances of an adapter's contexts and compositions on quad to their distributions, on as many images as you like.
 
     python benchmarks/compositions_quad.py runs/demo/adapter --n 500
     python benchmarks/compositions_quad.py runs/mine --combinations quad3+quad4 quad1+quad3+size
 
-By default what the benchmark of all methods measures: contexts, held-out pairs and three triples. Metrics go to
+By default the combinations of `quad.py`: contexts, held-out pairs and three triples. Metrics go to
 --output as they are measured: the same command, given again, continues where it stopped.
 """
 

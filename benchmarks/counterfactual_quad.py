@@ -46,7 +46,7 @@ class Counterfactuals:
     def __call__(
         self, images: np.ndarray, interventions: tuple[str, ...], factual: tuple[str, ...] = ()
     ) -> np.ndarray:
-        output = self.pipeline.counterfactual(images, list(interventions), factual=list(factual), **self.options)
+        output = self.pipeline.counterfactual(images, list(interventions), list(factual), **self.options)
         return to_uint8(output.images)
 
     def autoencoded(self, images: np.ndarray) -> np.ndarray:
@@ -98,8 +98,8 @@ def main() -> None:
         load_pipeline(args.adapter, embedded_base()), sample.captions, args.num_inference_steps
     )
     composition = measure_composition(counterfactuals, sample)
-    for name, figure in composition.items():
-        print(f"no intervention, {name}: {figure:.4f}", flush=True)
+    for name, error in composition.items():
+        print(f"no intervention, {name}: {error:.4f}", flush=True)
     interventions = {}
     for names in INTERVENTIONS:
         metrics = interventions["+".join(names)] = measure_intervention(counterfactuals, sample, names)

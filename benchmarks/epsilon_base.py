@@ -30,6 +30,7 @@ from PIL import Image
 from provenance import commit, machine
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.report import measure_context
 from diffusers_ctx.training import TrainingConfig
@@ -82,7 +83,7 @@ class TrailingSampling:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder.parent / self.trained, setting.base)
-        pipeline.set_context_scheduler({"timestep_spacing": "trailing"})
+        set_context_scheduler(pipeline, {"timestep_spacing": "trailing"})
         return adapter_sampler(pipeline, setting.num_inference_steps)
 
 

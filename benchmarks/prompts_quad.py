@@ -1,4 +1,4 @@
-"""How many of an adapter's samples have the shape that their prompt names, with noise that matches it and without.
+"""Share of an adapter's samples with the shape that the prompt names, with noise that matches the prompt and without.
 
 python benchmarks/prompts_quad.py runs/demo/adapter --n 500
 """

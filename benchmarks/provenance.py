@@ -1,4 +1,4 @@
-"""What a figure was measured with: it goes into the file beside it."""
+"""Records of how a metric was measured, which go into the results file."""
 
 from __future__ import annotations
 

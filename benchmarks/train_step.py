@@ -1,12 +1,12 @@
-"""Time and memory of an optimizer step of context adapters, beside that of a plain LoRA.
+"""Time and memory of an optimizer step of context adapters, relative to a plain LoRA.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --train_batch_size 4 --rank 8 --steps 200
     python benchmarks/train_step.py --only frozen  # its peak memory alone
     python benchmarks/train_step.py --mixed_precision bf16  # on a GPU; or --allow_tf32
 
-Contestants take turns step by step, so that a machine that slows down slows down all of them. Each one's memory is
-measured first, in a process of its own. Images of quad are resized to what the base was made for.
+Cases take turns step by step: a machine that slows down slows down all of them. Each one's memory is measured first,
+in a process of its own. Images of quad are resized to the base's resolution.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CASES = {
 
 
 def alternate(steps: dict[str, Callable[[], None]], rounds: int, warmup_rounds: int) -> dict[str, np.ndarray]:
-    """Seconds (rounds,) that each step takes. In every round each has one, in an order that is drawn anew."""
+    """Seconds (rounds,) of each step. Every round takes each step once, in a new random order."""
     rng = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(warmup_rounds + rounds):
@@ -84,8 +84,8 @@ def ratio_of_medians(seconds: np.ndarray, reference: np.ndarray) -> dict[str, An
 
 
 def peak_memory(run: AdapterRun | PlainLora) -> float:
-    """MiB at the peak, after some steps: with CUDA what was allocated on the GPU in these steps, and otherwise what
-    was resident at any time since the process began, of which Python and its libraries are a part."""
+    """Peak memory of some steps, in MiB: allocated on the GPU with CUDA, and otherwise resident since the process
+    began, with Python and its libraries."""
     on_cuda = run.accelerator.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -116,7 +116,7 @@ def peak_memory_alone(name: str, args: argparse.Namespace) -> float:
 
 
 def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    """Figures of all cases."""
+    """Times and memory of all cases."""
     imported = peak_resident()
     memory = {name: peak_memory_alone(name, args) for name in CASES}
     setting = create_setting(args, work_dir)
@@ -146,8 +146,8 @@ def create_setting(args: argparse.Namespace, work_dir: Path) -> StepSetting:
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """How, where and with what it was measured."""
-    from provenance import commit, machine  # not above: what it imports would count as the cases' memory
+    """Record of the measurement: command, machine and versions."""
+    from provenance import commit, machine  # not above: its imports would count as the cases' memory
 
     base = Path(args.pretrained_model_name_or_path)
     libraries = (torch, diffusers, transformers, accelerate, peft)
@@ -171,7 +171,7 @@ def circumstances(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render_table(results: dict[str, Any]) -> str:
-    """The figures in Markdown."""
+    """The results as a table in Markdown."""
     lines = [
         "| | parameters in the optimizer | step, ms | quartiles | of plain LoRA | 95 % interval | peak memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -200,7 +200,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--allow_tf32", action="store_true", help="Let a GPU multiply in TF32.")
     parser.add_argument("--steps", type=int, default=100, help="Steps of each case, after a few to warm up.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the figures.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the results.")
     parser.add_argument("--only", choices=list(CASES), help="Print the peak memory of this one alone, in MiB.")
     return parser.parse_args()
 

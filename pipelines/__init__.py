@@ -1,6 +1,14 @@
-from .composable import ComposablePipeline
-from .composable_xl import ComposableXLPipeline
-from .composition import ComposablePipelineOutput, CompositionMixin
+from .composition import CompositionMixin
+from .conditioning import Conditioner
+from .outputs import ComposablePipelineOutput
+from .stable_diffusion import ComposablePipeline
+from .stable_diffusion_xl import ComposableXLPipeline
 
 
-__all__ = ["ComposablePipeline", "ComposablePipelineOutput", "ComposableXLPipeline", "CompositionMixin"]
+__all__ = [
+    "ComposablePipeline",
+    "ComposablePipelineOutput",
+    "ComposableXLPipeline",
+    "CompositionMixin",
+    "Conditioner",
+]

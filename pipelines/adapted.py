@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_ctx.adapter.weights import public_name
-from diffusers_ctx.adapter_format import adapter_files, read_adapter_config
+from diffusers_ctx.adapter_format import adapter_files, public_name, read_adapter_config
 from diffusers_ctx.embedded import EMBEDDED_BASE, embedded_base
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 
-from .composable import ComposablePipeline
-from .composable_xl import ComposableXLPipeline
 from .composition import CompositionMixin
+from .stable_diffusion import ComposablePipeline
+from .stable_diffusion_xl import ComposableXLPipeline
 
 
 class AdaptedPipeline(NamedTuple):

@@ -1,4 +1,4 @@
-"""Context guidance: the contrast between a context and the observational one, added to what the UNet predicts."""
+"""Context guidance: adds to the UNet's prediction its contrast between a context and the observational one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from diffusers import UNet2DConditionModel
 def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Tensor, scale: float) -> Iterator[None]:
     """While it is open, `unet` predicts `e_obs + scale (e_do - e_obs)`: 1 is no guidance, more exaggerates.
 
-    The contrast is taken at the prompt and added to both halves of classifier-free guidance, so that the two kinds
-    of guidance add up. Rows without an intervention have no contrast and stay as they are.
+    The contrast is computed at the prompt and added to both halves of classifier-free guidance; thus the two kinds of
+    guidance add up. Rows without an intervention have no contrast and do not change.
 
     Args:
         unet: the UNet with a context module attached.
-        observational_tokens: tokens (B, N, T, token_dim) of the same noise without interventions.
+        observational_tokens: tokens (B, N, T, token_dim) of the same exogenous noise without interventions.
         scale: the context guidance scale.
     """
 

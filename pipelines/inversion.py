@@ -17,6 +17,7 @@ import torch
 
 
 Model = Callable[[torch.Tensor, int], torch.Tensor]
+OnStep = Callable[[int, int, torch.Tensor], torch.Tensor]
 
 
 def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
@@ -45,12 +46,21 @@ def ddim_coefficients(
 
 
 def denoise(
-    model: Model, x: torch.Tensor, alphas: torch.Tensor, timesteps: Sequence[int], prediction_type: str
+    model: Model,
+    x: torch.Tensor,
+    alphas: torch.Tensor,
+    timesteps: Sequence[int],
+    prediction_type: str,
+    on_step: OnStep = lambda step, t, x: x,
 ) -> torch.Tensor:
-    """Follows the ODE from `x` at `timesteps[0]` down to the clean end."""
-    for t, s in pairwise(timesteps):
+    """Follows the ODE from `x` at `timesteps[0]` down to the clean end.
+
+    After each step, `on_step` is given its number, the timestep it started from and its result, and returns what to
+    go on with.
+    """
+    for step, (t, s) in enumerate(pairwise(timesteps)):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
-        x = a * x + b * model(x, t)
+        x = on_step(step, t, a * x + b * model(x, t))
     return x
 
 
@@ -62,12 +72,12 @@ def invert(
     prediction_type: str,
     num_iterations: int = 3,
 ) -> torch.Tensor:
-    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`, so that `denoise` returns to `x`.
+    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`: `denoise` then returns to `x`.
 
-    Each step solves that of `denoise` for `x_t`, by `num_iterations` evaluations of the model at what `x_t` is so far
-    (Pan et al. 2023, arXiv 2309.04907); the usual inversion makes do with one, taken at the wrong place. The iteration
-    is on what the model itself predicts: the velocity of a model of the noise varies so fast with `x_t` near the noisy
-    end that it would not converge.
+    Each step solves the step of `denoise` for `x_t` by fixed-point iteration, evaluating the model `num_iterations`
+    times at the current guess of `x_t` (Pan et al. 2023, arXiv 2309.04907); the usual inversion evaluates it once, at
+    `x_s`. It iterates on what the model itself predicts: for a model of the noise, the velocity varies too fast with
+    `x_t` near the noisy end to converge.
     """
     for t, s in reversed(list(pairwise(timesteps))):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)

@@ -1,4 +1,4 @@
-"""Noise that is drawn beside the diffusion noise, which a seed keeps as it is."""
+"""Noise that a seed gives in addition to the diffusion noise, which it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 def fork_generator_randn(
     shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None
 ) -> torch.Tensor:
-    """Standard normal noise that depends on the generator's state but leaves it as it is.
+    """Standard normal noise that depends on the generator's state but does not advance it.
 
-    A copy of the generator only provides a seed: drawing the noise itself from it would repeat the very numbers
-    that the diffusion noise is made of.
+    A copy of the generator provides a seed. The noise itself is not drawn from the copy, which would give the same
+    numbers as the diffusion noise.
 
     Raises:
         ValueError: if there are several generators, but not one for each row.

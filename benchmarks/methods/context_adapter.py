@@ -14,9 +14,11 @@ from tqdm.auto import tqdm
 
 import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
+from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.adapter.image_features import ImageFeatures
 from diffusers_ctx.data import quad
 from diffusers_ctx.fingerprint import fingerprint
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.concepts.stage import ConceptStage
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
@@ -65,7 +67,7 @@ class ContextAdapter:
         module = self.create_module(config, pipeline, features)
         prepare_backbone(pipeline, module, config.model, accelerator)
         if schedule := schedule_options(config.model, pipeline.scheduler):
-            pipeline.set_context_scheduler(schedule)
+            set_context_scheduler(pipeline, schedule)
         start_trackers(accelerator, {})
         latents = self.encode(setting, features)
         self.learn_concepts(setting, accelerator, pipeline, module, latents, config)
@@ -133,7 +135,7 @@ class ContextAdapter:
                 latents,
                 config.context,
                 setting.seed,
-                encode_captions=pipeline.encode_captions,
+                encode_captions=Conditioner.of(pipeline).encode_captions,
             )
             stage.run()
             return module.state_dict()

@@ -1,6 +1,6 @@
 """The paper's own setting: a context module inside a light convolutional VAE, without any diffusion.
 
-It also shows that the module is tied to no backbone: its tokens are read by whatever decodes them.
+It also shows that the module is independent of the backbone: any decoder can read its tokens.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .setting import Sampler, Setting, in_batches
 TOKEN_DIM = 32
 BATCH_SIZE = 126  # 18 images of each context
 LEARNING_RATE = 1e-3
-# of the likelihood's own weight. At 1, the divergence weighs so little beside thousands of pixels that noise of images
-# never comes to match its prior; and begun with the last of these, noise holds what contexts do before mechanisms can
+# of the likelihood. At 1, the KL divergence weighs so little beside thousands of pixels that the noise of images never
+# matches its prior; starting with the last weight, the noise encodes the interventions before the mechanisms can
 FIRST_WEIGHT, LAST_WEIGHT = 3e-4, 3e-3
 _WIDTH = 64
-_PATCH = 4  # convolutions see patches of so many pixels as one: sixteen times as many steps in the same time
+_PATCH = 4  # pixels; convolutions see a patch as one: sixteen times as many steps in the same time
 
 
 def create_module() -> ContextModule:
-    """The paper's form: expressive layers, reduced form, and a posterior that is told the context."""
+    """The paper's form: expressive layers, reduced form, and a context-conditioned posterior."""
     return ContextModule(
         quad.CONCEPTS,
         token_dim=TOKEN_DIM,
@@ -65,7 +65,7 @@ class LightVae:
     """A VAE whose latent code is the module's exogenous noise.
 
     Attributes:
-        seconds: how long it trains: as long as the context adapter's two parts take together.
+        seconds: duration of the training: that of both stages of a context adapter.
     """
 
     seconds: float
@@ -98,7 +98,7 @@ class LightVae:
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * min(1, 5 * left)
                 weight = likelihood_weight(1 - left)
-                loss = negative_bound(module, decoder, pixels[rows] / 127.5 - 1, masks[rows // count], weight)
+                loss = negative_elbo(module, decoder, pixels[rows] / 127.5 - 1, masks[rows // count], weight)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 50.0)
                 optimizer.step()
@@ -128,16 +128,16 @@ class LightVae:
 
 
 def likelihood_weight(progress: float) -> float:
-    """Grows by the same factor in equal times over the first half of training, of which `progress` is done."""
+    """Weight at a share `progress` of the training: grows exponentially over its first half."""
     return FIRST_WEIGHT * (LAST_WEIGHT / FIRST_WEIGHT) ** min(1.0, 2 * progress)
 
 
-def negative_bound(
+def negative_elbo(
     module: ContextModule, decoder: nn.Module, pixels: torch.Tensor, mask: torch.Tensor, weight: float
 ) -> torch.Tensor:
-    """Negative evidence bound, with the Gaussian likelihood at its best variance, as in learning the concepts.
+    """Negative ELBO, with the Gaussian likelihood at its best variance, as in learning the concepts.
 
-    `weight` is that of the likelihood: 1 / β.
+    `weight` is the weight 1 / β of the likelihood.
     """
     posterior = module.posterior(F.pixel_unshuffle(pixels, _PATCH), mask)
     z = posterior.at(torch.randn(len(pixels), *module.noise_shape))

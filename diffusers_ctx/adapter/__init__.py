@@ -3,14 +3,11 @@ from .attention import (
     attach_context_module,
     attached_adapter,
     attached_context_module,
-    check_no_disk_offload,
     context_attention_layers,
-    detach_context_module,
-    lora_detached,
-    on_device,
 )
 from .loader import ContextAdapterLoaderMixin
-from .lora import LORA_ADAPTER
+from .lora import LORA_ADAPTER, lora_detached
+from .scheduler import set_context_scheduler
 
 
 __all__ = [
@@ -20,9 +17,7 @@ __all__ = [
     "attach_context_module",
     "attached_adapter",
     "attached_context_module",
-    "check_no_disk_offload",
     "context_attention_layers",
-    "detach_context_module",
     "lora_detached",
-    "on_device",
+    "set_context_scheduler",
 ]

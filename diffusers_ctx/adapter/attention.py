@@ -1,20 +1,19 @@
-"""How context tokens enter a UNet: beside the text, through diffusers' own plumbing for image prompts.
+"""How context tokens enter a UNet: next to the text, through diffusers' own path for image prompts.
 
-Tokens travel as `added_cond_kwargs["image_embeds"]` through `unet.encoder_hid_proj`: with the injection
-`cross_attention` to IP-Adapter processors in the cross-attention layers, which attend to them by keys and values of
-their own, and with `prompt` to the end of the text, whose keys and values they share. The context module itself lives
-in `encoder_hid_proj`, so that it follows the UNet to its device, its data type and its checkpoints.
+Tokens pass as `added_cond_kwargs["image_embeds"]` through `unet.encoder_hid_proj`. With the injection
+`cross_attention`, IP-Adapter processors attend to them with keys and values of their own; with `prompt` they are
+appended to the text and share its keys and values. The context module is a submodule of `encoder_hid_proj`: it follows
+the UNet to its device, its data type and its checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate.utils import align_module_device
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -25,18 +24,19 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter_format import INJECTIONS
 from ..context import ContextModule
+from .offloading import move_to
 
+
+Injection = Literal["cross_attention", "prompt"]
 
 _CROSS_ATTENTION = "attn2.processor"
-_ADDED_CONDITIONS = 7  # place of `added_cond_kwargs` among the arguments of the UNet's `forward`
-_LORA_LOADED = "_hf_peft_config_loaded"  # by which models of diffusers and transformers know that they have a LoRA
-# the plain processors, and those that compute the very same attention and another one to the context tokens beside it
+_ADDED_CONDITIONS = 7  # position of `added_cond_kwargs` among the arguments of the UNet's `forward`
+# plain processors, and those that compute the same attention plus one to the context tokens
 _CONTEXT_PROCESSORS = {
     AttnProcessor: IPAdapterAttnProcessor,
     AttnProcessor2_0: IPAdapterAttnProcessor2_0,
@@ -47,21 +47,21 @@ _PLAIN_PROCESSORS = {context: plain for plain, context in _CONTEXT_PROCESSORS.it
 
 @dataclass
 class AttachedAdapter:
-    """What pipelines must know of the adapter that a UNet carries; several may share the UNet (`from_pipe`).
+    """State of the adapter on a UNet, kept with the UNet because several pipelines may share it (`from_pipe`).
 
     Attributes:
-        plain_scheduler: the scheduler without it, where it came with a noise schedule of its own.
-        prediction_type: what the UNet predicts with it, in that case.
-        trained_full: whether the UNet learned as a whole together with it.
-        has_lora: whether LoRAs came with it.
-        warned_of_lora: whether it has been said that they are switched off.
+        plain_scheduler: the pipeline's scheduler without the adapter, if the adapter has its own noise schedule.
+        prediction_type: what the UNet predicts with the adapter, in that case.
+        trained_full: whether the whole UNet was trained together with the adapter.
+        has_lora: whether the adapter came with LoRAs.
+        scale: the adapter's scale: 1 as trained, 0 the plain model.
     """
 
     plain_scheduler: Any = None
     prediction_type: str | None = None
     trained_full: bool = False
     has_lora: bool = False
-    warned_of_lora: bool = False
+    scale: float = 1.0
 
 
 class ContextProjection(nn.Module):
@@ -92,7 +92,7 @@ class PromptProjection(ContextProjection):
 def attach_context_module(
     unet: UNet2DConditionModel, context_module: ContextModule, injection: str = "cross_attention"
 ) -> None:
-    """Lets the cross-attention of `unet` see the tokens of `context_module`.
+    """Lets the cross-attention of `unet` attend to the tokens of `context_module`.
 
     Args:
         unet: the UNet.
@@ -101,8 +101,8 @@ def attach_context_module(
             fresh adapter changes nothing. `"prompt"` puts the tokens behind those of the text and adds no weights.
 
     Raises:
-        ValueError: if the injection is unknown, the UNet already carries an adapter of this kind, its tokens have
-            another width, or its weights have been put away by `enable_sequential_cpu_offload`.
+        ValueError: if the injection is unknown, the UNet already has a context adapter or an IP-Adapter, its
+            cross-attention has another width, or `enable_sequential_cpu_offload` has put its weights away.
     """
     if injection not in INJECTIONS:
         raise ValueError(f"Unknown injection '{injection}'; choose one of {list(INJECTIONS)}.")
@@ -127,10 +127,10 @@ def attach_context_module(
 
 
 def check_unoccupied(unet: UNet2DConditionModel) -> None:
-    """Checks that the UNet has a place for an adapter's tokens.
+    """Checks that no other adapter takes the place of image prompts.
 
     Raises:
-        ValueError: if another adapter is there.
+        ValueError: if there is one.
     """
     if has_context_module(unet):
         raise ValueError("The UNet already has a context adapter; call `unload_context_adapter()` first.")
@@ -139,7 +139,7 @@ def check_unoccupied(unet: UNet2DConditionModel) -> None:
 
 
 def detach_context_module(unet: UNet2DConditionModel) -> None:
-    """Takes the context module and its attention weights off `unet`, which is then as it was; without one, nothing."""
+    """Removes the context module and its attention weights, if there are any: `unet` is then the plain model."""
     if not has_context_module(unet):
         return
     unet.set_attn_processor(_plain_processors(unet.attn_processors))
@@ -164,11 +164,11 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
             unet.set_attn_processor(dict(processors))
             _place_projection(unet, projection, kind)
             for part in (projection, *_context_processors(unet)):
-                _bring(part, unet.conv_in.weight.device)
+                move_to(part, unet.conv_in.weight.device)
 
 
 def has_context_module(unet: UNet2DConditionModel) -> bool:
-    """Whether one was attached to `unet`, whatever has been done to its attention processors since."""
+    """Whether `unet` carries a context module, even if its attention processors have been replaced since."""
     return bool(_projections(unet))
 
 
@@ -193,77 +193,13 @@ def attached_context_module(unet: UNet2DConditionModel) -> ContextModule | None:
 
 
 def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
-    """What is known of the adapter that the UNet carries; without one, what is true of none."""
+    """State of the adapter on `unet`; the defaults if there is none."""
     projections = _projections(unet)
     return projections[0].adapter if projections else AttachedAdapter()
 
 
-@contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """All weights are on the device while this is open, if offloading has put them away in memory.
-
-    Groups of layers that are offloaded come by themselves, but one by one, and only where a layer's own `forward` is
-    called.
-    """
-    with ExitStack() as stack:
-        for part in module.modules():
-            stack.enter_context(align_module_device(part))
-        before = next(module.parameters()).device
-        if before == device:  # layers that were put away one by one go back by themselves
-            yield
-            return
-        nn.Module.to(module, device)  # past what models of diffusers warn of
-        try:
-            yield
-        finally:
-            nn.Module.to(module, before)
-
-
-def check_no_disk_offload(unet: UNet2DConditionModel) -> None:
-    """Group offloading brings weights back when a layer's `forward` is called, and not for other methods of it.
-
-    In memory they are where `on_device` finds them; on disk, what is left in their place is not theirs.
-
-    Raises:
-        ValueError: if weights have been put away on disk.
-    """
-    for part in unet.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None and hook.config.offload_to_disk_path is not None:
-            raise ValueError(
-                "Context adapters cannot be offloaded to disk; call `enable_group_offload(...)` without"
-                " `offload_to_disk_path`."
-            )
-
-
-@contextmanager
-def lora_detached(model: nn.Module) -> Iterator[None]:
-    """While it is open, `model` is without the layers of its LoRAs: they would rename the weights that are saved.
-
-    Raises:
-        ValueError: if LoRAs are fused into the weights, which would not be those of the base model.
-    """
-    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    if any(layer.merged for layer in tuned.values()):
-        raise ValueError(
-            "LoRAs are fused into the weights, and those of the base model are needed: call `unfuse_lora()` first."
-        )
-    loaded = getattr(model, _LORA_LOADED, False)
-    for name, layer in tuned.items():
-        model.set_submodule(name, layer.get_base_layer())
-    setattr(model, _LORA_LOADED, False)  # text encoders would save the LoRA in their place
-    try:
-        yield
-    finally:
-        setattr(model, _LORA_LOADED, loaded)
-        for name, layer in tuned.items():
-            model.set_submodule(name, layer)
-            _bring(layer, layer.get_base_layer().weight.device)
-
-
 def add_context_tokens(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of the UNet's call: `conditions`, and the context's tokens (B, N, T, token_dim)."""
+    """Keyword arguments of the UNet's call: those given, and context tokens (B, N, T, token_dim)."""
     return conditions | {"added_cond_kwargs": conditions.get("added_cond_kwargs", {}) | {"image_embeds": [tokens]}}
 
 
@@ -281,34 +217,37 @@ def context_attention_layers(unet: UNet2DConditionModel) -> nn.ModuleDict:
     )
 
 
-def set_context_scale(unet: UNet2DConditionModel, scale: float) -> None:
-    """Weighs the attention to context tokens: 1 as trained, 0 the plain model.
+def check_token_scale(unet: UNet2DConditionModel, scale: float) -> None:
+    """Checks that `set_token_scale` can set this scale.
 
     Raises:
-        ValueError: if the scale is negative, or the tokens are in the prompt, where they are or are not, and it is
-            neither 0 nor 1.
+        ValueError: if the scale is negative; or if the tokens are in the prompt and it is neither 0 nor 1.
     """
-    if injection_of(unet) == "prompt":
-        if scale not in (0, 1):
-            raise ValueError(f"Tokens in the prompt have no weight: the scale can be 0 or 1, not {scale}.")
-        unet.encoder_hid_proj.is_on = scale == 1
-        return
+    if injection_of(unet) == "prompt" and scale not in (0, 1):
+        raise ValueError(f"Tokens in the prompt have no weight: the scale can be 0 or 1, not {scale}.")
     if not scale >= 0:
         raise ValueError(f"The scale is {scale}; it must be 0 or more.")
+
+
+def set_token_scale(unet: UNet2DConditionModel, scale: float) -> None:
+    """Scales the attention to context tokens: 1 as trained, 0 the plain model."""
+    if injection_of(unet) == "prompt":
+        unet.encoder_hid_proj.is_on = scale == 1
+        return
     for processor in _cross_attention_processors(unet).values():
         processor.scale = [float(scale)]
 
 
-def injection_of(unet: UNet2DConditionModel) -> str:
-    """How the UNet is told the tokens of the context module that it carries."""
+def token_scale(unet: UNet2DConditionModel) -> float:
+    """The scale that `set_token_scale` has set."""
+    if injection_of(unet) == "prompt":
+        return float(unet.encoder_hid_proj.is_on)
+    return next(iter(_cross_attention_processors(unet).values())).scale[0]
+
+
+def injection_of(unet: UNet2DConditionModel) -> Injection:
+    """How the tokens of the attached context module reach the UNet."""
     return "prompt" if isinstance(unet.encoder_hid_proj, PromptProjection) else "cross_attention"
-
-
-def _bring(part: nn.Module, device: torch.device) -> None:
-    """Brings what was taken off a model to where the model is now: `enable_model_cpu_offload` may have moved it
-    meanwhile, and would take a part that it has left behind for one that has come along."""
-    if device.type != "meta":  # layers that `enable_sequential_cpu_offload` has put away stay where they are
-        part.to(device)
 
 
 def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: str) -> None:
@@ -318,11 +257,11 @@ def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: s
 
 
 def _require_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Pipelines that know nothing of a context adapter would fail deep inside diffusers, and name no mend."""
-    told = args[_ADDED_CONDITIONS] if len(args) > _ADDED_CONDITIONS else kwargs.get("added_cond_kwargs")
-    if has_context_module(unet) and "image_embeds" not in (told or {}):
+    """Fails early, with a fix, when a plain pipeline runs a UNet that carries an adapter."""
+    added = args[_ADDED_CONDITIONS] if len(args) > _ADDED_CONDITIONS else kwargs.get("added_cond_kwargs")
+    if has_context_module(unet) and "image_embeds" not in (added or {}):
         raise ValueError(
-            "A context adapter is on this UNet, and nobody passes its tokens; use `ComposablePipeline` or"
+            "This UNet has a context adapter, and the pipeline passes no context tokens; use `ComposablePipeline` or"
             " `ComposableXLPipeline`, or call `unload_context_adapter()` first."
         )
 

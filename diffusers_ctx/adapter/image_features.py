@@ -1,4 +1,4 @@
-"""What a posterior can read of images in the place of their latents: feature maps of a pretrained network."""
+"""Feature maps of a pretrained network, which a posterior can take instead of an image's latents."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..fingerprint import fingerprint
-from .attention import context_module_detached, lora_detached
+from .attention import context_module_detached
+from .lora import lora_detached
 
 
 _TIMESTEP = 0  # that of a clean image
-# maps are averaged down to it: training keeps those of every image, and the posterior ends at 4x4
+# larger maps are averaged: training stores those of every image, and the posterior ends at 4x4
 _LARGEST_SIZE = 8
 
 
@@ -32,7 +33,7 @@ class ImageFeatures(Protocol):
     channels: int
 
     def size(self, latent_size: int) -> int:
-        """Height and width of the maps of images whose latents have that height and width."""
+        """Height and width of the maps of images with latents of height and width `latent_size`."""
 
     def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The feature maps of images.
@@ -43,19 +44,19 @@ class ImageFeatures(Protocol):
         """
 
     def digest(self) -> str:
-        """Tells apart what makes other features of the same pixels and latents."""
+        """A hash of all that the features depend on, other than pixels and latents."""
 
 
 class UNetFeatures:
-    """What comes out of the UNet's middle block: clean latents at the first timestep, without a prompt.
+    """Outputs of the UNet's middle block for clean latents, at the first timestep and without a prompt.
 
     They are those of the base model, whatever the pipeline has learned or loaded since: context module and LoRAs are
-    taken off while they are made.
+    detached for it.
 
     Args:
         unet: the UNet.
         text_encoders: the text encoders.
-        conditions: what the UNet is told of latents without a prompt, as keyword arguments of its call.
+        conditions: gives the UNet keyword arguments for latents without a prompt.
 
     Raises:
         ValueError: if the UNet has no middle block.
@@ -68,7 +69,7 @@ class UNetFeatures:
         conditions: Callable[[torch.Tensor], dict[str, Any]],
     ):
         if unet.mid_block is None:
-            raise ValueError("This UNet has no middle block; take `--posterior_encoder vae` or `clip`.")
+            raise ValueError("This UNet has no middle block; use `--posterior_encoder vae` or `clip`.")
         self.unet = unet
         self.text_encoders = text_encoders
         self.conditions = conditions
@@ -83,7 +84,7 @@ class UNetFeatures:
     def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         made: list[torch.Tensor] = []
         latents = latents.to(self.unet.dtype)
-        # a compiled UNet would keep to the graph of the model that has learned
+        # a compiled UNet would run the graph of the trained model
         with self._as_pretrained(), torch.compiler.set_stance("force_eager"):
             handle = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: made.append(output))
             try:
@@ -94,7 +95,7 @@ class UNetFeatures:
 
     @torch.no_grad()
     def digest(self) -> str:
-        with self._as_pretrained():  # what text encoders say is not the same to the bit on every device
+        with self._as_pretrained():  # their weights: encodings differ in the last bits between devices
             return fingerprint(self.unet, *self.text_encoders, _TIMESTEP, _LARGEST_SIZE)
 
     @contextmanager
@@ -110,7 +111,7 @@ class ClipFeatures:
     """The patch tokens of a CLIP image encoder, as a map. Images are resized to the square that it takes.
 
     Args:
-        model: a `CLIPVisionModel`, with projection or without; it is moved to the device of the pixels it is given.
+        model: a `CLIPVisionModel`, with projection or without; it is moved to the device of the pixels.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -128,7 +129,7 @@ class ClipFeatures:
         Raises:
             ValueError: if it cannot be loaded, or is no CLIP model.
         """
-        mend = (
+        fix = (
             "give the folder or Hub id of a CLIP image encoder, as `--posterior_encoder_model` in training and"
             " evaluation, or to `pipe.load_posterior_encoder(...)`"
         )
@@ -137,9 +138,9 @@ class ClipFeatures:
                 name_or_path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True
             )
         except (OSError, RuntimeError) as error:  # not found; weights of other shapes
-            raise ValueError(f"The CLIP model '{name_or_path}' cannot be loaded; {mend}. ({error})") from error
+            raise ValueError(f"The CLIP model '{name_or_path}' cannot be loaded; {fix}. ({error})") from error
         if info["missing_keys"]:
-            raise ValueError(f"'{name_or_path}' has not the weights of a CLIP image encoder; {mend}.")
+            raise ValueError(f"'{name_or_path}' does not contain the weights of a CLIP image encoder; {fix}.")
         return cls(model.eval().requires_grad_(False))
 
     def size(self, latent_size: int) -> int:
@@ -162,6 +163,6 @@ class ClipFeatures:
 
 
 def _averaged(features: torch.Tensor) -> torch.Tensor:
-    """Feature maps (B, C, h, w) in single precision, of at most the largest size that is kept."""
+    """Feature maps (B, C, h, w) in single precision, averaged down to at most the largest size."""
     height, width = (min(side, _LARGEST_SIZE) for side in features.shape[2:])
     return F.adaptive_avg_pool2d(features.float(), (height, width))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-from diffusers import DDIMScheduler, PNDMScheduler
+import torch
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 
@@ -23,25 +22,26 @@ from ..adapter_format import (
     public_name,
     validate_adapter_folder,
 )
-from ..context import ContextModule
+from ..context import ContextModule, Interventions, intervention_mask
 from ..hub import push_adapter_folder, render_model_card, resolve_adapter_folder, save_model_card
 from .attention import (
     attach_context_module,
     attached_adapter,
     attached_context_module,
-    check_no_disk_offload,
     check_unoccupied,
     context_module_detached,
     detach_context_module,
     has_context_module,
-    lora_detached,
-    set_context_scale,
 )
-from .lora import LORA_ADAPTER, ContextLoraMixin
+from .lora import LORA_ADAPTER, ContextLoraMixin, lora_detached
+from .offloading import check_no_disk_offload, on_device
+from .scheduler import check_scheduler, plain_scheduler, set_context_scheduler
 from .weights import adapter_config, check_base, load_attention, read_attention, save_attention
 
 
 logger = logging.get_logger(__name__)
+
+Mode = Literal["frozen", "lora", "full"]
 
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):
@@ -49,6 +49,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
 
     scheduler: Any
     config: Any
+    _execution_device: torch.device
 
     @property
     def context_module(self) -> ContextModule | None:
@@ -71,10 +72,10 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Loads a context adapter, in `lora` mode together with its LoRAs, which act beside those that are active.
+        """Loads a context adapter and, in `lora` mode, its LoRAs, which act together with those that are active.
 
-        An adapter that was trained with another noise schedule than its base model's brings it along: the pipeline's
-        scheduler is replaced until the adapter is unloaded.
+        An adapter that was trained with a noise schedule of its own replaces the pipeline's scheduler until it is
+        unloaded.
 
         Args:
             pretrained_model_name_or_path: a local folder or the id of a repository on the Hub.
@@ -82,12 +83,12 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             revision: branch, tag or commit on the Hub.
             token: token for a private repository.
             cache_dir: where downloads are kept.
-            local_files_only: whether to look in the cache alone.
+            local_files_only: whether to look only in the cache.
 
         Raises:
-            AdapterError: if the folder is not a whole context adapter of a known format, or does not fit the base
+            AdapterError: if the folder is no complete context adapter of a known format, or does not fit the base
                 model. The pipeline is then as it was before.
-            ValueError: if a context adapter, an IP-Adapter or a LoRA of the name "context" is loaded already.
+            ValueError: if a context adapter, an IP-Adapter or a LoRA named "context" is loaded already.
         """
         folder = resolve_adapter_folder(
             pretrained_model_name_or_path,
@@ -102,8 +103,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         check_base(config, self.unet, self.scheduler.config.prediction_type)
         if self._context_lora_models:
             raise ValueError(
-                f"A LoRA of the name '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')`"
-                " first."
+                f"A LoRA named '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')` first."
             )
         module = _read_module(folder / MODULE_FOLDER)
         attach_context_module(self.unet, module, config["injection"])
@@ -112,7 +112,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             if config["mode"] == "lora":
                 self._load_context_lora(folder)
             if config.get("scheduler"):
-                self.set_context_scheduler(config["scheduler"])
+                set_context_scheduler(self, config["scheduler"])
             attached_adapter(self.unet).trained_full = config["mode"] == "full"
         except Exception:
             self.unload_context_adapter()
@@ -125,20 +125,20 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             )
 
     def save_context_adapter(
-        self, save_directory: str | os.PathLike, *, mode: str | None = None, card: dict[str, Any] | None = None
+        self, save_directory: str | os.PathLike, *, mode: Mode | None = None, card: dict[str, Any] | None = None
     ) -> Path:
         """Saves the loaded adapter, with its LoRA if it has one, and a model card.
 
-        Beside an adapter of mode `full` the pipeline has to be saved too, by `save_pretrained`.
+        With an adapter of mode `full`, save the pipeline too, by `save_pretrained`.
 
         Args:
-            save_directory: folder to write to; made if need be.
-            mode: `frozen`, `lora` or `full`, how it was trained; by default read off what is loaded.
+            save_directory: folder to write to; created if missing.
+            mode: how the adapter was trained; by default inferred from what is loaded.
             card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
 
         Raises:
-            ValueError: if no adapter is loaded, or its weights have been put away on disk.
-            RuntimeError: if a part of it has been removed or replaced since.
+            ValueError: if no adapter is loaded, or its weights are offloaded to disk.
+            RuntimeError: if a part of it has been removed or replaced since it was loaded.
         """
         module, adapter = self._require_context_module(), attached_adapter(self.unet)
         check_no_disk_offload(self.unet)
@@ -149,7 +149,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             module,
             self.unet,
             self.scheduler,
-            # in mode full, the pipeline that is saved beside the adapter has the schedule of training itself
+            # in mode full, the pipeline that is saved with the adapter has the schedule of training
             plain_scheduler=(None if mode == "full" else adapter.plain_scheduler) or self.scheduler,
             base_model=public_name(self.config.get("_name_or_path")),
             mode=mode,
@@ -164,103 +164,75 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         return folder
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Saves the pipeline in its plain form, that any Stable Diffusion pipeline loads; the adapter is saved by
-        `save_context_adapter`, LoRAs by `save_lora_weights`. A UNet that learned as a whole is saved with the noise
-        schedule that it learned with.
+        """Saves the plain pipeline, which stock diffusers loads.
+
+        `save_context_adapter` saves the adapter and `save_lora_weights` LoRAs. A UNet that was trained as a whole is
+        saved with the noise schedule of training.
 
         Raises:
-            ValueError: if LoRAs have been fused into the weights.
+            ValueError: if LoRAs are fused into the weights.
         """
         if has_context_module(self.unet) and not Path(save_directory, CONFIG_NAME).exists():
             logger.warning(
                 "The pipeline is saved without its context adapter; call `save_context_adapter` or"
                 " `push_context_adapter` for that as well."
             )
-        adapter = attached_adapter(self.unet)
         with ExitStack() as stack:
-            stack.enter_context(_restored(self, self.scheduler))
-            if adapter.plain_scheduler is not None and not adapter.trained_full:
-                self.scheduler = adapter.plain_scheduler
+            stack.enter_context(plain_scheduler(self))
             stack.enter_context(context_module_detached(self.unet))
             for model in self._lora_models.values():
                 stack.enter_context(lora_detached(model))
             super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
-        """Takes the adapter off, with its LoRAs, and leaves the plain pipeline; without an adapter, does nothing.
+        """Removes the adapter and its LoRAs, which leaves the plain pipeline; without an adapter, does nothing.
 
-        Where the adapter brought its own noise schedule, the pipeline's first scheduler comes back; other pipelines
-        that share the UNet keep theirs.
+        If the adapter has its own noise schedule, the pipeline's first scheduler comes back; other pipelines that
+        share the UNet keep theirs.
 
         Raises:
-            ValueError: if its LoRA has been fused into the weights.
+            ValueError: if its LoRA is fused into the weights.
         """
         self._check_unfused()
-        plain_scheduler = attached_adapter(self.unet).plain_scheduler
+        scheduler = attached_adapter(self.unet).plain_scheduler
         detach_context_module(self.unet)
-        if plain_scheduler is not None:
-            self.scheduler = plain_scheduler
+        if scheduler is not None:
+            self.scheduler = scheduler
         self._delete_context_lora()
 
     def load_ip_adapter(self, *args, **kwargs) -> None:
-        """Loads an IP-Adapter, which takes the place that a context adapter needs.
+        """Loads an IP-Adapter, as in diffusers; it cannot be combined with a context adapter.
 
         Raises:
             ValueError: if a context adapter is loaded.
         """
-        if self.context_module is not None:
-            raise ValueError(
-                "A context adapter is loaded in the place of an IP-Adapter; call `unload_context_adapter()` first."
-            )
+        self._check_no_context_adapter()
         super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def unload_ip_adapter(self) -> None:
-        """Unloads an IP-Adapter, or a context adapter in its place: diffusers would leave half of that behind."""
-        if has_context_module(self.unet):
-            self.unload_context_adapter()
-        else:
-            super().unload_ip_adapter()  # type: ignore[misc]
+        """Unloads an IP-Adapter, as in diffusers.
+
+        Raises:
+            ValueError: if a context adapter is loaded: diffusers would leave half of it behind.
+        """
+        self._check_no_context_adapter()
+        super().unload_ip_adapter()  # type: ignore[misc]
 
     def set_context_scale(self, scale: float) -> None:
-        """Weighs the context tokens in the cross-attention, and the adapter's LoRAs: 1 as trained, 0 the plain model.
+        """Sets the adapter's scale, of its context tokens and its LoRAs alike: 1 as trained, 0 the plain model.
 
-        A UNet that learned as a whole (mode `full`) stays what it learned to be.
-
-        Raises:
-            ValueError: if no adapter is loaded, the scale is negative, its tokens are in the prompt and the scale is
-                neither 0 nor 1, its LoRA has been fused, or it came with a noise schedule of its own and the scale is
-                not 1.
-        """
-        self._require_context_module()
-        self._check_unfused()
-        if scale != 1 and attached_adapter(self.unet).plain_scheduler is not None:
-            raise ValueError(
-                "This adapter came with a noise schedule that the plain model does not know, so it cannot be weighed;"
-                " call `unload_context_adapter()` for the plain model."
-            )
-        set_context_scale(self.unet, scale)
-        for layer in self._context_lora_layers:
-            layer.set_scale(LORA_ADAPTER, scale)
-
-    def set_context_scheduler(self, options: dict[str, Any]) -> None:
-        """Gives the pipeline the noise schedule that the attached adapter learns with, until it is unloaded.
-
-        Args:
-            options: what differs from the base model's schedule, of `prediction_type`, `rescale_betas_zero_snr` and
-                `timestep_spacing`. A scheduler that does not know one of them gives way to DDIM, and so does PNDM,
-                the default of Stable Diffusion 1.x, which knows fewer prediction types.
+        `set_adapters(["context", ...], [scale, ...])` sets the same scale. A UNet that was trained as a whole (mode
+        `full`) stays as trained.
 
         Raises:
-            ValueError: if no adapter is attached.
+            ValueError: if no adapter is loaded, the scale is no number or negative, its tokens are in the prompt and
+                the scale is neither 0 nor 1, its LoRA is fused, or it has a noise schedule of its own and the scale
+                is not 1.
         """
         self._require_context_module()
-        kind = type(self.scheduler)
-        if kind is PNDMScheduler or not set(options) <= set(inspect.signature(kind.__init__).parameters):
-            kind, options = DDIMScheduler, {"clip_sample": False} | options
-        adapter = attached_adapter(self.unet)
-        adapter.plain_scheduler = adapter.plain_scheduler or self.scheduler
-        self.scheduler = kind.from_config(adapter.plain_scheduler.config, **options)
-        adapter.prediction_type = self.scheduler.config.prediction_type
+        self._check_context_scale(scale)
+        attached_adapter(self.unet).scale = float(scale)
+        self._apply_context_scale()
 
     def push_context_adapter(
         self,
@@ -275,7 +247,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """Saves the loaded adapter, in mode `full` with its pipeline, and pushes it to the Hub.
 
         Args:
-            repo_id: repository to push to; made if need be.
+            repo_id: repository to push to; created if missing.
             token: token with write access; the one of `hf auth login` by default.
             private: whether a new repository is private.
             commit_message: message of the commit.
@@ -301,6 +273,32 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
                 create_pr=create_pr,
             )
 
+    def _check_no_context_adapter(self) -> None:
+        if has_context_module(self.unet):
+            raise ValueError(
+                "A context adapter is loaded, and an IP-Adapter would take the same place in the UNet; call"
+                " `unload_context_adapter()` first."
+            )
+
+    def _mask(self, interventions: Interventions | Sequence[Interventions], num_rows: int) -> torch.Tensor:
+        """The mask (num_rows, K) of interventions on this adapter's concepts."""
+        config = self._require_context_module().config
+        return intervention_mask(interventions, config.concepts, num_rows, config.obs_context)
+
+    def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, T, token_dim) of exogenous noise (B, N, d_z) under a mask (B, K)."""
+        with self._context_module_on_device() as (module, device):
+            return module(noise.to(device), mask.to(device))
+
+    @contextmanager
+    def _context_module_on_device(self) -> Iterator[tuple[ContextModule, torch.device]]:
+        """The context module, with its weights on the pipeline's device, and that device."""
+        module, device = self._require_context_module(), self._execution_device
+        check_no_disk_offload(self.unet)
+        self._warn_of_inactive_lora()
+        with on_device(module, device):
+            yield module, device
+
     def _require_context_module(self) -> ContextModule:
         """The context module.
 
@@ -311,28 +309,13 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         module = self.context_module
         if module is None:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
-        adapter = attached_adapter(self.unet)
-        if adapter.prediction_type not in (None, self.scheduler.config.prediction_type):
-            raise RuntimeError(
-                f"The context adapter was trained for {adapter.prediction_type}, and this pipeline's scheduler is for"
-                f" {self.scheduler.config.prediction_type}. A pipeline that shares its UNet has loaded the adapter:"
-                " make this one after that, with `from_pipe`, or give it that one's scheduler."
-            )
-        if adapter.has_lora and not self._context_lora_models:
+        check_scheduler(self)
+        if attached_adapter(self.unet).has_lora and not self._context_lora_models:
             raise RuntimeError(
                 "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."
             )
         return module
-
-
-@contextmanager
-def _restored(pipeline: ContextAdapterLoaderMixin, scheduler: Any) -> Iterator[None]:
-    """Gives the pipeline that scheduler when its `with` block is left."""
-    try:
-        yield
-    finally:
-        pipeline.scheduler = scheduler
 
 
 def _read_module(folder: Path) -> ContextModule:

@@ -1,29 +1,70 @@
-"""The LoRAs that come with a context adapter, beside those of the user's own."""
+"""LoRAs that come with a context adapter, alongside the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.utils import delete_adapter_layers, logging, recurse_remove_peft_layers
+from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
-from .attention import attached_adapter
+from .attention import (
+    attached_adapter,
+    check_token_scale,
+    has_context_module,
+    set_token_scale,
+    token_scale,
+)
+from .offloading import move_to
 
 
-logger = logging.get_logger(__name__)
+LORA_ADAPTER = "context"  # PEFT's name of the adapter's own LoRA
 
-LORA_ADAPTER = "context"  # the name that PEFT knows the adapter's own LoRA by
+_LORA_LOADED = "_hf_peft_config_loaded"  # marks models of diffusers and transformers that have a LoRA
+
+
+@contextmanager
+def lora_detached(model: nn.Module) -> Iterator[None]:
+    """While it is open, `model` has no LoRA layers, and its weights the names of the base model.
+
+    Raises:
+        ValueError: if LoRAs are fused into the weights.
+    """
+    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    if any(layer.merged for layer in tuned.values()):
+        raise ValueError(
+            "LoRAs are fused into the weights, and those of the base model are needed: call `unfuse_lora()` first."
+        )
+    loaded = getattr(model, _LORA_LOADED, False)
+    for name, layer in tuned.items():
+        model.set_submodule(name, layer.get_base_layer())
+    setattr(model, _LORA_LOADED, False)  # otherwise text encoders would save the LoRA instead of their weights
+    try:
+        yield
+    finally:
+        setattr(model, _LORA_LOADED, loaded)
+        for name, layer in tuned.items():
+            model.set_submodule(name, layer)
+            move_to(layer, layer.get_base_layer().weight.device)
 
 
 class ContextLoraMixin:
-    """Gives a pipeline of diffusers with a `unet` what a context adapter does with LoRAs."""
+    """Methods of a pipeline that concern LoRAs. A context adapter and its LoRAs have one scale and act as one.
+
+    `set_context_scale(s)` and `set_adapters(["context", ...], [s, ...])` are the same for it. LoRAs that
+    `set_adapters` does not name are switched off, but the context adapter stays as it is; weigh it by 0 to switch it
+    off. `disable_lora()` switches off an adapter that has LoRAs as a whole, its tokens included, and `enable_lora()`
+    switches it on again; an adapter without LoRAs takes no notice of them.
+    """
 
     unet: UNet2DConditionModel
     components: dict[str, Any]
@@ -34,7 +75,7 @@ class ContextLoraMixin:
 
     @property
     def text_encoders(self) -> dict[str, PreTrainedModel]:
-        """The text encoders that there are, by their names."""
+        """The text encoders by component name."""
         return {
             name: model
             for name, model in self.components.items()
@@ -42,8 +83,8 @@ class ContextLoraMixin:
         }
 
     def load_lora_weights(self, *args, **kwargs) -> None:
-        """Loads a LoRA as diffusers does, which leaves it alone active in the models that it is for. The context
-        adapter's own stays active beside it, with its weight."""
+        """Loads a LoRA as in diffusers, which switches off the others of its models; the context adapter's own stays
+        active, with its weight."""
         active = [model for model in self._context_lora_models.values() if LORA_ADAPTER in _active_loras(model)]
         super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
         for model in active:
@@ -51,32 +92,104 @@ class ContextLoraMixin:
                 model.set_adapter([*_active_loras(model), LORA_ADAPTER])
 
     def unload_lora_weights(self) -> None:
-        """Removes all LoRAs, as diffusers does; an adapter that came with one has to be loaded again.
+        """Removes all LoRAs, as in diffusers; an adapter that came with one has to be loaded again.
 
         Raises:
-            ValueError: if the adapter's has been fused into the weights, which would stay as they are.
+            ValueError: if the adapter's LoRA is fused into the weights: removing it would not take it out of them.
         """
         self._check_unfused()
         super().unload_lora_weights()  # type: ignore[misc]
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict | list[float] | list[dict] | list[None] | None = None,
+    ) -> None:
+        """Sets the active LoRAs and their weights, as in diffusers; "context" is the context adapter, tokens and all.
+
+        Args:
+            adapter_names: names of LoRAs; those not named are switched off, except the context adapter.
+            adapter_weights: one weight for all, or one each; 1 by default. That of "context" is a number, see
+                `set_context_scale`.
+
+        Raises:
+            ValueError: if a name is unknown, the numbers of names and weights differ, or the context adapter cannot
+                have the weight.
+        """
+        if not has_context_module(self.unet):
+            super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
+            return
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        if len(names) != len(weights):
+            raise ValueError(f"There are {len(names)} names of adapters and {len(weights)} weights; give one each.")
+        weight_of: dict[str, Any] = dict(zip(names, weights))
+        scale = weight_of.setdefault(LORA_ADAPTER, attached_adapter(self.unet).scale)
+        scale = 1.0 if scale is None else scale
+        self._check_context_scale(scale)
+        if not self._context_lora_models:
+            del weight_of[LORA_ADAPTER]
+        if weight_of:
+            super().set_adapters(list(weight_of), list(weight_of.values()))  # type: ignore[misc]
+        else:  # which diffusers cannot do
+            for layer in self._all_lora_layers:
+                layer.set_adapter([])
+        attached_adapter(self.unet).scale = float(scale)
+        self._apply_context_scale()
+
+    def disable_lora(self) -> None:
+        """Disables all LoRAs, and with its LoRAs the context adapter as a whole, until `enable_lora()`.
+
+        Raises:
+            ValueError: if the context adapter has a noise schedule of its own, without which the plain model is lost.
+        """
+        if has_context_module(self.unet) and self._context_lora_models:
+            self._check_context_scale(0)
+        super().disable_lora()  # type: ignore[misc]
+        self._apply_context_scale()
+
+    def enable_lora(self) -> None:
+        """Enables all active LoRAs, and with its LoRAs the context adapter, with the scale that it had."""
+        super().enable_lora()  # type: ignore[misc]
+        self._apply_context_scale()
+
+    def _check_context_scale(self, scale: Any) -> None:
+        """Checks that the adapter can have this scale."""
+        if not isinstance(scale, Real):
+            raise ValueError(f"The scale of a context adapter is one number, and not {scale!r}.")
+        adapter = attached_adapter(self.unet)
+        if scale != 1 and adapter.plain_scheduler is not None:
+            raise ValueError(
+                "This adapter came with a noise schedule that the plain model does not know, so its scale is always 1;"
+                " call `unload_context_adapter()` for the plain model."
+            )
+        if scale != adapter.scale:
+            self._check_unfused()
+        check_token_scale(self.unet, float(scale))
+
+    def _apply_context_scale(self) -> None:
+        """Gives tokens and LoRAs the adapter's scale; where its LoRAs are disabled, its tokens are too."""
+        if not has_context_module(self.unet):
+            return
+        scale, layers = attached_adapter(self.unet).scale, self._context_lora_layers
+        set_token_scale(self.unet, 0.0 if any(layer.disable_adapters for layer in layers) else scale)
+        for layer in layers:
+            layer.set_scale(LORA_ADAPTER, scale)
 
     def _check_unfused(self) -> None:
         if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
             raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
 
     def _warn_of_inactive_lora(self) -> None:
-        """Says once that the adapter's own LoRA is switched off, as `set_adapters` and `disable_lora` do it."""
-        adapter = attached_adapter(self.unet)
-        if adapter.warned_of_lora:
-            return
+        """Warns if the adapter's LoRA is off and its tokens are not, as methods of the models themselves can do."""
         layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
-        if all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+        if token_scale(self.unet) == 0 or all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
             return
-        logger.warning(
-            "The context adapter's own LoRA is not active, and interventions do not do what was learned; call"
-            f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act, and after'
-            " `disable_lora()` first `enable_lora()`."
+        warnings.warn(
+            "The context adapter's own LoRA is not active, so interventions do not do what was learned; call"
+            f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act.',
+            stacklevel=2,  # where it comes from makes no difference: it is shown once
         )
-        adapter.warned_of_lora = True
 
     def _load_context_lora(self, folder: Path) -> None:
         active = {name: _active_loras(model) for name, model in self._lora_models.items()}
@@ -92,7 +205,7 @@ class ContextLoraMixin:
         attached_adapter(self.unet).has_lora = True
 
     def _read_context_lora(self, folder: Path) -> None:
-        """What `load_lora_weights` does, which warns of every model that the file has nothing for."""
+        """Does what `load_lora_weights` does, without its warning for every model that the file has nothing for."""
         state, alphas, metadata = self.lora_state_dict(
             str(folder), weight_name=LORA_WEIGHTS_NAME, return_lora_metadata=True
         )
@@ -125,18 +238,22 @@ class ContextLoraMixin:
 
     @property
     def _lora_models(self) -> dict[str, Any]:
-        """The models that can have a LoRA, by their names."""
+        """The models that can have a LoRA, by component name."""
         return {"unet": self.unet} | self.text_encoders
 
     @property
     def _context_lora_models(self) -> dict[str, Any]:
-        """Those that have the adapter's own."""
+        """The models that have the adapter's own LoRA."""
         return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
 
     @property
     def _context_lora_layers(self) -> list[BaseTunerLayer]:
-        """Every layer of theirs that a LoRA has a part in."""
+        """All LoRA layers of those models."""
         return [layer for model in self._context_lora_models.values() for layer in _lora_layers(model)]
+
+    @property
+    def _all_lora_layers(self) -> list[BaseTunerLayer]:
+        return [layer for model in self._lora_models.values() for layer in _lora_layers(model)]
 
 
 def _loras_of(model: nn.Module) -> dict[str, Any]:

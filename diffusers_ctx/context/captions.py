@@ -1,4 +1,4 @@
-"""What captions tell of node values, so that noise can be drawn which goes with a prompt."""
+"""What captions say about node values, for drawing noise that fits a prompt."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import nn
 
 
 def embed_captions(text: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, D) that captions are told apart by: the mean over tokens of what text encoders say (B, L, D)."""
+    """Embeddings (B, D) of captions: the mean over the tokens of their encodings (B, L, D)."""
     return text.float().mean(dim=1)
 
 
 class CaptionLikelihood(nn.Module):
-    r"""How likely a caption is, given node values: `log p(t | c) / p(t)`, but for a summand that depends on `t` alone.
+    r"""How likely a caption is, given node values: `log p(t | c) / p(t)`, up to a summand that depends on `t` alone.
 
-    The inner product of an embedding of the values and one of the caption, which comes to that where `contrast` is at
-    its least (van den Oord et al. 2018, arXiv 1807.03748, equation 5). It starts as zero: every caption goes with
-    everything.
+    The inner product of an embedding of the values and one of the caption, which estimates it where the contrastive
+    loss `contrast` is minimal (van den Oord et al. 2018, arXiv 1807.03748, equation 5). It starts at zero: every
+    caption fits everything.
 
     Args:
         values_dim: number of an image's node values, N d.
@@ -34,7 +34,7 @@ class CaptionLikelihood(nn.Module):
         self.embed_values = nn.Sequential(
             nn.Linear(values_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
         )
-        # without a bias: what is known of the average caption is nothing
+        # without a bias: the average caption says nothing
         self.embed_caption = nn.Linear(caption_dim, dim, bias=False)
         nn.init.zeros_(self.embed_caption.weight)
         self.register_buffer("mean", torch.zeros(caption_dim))
@@ -42,7 +42,7 @@ class CaptionLikelihood(nn.Module):
 
     @torch.no_grad()
     def standardize(self, captions: torch.Tensor) -> None:
-        """Takes mean and scale of captions' embeddings (n, D) for what is to be taken off and divided by."""
+        """Fits the mean and the one scale of all dimensions to captions' embeddings (n, D)."""
         self.mean.copy_(captions.mean(dim=0))
         self.scale.copy_((captions - self.mean).square().mean().sqrt().clamp(min=1e-6))
 
@@ -53,5 +53,5 @@ class CaptionLikelihood(nn.Module):
         return (self.embed_values(values.flatten(-2)) * embedded[:, None]).sum(dim=-1)
 
     def contrast(self, values: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy, in nats, of telling which of the values (B, N, d) each of the captions (B, D) is of."""
+        """Contrastive loss, in nats: the cross-entropy of matching captions (B, D) to their values (B, N, d)."""
         return F.cross_entropy(self(values[None], captions), torch.arange(len(captions), device=values.device))

@@ -1,7 +1,7 @@
-"""How concepts cause one another: the two forms of the causal layer (DESIGN §2, step 4).
+"""How concepts cause one another: the two forms of the causal layer.
 
 Both are linear maps `c = M(m) e` of the stacked nodes. An intervened concept receives nothing from the others, also
-when several are intervened on at once.
+under several interventions at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class ReducedForm(nn.Module):
-    """The paper's form:
+    """The form of Markham et al. (arXiv 2507.04754):
 
         c_i = e_i + (1 - m_i) sum_{j != i} [(1 - m_j) B_ij^obs + m_j B_ij^do] e_j
 
@@ -72,7 +72,7 @@ class Structural(nn.Module):
 
         c = e + (1 - m) * (A c)
 
-    Where a reduced form keeps the effect of j on i through k under do(k), here it is gone by itself.
+    do(k) removes j's effect on i through k, which the reduced form keeps.
 
     Args:
         num_concepts: concepts, which can be intervened on.

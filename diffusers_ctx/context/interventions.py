@@ -1,10 +1,10 @@
-"""How users name interventions, and the mask that they become."""
+"""How users write interventions, and the mask that they become."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -26,7 +26,7 @@ def intervention_mask(
             Nothing at all is the observational context.
         concepts: the known names, in the order of the mask's columns.
         batch_size: number of rows.
-        obs_context: name of the observational context, to say how it is written if it is taken for a concept.
+        obs_context: name of the observational context, for a helpful error if it is named as a concept.
 
     Returns:
         `torch.Tensor` of shape (batch_size, len(concepts)), in [0, 1]. The order in which names are listed has no
@@ -36,8 +36,7 @@ def intervention_mask(
         ValueError: if a name is unknown or listed twice, a strength is no number in [0, 1], or there is neither one
             set of interventions nor one per row.
     """
-    single = _is_single(interventions, obs_context)
-    rows: list[Any] = [interventions] * batch_size if single else list(interventions or ())
+    rows = list(interventions) if _has_rows(interventions) else [interventions] * batch_size
     if len(rows) != batch_size:
         raise ValueError(
             f"`interventions` has {len(rows)} entries for {batch_size} prompts; give one set for all or one each."
@@ -46,20 +45,32 @@ def intervention_mask(
     return torch.tensor(masks).reshape(batch_size, len(concepts))
 
 
-def _is_single(interventions, obs_context: str | None) -> bool:
+def _has_rows(interventions: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether these are interventions per row; an empty list is none at all."""
+    if isinstance(interventions, str | Mapping) or not isinstance(interventions, Iterable):
+        return False
+    return not all(isinstance(entry, str) for entry in interventions)
+
+
+def _mask_row(interventions: Any, concepts: Sequence[str], obs_context: str | None) -> list[float]:
+    strengths = _strengths(interventions, obs_context)
+    unknown = [name for name in strengths if name not in concepts]
+    if unknown:
+        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {list(concepts)}.")
+    for name, strength in strengths.items():
+        if not (isinstance(strength, Real | torch.Tensor) and 0 <= float(strength) <= 1):
+            raise ValueError(f"The strength of '{name}' is {strength!r}; strengths are numbers in [0, 1].")
+    return [float(strengths.get(name, 0.0)) for name in concepts]
+
+
+def _strengths(interventions: Any, obs_context: str | None) -> dict[str, Any]:
+    """Strengths by name, of one row's interventions."""
     if isinstance(interventions, str):
-        _refuse_observational([interventions], obs_context)
         names = [name.strip() for name in interventions.split("+")]
+        _refuse_observational(names, obs_context)
         raise ValueError(f"`interventions` is a list or a mapping of concepts; write {names}.")
-    if interventions is None or isinstance(interventions, Mapping):
-        return True
-    if not isinstance(interventions, Iterable):
+    if not isinstance(interventions, Iterable | None):
         raise ValueError(f"`interventions` is a list or a mapping of concepts, and not {interventions!r}.")
-    return all(isinstance(entry, str) for entry in interventions)
-
-
-def _mask_row(interventions: Interventions, concepts: Sequence[str], obs_context: str | None) -> list[float]:
-    _is_single(interventions, obs_context)  # a bare string within a list of rows is the same mistake
     if isinstance(interventions, Mapping):
         strengths = dict(interventions)
     else:
@@ -68,17 +79,11 @@ def _mask_row(interventions: Interventions, concepts: Sequence[str], obs_context
         if len(strengths) < len(names):
             raise ValueError(f"`interventions` names a concept twice: {names}.")
     _refuse_observational(strengths, obs_context)
-    unknown = [name for name in strengths if name not in concepts]
-    if unknown:
-        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {list(concepts)}.")
-    for name, strength in strengths.items():
-        if not (isinstance(strength, Real | torch.Tensor) and 0 <= strength <= 1):
-            raise ValueError(f"The strength of '{name}' is {strength!r}; strengths are numbers in [0, 1].")
-    return [float(strengths.get(name, 0.0)) for name in concepts]
+    return strengths
 
 
 def _refuse_observational(names: Iterable[str], obs_context: str | None) -> None:
     if obs_context is not None and obs_context in names:
         raise ValueError(
-            f"'{obs_context}' is the context without interventions, and no concept; write [] or None for it."
+            f"'{obs_context}' is the context without interventions, not a concept; write [] or None for it."
         )

@@ -26,7 +26,7 @@ class NodewiseLinear(nn.Module):
 
 
 class MechanismLayer(nn.Module):
-    """The intervention on the exogenous noise (DESIGN §2, step 2):
+    """The mechanisms: interventions act on the exogenous noise.
 
         u_k = (1 - m_k) (A_k^obs z_k + a_k^obs) + m_k (A_k^do z_k + a_k^do)
 
@@ -65,7 +65,7 @@ class MechanismLayer(nn.Module):
 
 
 class ExpressiveLayers(nn.Sequential):
-    """One MLP per node, shared by all contexts (DESIGN §2, step 3); widths go evenly from `in_dim` to `out_dim`.
+    """One MLP per node, shared by all contexts; widths go evenly from `in_dim` to `out_dim`.
 
     Depth 0 is the identity, for modules whose posterior inverts the mechanisms. There is no normalisation over the
     batch: adapters are trained with small batches on many processes.
@@ -86,7 +86,7 @@ class ExpressiveLayers(nn.Sequential):
 
 
 class ReadOut(nn.Module):
-    """Tokens of the backbone's width for every node (DESIGN §2, step 5): (B, N, d_c) to (B, N, T, token_dim).
+    """Tokens of the backbone's width for every node: (B, N, d_c) to (B, N, T, token_dim).
 
     A node's tokens are a function of that node alone, and the same function in every context.
     """

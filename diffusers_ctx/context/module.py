@@ -1,10 +1,11 @@
-"""The context module: exogenous noise and a context in, tokens for a diffusion model out, and back."""
+"""The context module: from exogenous noise and a context to tokens for a diffusion model, and back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,15 +17,18 @@ from .layers import ExpressiveLayers, MechanismLayer, ReadOut
 from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
 
 
+_CANDIDATES = 64  # for exogenous noise that fits a caption
+
+
 class ContextModule(ModelMixin, ConfigMixin):
     r"""The context module of Markham et al. (arXiv 2507.04754), for the conditioning of a diffusion model.
 
-    Exogenous noise `z` passes each concept's mechanism (the observational or the intervened one, as the mask says),
-    its expressive layers, the causal layer that lets concepts act on one another, and a read-out to tokens. The
-    posterior goes the other way: from an image and its context to the noise that explains it.
+    Exogenous noise `z` passes through each concept's mechanism (observational or intervened, by the mask), its
+    expressive layers, the causal layer by which concepts affect one another, and a read-out to tokens. The posterior
+    goes the other way: from an image and its context to the noise that explains it.
 
-    Nodes are the concepts in order, followed by the hidden factors, which no context intervenes on: common causes
-    have no other place to live.
+    Nodes are the concepts in order, followed by the hidden factors, on which no context intervenes: they represent
+    common causes and whatever else varies.
 
     Args:
         concepts (`list[str]`): names of the concepts.
@@ -43,14 +47,14 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_type (`str`): `"inverse"` reads the concepts' values off the image, the same in every context, and
             inverts the mechanisms of the context to get the noise; `"amortized"` predicts the noise from image and
             mask, and works with expressive layers.
-        posterior_in_channels (`int`): channels of the latents or features that the posterior sees.
+        posterior_in_channels (`int`): channels of the latents or features that the posterior takes.
         posterior_width (`int`): channels of the posterior's convolutions.
         posterior_sample_size (`int`): height and width of the latents.
-        posterior_encoder (`str`): what makes the maps that the posterior sees: `"vae"` for latents, or `"unet"` or
-            `"clip"` for features, see [`~adapter.image_features`]. Every method says latents for either.
+        posterior_encoder (`str`): what makes the posterior's input: `"vae"` latents, or `"unet"` or `"clip"`
+            features, see [`~adapter.image_features`]. The methods call either of them latents.
         posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
-        caption_dim (`int`, *optional*): width of captions' embeddings, where noise can be drawn that goes with one.
+        caption_dim (`int`, *optional*): width of captions' embeddings, for drawing noise that fits a caption.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -69,15 +73,15 @@ class ContextModule(ModelMixin, ConfigMixin):
         noise_dim: int = 4,
         concept_dim: int = 4,
         expressive_depth: int = 0,
-        causal_form: str = "structural",
+        causal_form: Literal["structural", "reduced_form"] = "structural",
         graph: Sequence[tuple[str, str]] | None = None,
         tokens_per_concept: int = 1,
         readout_width: int = 64,
-        posterior_type: str = "inverse",
+        posterior_type: Literal["inverse", "amortized"] = "inverse",
         posterior_in_channels: int = 4,
         posterior_width: int = 64,
         posterior_sample_size: int = 8,
-        posterior_encoder: str = "vae",
+        posterior_encoder: Literal["vae", "unet", "clip"] = "vae",
         posterior_encoder_model: str | None = None,
         posterior_feature_size: int | None = None,
         caption_dim: int | None = None,
@@ -133,34 +137,50 @@ class ContextModule(ModelMixin, ConfigMixin):
         z = z.to(self.dtype)
         return self.read_out(self.concept_values(z, mask.to(z)))
 
-    def choose_noise(self, candidates: torch.Tensor, captions: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Noise (B, N, d_z) of what captions (B, D) describe, from M candidates (B, M, N, d_z) drawn from the prior.
+    @property
+    def candidates_shape(self) -> tuple[int, int]:
+        """(M, N d_z + 1): candidates that `choose_noise` chooses among, and the numbers that each takes."""
+        num_nodes, noise_dim = self.noise_shape
+        return _CANDIDATES, num_nodes * noise_dim + 1
 
-        Sampling with importance resampling, for `p(z | t)` in proportion to `p(z) p(t | c(z))`. The values are those
-        of the observational context: a caption describes what an intervention is then done to, so that noise does not
-        depend on the intervention.
+    def choose_noise(self, normal: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+        """Draws noise (B, N, d_z) of images that captions (B, D) describe.
+
+        Importance resampling of M candidates from the prior, for `p(z | t)` in proportion to `p(z) p(t | c(z))`. The
+        values `c` are those of the observational context: a caption describes what an intervention is then applied
+        to, and so the noise does not depend on the intervention.
 
         Args:
-            candidates: standard normal.
+            normal: (B, M, N d_z + 1), standard normal numbers; `candidates_shape` has the last two. A candidate's
+                last number decides the choice, the others are its noise.
             captions: their embeddings, see [`~context.captions.CaptionLikelihood`]; the average one says nothing.
-            uniform: (B, M), uniform numbers in (0, 1) to choose by.
 
         Raises:
-            ValueError: if the module cannot know what captions say.
+            ValueError: if the module has not learned what captions say.
         """
         likelihood = self.require_captions()
+        candidates, uniform = normal[..., :-1].unflatten(-1, self.noise_shape), torch.special.ndtr(normal[..., -1])
         z = candidates.flatten(0, 1).to(self.dtype)
         values = self.concept_values(z, z.new_zeros(len(z), len(self.config.concepts)))
         scores = likelihood(values.unflatten(0, uniform.shape), captions).float()
-        gumbel = -(-uniform.log()).log()  # the largest sum is a draw with the scores as log-weights
+        gumbel = -(-uniform.log()).log()  # the largest sum is a draw with the scores as log-weights (Gumbel-max)
         return candidates[torch.arange(len(candidates)), (scores + gumbel).argmax(dim=1)]
 
+    @property
+    def knows_captions(self) -> bool:
+        """Whether the module has learned what captions say."""
+        return self.captions is not None and bool(self.captions.embed_caption.weight.any())
+
     def require_captions(self) -> CaptionLikelihood:
-        """What the module knows of captions; it raises a `ValueError` if there is no such part of it."""
+        """The part of the module that learns what captions say.
+
+        Raises:
+            ValueError: if there is none.
+        """
         if self.captions is None:
             raise ValueError(
-                "This context adapter was trained without learning what captions say; train it anew, or leave out"
-                " `match_prompt`."
+                "This context adapter was trained without learning what captions say; train it again with captions, or"
+                " leave out `match_prompt`."
             )
         return self.captions
 

@@ -1,7 +1,7 @@
-"""Abduction: the posterior of the exogenous noise given an image and its context, `q(z | x, m)` (DESIGN §2, step 6).
+"""Abduction: the posterior of the exogenous noise given an image and its context, `q(z | x, m)`.
 
-The posterior is told the context. Without it, one image value would have two noises, its observational and its
-interventional one, and the aggregate posterior could not be N(0, I) in every context.
+It depends on the context because the same value of a concept comes from different noise under the observational and
+the intervened mechanism; otherwise the aggregate posterior could not be N(0, I) in every context.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class GaussianPosterior:
 
 
 class Standardization(nn.Module):
-    """Brings each channel of feature maps (B, C, h, w) to mean 0 and deviation 1 over the images that it was fitted
-    to: networks that were trained for something else have channels of any scale."""
+    """Brings each channel of feature maps (B, C, h, w) to mean 0 and standard deviation 1 over the images that it was
+    fitted to: the channels of pretrained networks have any scale."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -56,10 +56,10 @@ class Standardization(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def fit(self, features: torch.Tensor) -> None:
-        """Takes over mean and deviation of these maps (n, C, h, w)."""
+        """Fits mean and standard deviation to these maps (n, C, h, w)."""
         std, mean = torch.std_mean(features, dim=(0, 2, 3), keepdim=True)
         self.mean.copy_(mean[0])
-        self.std.copy_(std[0].clamp(min=1e-3 * std.mean()))  # what hardly varies is not blown up
+        self.std.copy_(std[0].clamp(min=1e-3 * std.mean()))  # channels that hardly vary are not blown up
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return (features - self.mean) / self.std
@@ -72,7 +72,7 @@ class LatentEncoder(nn.Module):
         in_channels: channels of the latents.
         width: channels of the convolutions.
         sample_size: height and width of the latents that the encoder is made for; others are pooled to fit.
-        standardize: whether channels are standardised first, see `Standardization`.
+        standardize: whether channels are standardized first, see `Standardization`.
     """
 
     def __init__(self, in_channels: int, width: int, sample_size: int, standardize: bool = False):
@@ -87,7 +87,7 @@ class LatentEncoder(nn.Module):
         self.out_dim = width * 16
 
     def fit(self, maps: torch.Tensor) -> None:
-        """Standardises to mean and deviation of these maps (n, C, h, w); before it learns."""
+        """Fits the standardization to these maps (n, C, h, w), before training."""
         standardization = self.layers[0]
         assert isinstance(standardization, Standardization)
         standardization.fit(maps)
@@ -97,7 +97,7 @@ class LatentEncoder(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """Mean and log-variance (B, N, d) of every node from features and, optionally, what else it is told."""
+    """Mean and log-variance (B, N, d) of every node from features (B, in_dim)."""
 
     def __init__(self, in_dim: int, hidden_dim: int, num_nodes: int, dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decoding of images, and images that cannot be decoded."""
+"""Decoding and cropping of images, and images that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import PIL.Image
+import PIL.ImageOps
 from datasets import Dataset, Image
 
 from .contexts import listed
@@ -24,6 +25,20 @@ def decode_image(image: dict[str, Any] | None) -> PIL.Image.Image:
         return Image(mode="RGB").decode_example(image)
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def square_crop(
+    image: PIL.Image.Image, resolution: int, centering: tuple[float, float] = (0.5, 0.5)
+) -> PIL.Image.Image:
+    """Resizes an image's shorter side to `resolution` and crops a square, in RGB.
+
+    Args:
+        image: an image of any size and mode.
+        resolution: height and width of the square, in pixels.
+        centering: place of the crop from left to right and from top to bottom, in [0, 1]; by default the center.
+    """
+    size, method = (resolution, resolution), PIL.Image.Resampling.LANCZOS
+    return PIL.ImageOps.fit(image.convert("RGB"), size, method, centering=centering)
 
 
 def readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> list[int]:

@@ -17,12 +17,12 @@ class HeldOutContext:
     Attributes:
         interventions: what the context intervenes on.
         real: rows to compare samples with.
-        again: as many other rows, which tell how far apart real images are.
+        real_b: as many other rows, for the real-vs-real baseline.
     """
 
     interventions: tuple[str, ...]
     real: list[int]
-    again: list[int]
+    real_b: list[int]
 
 
 def split_held_out(

@@ -229,6 +229,7 @@ class ContextStream:
         # a copy: datasets keep the place of their iteration in themselves
         self._rows = split_dataset_by_node(deepcopy(stream.rows), *(share if has_files else all_of_it))
         self._share = all_of_it if has_files else share
+        self._buffer: ShuffleBuffer[Row]
         self._begin_epoch(0)
 
     def __iter__(self) -> Iterator[tuple[PIL.Image.Image, str]]:

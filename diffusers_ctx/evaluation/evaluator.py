@@ -114,7 +114,7 @@ class Evaluator:
             dataset,
             module.concepts,
             module.obs_context,
-            self.pipeline.training_resolution,
+            module.posterior_sample_size * self.pipeline.vae_scale_factor,
             config.max_samples,
             config.seed,
         )
@@ -224,7 +224,7 @@ class Evaluator:
             features = clip_features(config.feature_extractor, vae.device, config.batch_size, config.cache_dir)
         metrics: dict[str, Metrics] = {}
         for name, context in tqdm(held_out.contexts.items(), desc="Measuring"):
-            real, real_b = held_out.images(context.real), held_out.images(context.again)
+            real, real_b = held_out.images(context.real), held_out.images(context.real_b)
             metrics[name] = measure_context(samples[name].images(), real, real_b, features, config.seed)
         strengths = module.causal.strengths().float().cpu().numpy()
         results: dict[str, Any] = {

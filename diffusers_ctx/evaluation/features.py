@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from copy import deepcopy
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ..autoencoding import in_range
 from .images import to_uint8
 
 
@@ -23,7 +23,6 @@ def latent_features(vae: AutoencoderKL, batch_size: int = 16) -> Features:
         vae: the autoencoder, on the device to work on.
         batch_size: images encoded at once.
     """
-    vae = _in_range(vae)
     return _in_batches(lambda images: _encode(vae, images).flatten(1), batch_size)
 
 
@@ -55,20 +54,15 @@ def clip_features(
 @torch.no_grad()
 def autoencode(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """An autoencoder's reconstruction of images (n, H, W, 3) uint8."""
-    vae = _in_range(vae)
-    decoded = vae.decode(_encode(vae, images)).sample.float().cpu().permute(0, 2, 3, 1)
+    with in_range(vae):
+        decoded = vae.decode(_encode(vae, images)).sample.float().cpu().permute(0, 2, 3, 1)
     return to_uint8((decoded / 2 + 0.5).clamp(0, 1).numpy())
-
-
-def _in_range(vae: AutoencoderKL) -> AutoencoderKL:
-    """The autoencoder, or a copy in single precision of one that overflows in half precision."""
-    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
-    return deepcopy(vae).float() if overflows else vae
 
 
 def _encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     pixels = torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
-    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    with in_range(vae):
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
 
 
 def _in_batches(extract: Callable[[np.ndarray], torch.Tensor], batch_size: int) -> Features:

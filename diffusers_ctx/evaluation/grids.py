@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..autoencoding import decode_latents
 from .images import to_uint8
 
 
@@ -48,7 +49,8 @@ def sample_rows(
             width=resolution,
             output_type="latent",
         ).images
-        rows.append(to_uint8(pipeline.decode_images(latents)))
+        decoded = decode_latents(pipeline.vae, latents)
+        rows.append(to_uint8(pipeline.image_processor.postprocess(decoded, output_type="np")))
     return rows
 
 

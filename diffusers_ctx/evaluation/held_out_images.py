@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from ..data.cropping import square_crop
+from ..data.decoding import square_crop
 from ..data.held_out import split_held_out
 
 
@@ -38,9 +38,9 @@ class HeldOutImages:
         self.dataset, self.resolution = dataset, resolution
         self.captions = list(dataset["text"])
         self.contexts = split_held_out(dataset["context"], concepts, obs_context, max_images, seed)
-        self.prompts = {name: [self.captions[row] for row in half.again] for name, half in self.contexts.items()}
+        self.prompts = {name: [self.captions[row] for row in half.real_b] for name, half in self.contexts.items()}
         self.observational = self.contexts[obs_context]
 
     def images(self, rows: Sequence[int]) -> np.ndarray:
-        """Images (n, H, W, 3) uint8 of these rows, resized and cropped in the centre."""
+        """Images (n, H, W, 3) uint8 of these rows, resized and cropped in the center."""
         return np.array([np.asarray(square_crop(self.dataset[row]["image"], self.resolution)) for row in rows])

@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub.constants import HF_HOME
 
+from ..adapter import set_context_scheduler
 from ..adapter.image_features import ImageFeatures
 from ..adapter_format import RECORD_NAME
 from ..context import ContextModule
 from ..data import ContextBalancedSampler, concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..hub import create_repository, push_adapter_folder
-from ..pipelines import CompositionMixin
+from ..pipelines import CompositionMixin, Conditioner
 from .checks import check_accelerator, check_backbone, check_options, check_validation_contexts
 from .concepts.stage import ConceptStage
 from .config import TrainingConfig
@@ -133,7 +134,7 @@ class ContextTrainer:
         config, pipeline = self.config, self.pipeline
         prepare_backbone(pipeline, self.context_module, config.model, self.accelerator)
         if self._schedule:
-            pipeline.set_context_scheduler(self._schedule)
+            set_context_scheduler(pipeline, self._schedule)
         with ExitStack() as held:
             if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
                 held.enter_context(run_lock(self.output_dir))
@@ -155,7 +156,7 @@ class ContextTrainer:
             share = (self.accelerator.process_index, self.accelerator.num_processes)
             optimization = config.optimization
             self.batches = LatentBatches(self.latents, optimization.train_batch_size, optimization.seed, *share)
-        self._encode_captions = pipeline.encode_captions
+        self._encode_captions = Conditioner.of(pipeline).encode_captions
         if config.data.cache_latents and not config.model.train_text_encoder:
             captions = {"", *self.latents.captions}
             waits = not self.accelerator.is_local_main_process

@@ -335,6 +335,8 @@ def test_methods_without_an_adapter_say_so(plain_pipeline, tmp_path):
         lambda: plain_pipeline.set_context_scale(1),
         lambda: plain_pipeline.push_context_adapter("user/adapter"),
         lambda: sample(plain_pipeline, interventions=["snow"]),
+        lambda: plain_pipeline.counterfactual(torch.zeros(1, 3, 32, 32)),
+        lambda: plain_pipeline.infer_exogenous_noise(torch.zeros(1, 3, 32, 32)),
     ):
         with pytest.raises(ValueError, match="load_context_adapter"):
             call()

@@ -88,7 +88,7 @@ def test_counterfactuals_of_no_change_give_the_image_back(make):
     attach_context_module(pipeline.unet, make_context_module(), "prompt")
     pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
     image = torch.rand(1, 3, 32, 32, generator=torch.manual_seed(0))
-    options = {"factual": ["snow"], "prompt": PROMPT, "num_inference_steps": 20, "output_type": "latent"}
+    options = {"factual_interventions": ["snow"], "prompt": PROMPT, "num_inference_steps": 20, "output_type": "latent"}
     latents = pipeline._encode_images(pipeline._preprocess(image))
     change = [
         (pipeline.counterfactual(image, names, **options).images - latents).norm() / latents.norm()

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.adapter import LORA_ADAPTER
+from diffusers_ctx.adapter import LORA_ADAPTER, set_context_scheduler
 
 
 OPTIONS = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -40,7 +40,7 @@ def add_random_lora(pipeline: ComposablePipeline) -> ComposablePipeline:
 @pytest.fixture
 def trained() -> ComposablePipeline:
     pipeline = add_random_lora(attach_random_module(epsilon_pipeline()))
-    pipeline.set_context_scheduler(OPTIONS)
+    set_context_scheduler(pipeline, OPTIONS)
     return pipeline
 
 

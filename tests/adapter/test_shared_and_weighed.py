@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from test_schedule import OPTIONS, add_random_lora, epsilon_pipeline, sample
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
+from diffusers_ctx.adapter import set_context_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 def scheduled_folder(tmp_path_factory):
     """The same, with a schedule of its own."""
     pipeline = add_random_lora(attach_random_module(epsilon_pipeline()))
-    pipeline.set_context_scheduler(OPTIONS)
+    set_context_scheduler(pipeline, OPTIONS)
     return pipeline.save_context_adapter(tmp_path_factory.mktemp("scheduled"))
 
 
@@ -48,8 +49,16 @@ def test_a_schedule_cannot_be_weighed(scheduled_folder):
     pipeline = epsilon_pipeline()
     pipeline.load_context_adapter(scheduled_folder)
     pipeline.set_context_scale(1)
-    with pytest.raises(ValueError, match=r"call `unload_context_adapter\(\)`"):
-        pipeline.set_context_scale(0)
+    expected = sample(pipeline, interventions=["snow"])
+    pipeline.set_adapters(["context"])
+    for use in (
+        lambda: pipeline.set_context_scale(0),
+        lambda: pipeline.set_adapters(["context"], [0.5]),
+        pipeline.disable_lora,
+    ):
+        with pytest.raises(ValueError, match=r"call `unload_context_adapter\(\)`"):
+            use()
+    np.testing.assert_array_equal(sample(pipeline, interventions=["snow"]), expected)
 
 
 def test_a_pipeline_made_from_another_knows_the_adapter(scheduled_folder, tmp_path):
@@ -118,4 +127,4 @@ def test_a_fused_lora_cannot_be_unloaded_weighed_or_saved_as_the_base(folder, tm
 def test_a_schedule_needs_an_adapter():
     pipeline = ComposablePipeline(**make_components(prediction_type="epsilon"), requires_safety_checker=False)
     with pytest.raises(ValueError, match="No context adapter is loaded"):
-        pipeline.set_context_scheduler(OPTIONS)
+        set_context_scheduler(pipeline, OPTIONS)

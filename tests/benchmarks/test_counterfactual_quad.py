@@ -12,13 +12,19 @@ from diffusers_ctx import embedded_adapter
 
 def test_it_measures_axioms_and_the_distance_to_the_truth(tmp_path):
     script, output = Path(__file__).parents[2] / "benchmarks" / "counterfactual_quad.py", tmp_path / "found.json"
-    command = [sys.executable, script, embedded_adapter("quad"), "--n", "4", "--num_inference_steps", "5"]
+    command = [sys.executable, script, embedded_adapter("quad"), "--n", "6", "--num_inference_steps", "10"]
     run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    figures = json.loads(output.read_text())
-    assert figures["adapter"] == adapter_digest(embedded_adapter("quad")) and figures["commit"]
-    composition = figures["composition"]
-    assert 0 < composition["once"] < 0.1 and composition["once"] < composition["10 rounds"] < 0.5
-    quad4 = figures["interventions"]["quad4"]
-    assert quad4["error"] < quad4["error_unchanged"] / 2
-    assert quad4["effectiveness"] < 0.3 and quad4["minimality"] < 0.3 and quad4["reversibility"] < 0.2
+    found = json.loads(output.read_text())
+    assert found["adapter"] == adapter_digest(embedded_adapter("quad")) and found["commit"]
+    published = json.loads((script.parent / "results" / "quad-context-counterfactuals.json").read_text())
+    composition = found["composition"]
+    assert 0 < composition["once"] < composition["10 rounds"]
+    # fewer steps than published, and fewer images: within twice the published errors, and 0.01
+    for name, expected in published["composition"].items():
+        assert composition[name] < 2 * expected + 0.01, name
+    for interventions, expected in published["interventions"].items():
+        measured = found["interventions"][interventions]
+        for name in ("error", "effectiveness", "minimality", "reversibility"):
+            assert measured[name] < 2 * expected[name] + 0.01, (interventions, name)
+        assert measured["error"] < measured["error_unchanged"]

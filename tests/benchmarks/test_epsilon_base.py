@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Setting:
-    """On the small base, told that it predicts the noise."""
+    """On the small base, declared to predict the noise."""
     work_dir = tmp_path_factory.mktemp("epsilon")
     pipeline = StableDiffusionPipeline.from_pretrained(embedded_base())
     options = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "timestep_spacing": "leading"}

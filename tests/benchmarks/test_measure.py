@@ -35,7 +35,7 @@ def test_an_intervention_moves_its_concept_and_what_descends_from_it():
     assert may_move([], dependent=True) == set()
 
 
-def test_drift_is_the_mean_distance_of_the_laws_of_what_must_not_move():
+def test_drift_is_the_mean_distance_of_the_attributes_that_must_not_move():
     rng = np.random.default_rng(0)
     reference, values = rng.random((50, 8)), rng.random((40, 8))
     kept = [name for name in quad.FACTORS if name not in ("orientation", "quad1")]
@@ -58,14 +58,14 @@ def test_a_floor_is_the_root_mean_square_of_several_real_samples():
     assert measure.real_floor(("quad1",), N, True) == pytest.approx(np.sqrt(np.mean(np.square(distances))))
 
 
-def draw_law_of(*interventions: str):
+def sample_from(*interventions: str):
     """A sampler that ignores what it is asked for."""
     return lambda captions, asked, seed: quad.generate(interventions, len(captions), seed=7).images
 
 
-def test_figures_of_the_law_are_those_of_real_images_and_of_another_law_they_are_not():
-    right = measure_combination(draw_law_of("quad4"), ("quad4",), N, dependent=True)
-    wrong = measure_combination(draw_law_of(), ("quad4",), N, dependent=True)
+def test_samples_of_the_distribution_measure_as_real_images_and_those_of_another_do_not():
+    right = measure_combination(sample_from("quad4"), ("quad4",), N, dependent=True)
+    wrong = measure_combination(sample_from(), ("quad4",), N, dependent=True)
     assert right["debiased"] < 0.08 < 0.2 < wrong["debiased"]
     assert right["kid"] < 0.3 < wrong["kid"]
     assert right["conformity"] > 0.9 > 0.8 > wrong["conformity"]
@@ -100,18 +100,18 @@ def test_a_graph_is_that_of_the_blocks_from_cause_to_effect():
 
 
 def test_a_table_has_means_over_combinations_of_as_many_interventions(tmp_path):
-    def figures(debiased: float, conformity: float | None = None) -> dict:
-        laws = {} if conformity is None else {"conformity": conformity, "conformity_real": 0.8}
+    def metrics(debiased: float, conformity: float | None = None) -> dict:
+        share = {} if conformity is None else {"conformity": conformity, "conformity_real": 0.8}
         measured = {"swd": debiased + 1, "floor": 0.5, "drift": 0.3, "drift_real": 0.1, "diversity": 0.9}
-        return {"debiased": debiased, **measured, **laws}
+        return {"debiased": debiased, **measured, **share}
 
     contexts = {
-        "obs": figures(0.1),
-        "quad1": figures(0.2, 0.7),
-        "size": figures(0.4, 0.7),
-        "quad1+size": figures(0.5, 0.4),
-        "quad1+quad2": figures(0.7, 0.6),
-        "quad1+size+quad2": figures(0.9, 0.1),
+        "obs": metrics(0.1),
+        "quad1": metrics(0.2, 0.7),
+        "size": metrics(0.4, 0.7),
+        "quad1+size": metrics(0.5, 0.4),
+        "quad1+quad2": metrics(0.7, 0.6),
+        "quad1+size+quad2": metrics(0.9, 0.1),
     }
     options = {"independent": False, "seed": 0, "images_per_context": 20, "train_steps": 10, "concept_steps": 10}
     options |= {"baseline_steps": 15, "num_inference_steps": 2}

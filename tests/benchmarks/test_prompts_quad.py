@@ -24,8 +24,8 @@ def test_it_measures_shares_with_matching_noise_and_without(tmp_path):
     command = [sys.executable, script, embedded_adapter("quad"), "--n", "60", "--combinations", "quad4"]
     run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    figures = json.loads(output.read_text())["quad4"]
-    plain, matching = (figures[noise]["shape_met"] for noise in ("any", "matching"))
-    assert figures["any"]["shape_met_real"] > 0.9
+    metrics = json.loads(output.read_text())["quad4"]
+    plain, matching = (metrics[noise]["shape_met"] for noise in ("any", "matching"))
+    assert metrics["any"]["shape_met_real"] > 0.9
     assert plain + 0.15 < matching <= 1
     assert f"quad4, matching noise: shape_met {matching:.4f}" in run.stdout

@@ -1,18 +1,18 @@
 """The benchmark's methods: what they are given, and that the oracle has quad's own mechanisms."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from measure import REAL_B_SEED, REAL_SEED, measure_kernel_distance
+from measure import REAL_B_SEED, REAL_SEED, measure_combination, measure_graph, measure_kernel_distance
 from methods.ablations import (
     GivenNoiseModule,
     LabelsOnly,
@@ -149,7 +149,6 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
 
 
-@torch.no_grad()
 def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
     """Recomputed one prompt at a time, with the rotation that DDIM is."""
     PromptLora().train(setting, tmp_path / "prompt-lora")
@@ -164,6 +163,7 @@ def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert latents.shape[-1] == pipeline.unet.config.sample_size
 
+    @torch.no_grad()
     def velocity(row: int, time: int, interventions: tuple[str, ...]) -> torch.Tensor:
         prompt = name_concepts(captions[row], interventions)
         text, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
@@ -174,17 +174,17 @@ def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
         changes = [torch.stack([velocity(row, time, (name,)) for row in range(2)]) - plain for name in names]
         return plain + torch.stack(changes).sum(dim=0)
 
-    final = latents
     for only in (("quad1",), ("size",), names):  # the last one is what is compared; each alone must differ from it
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        for time, following in pairwise(times):
+        for time, following in itertools.pairwise(times):
             v = changes_of(only, time)
             alpha = alphas[time]
             signal = alpha.sqrt() * latents - (1 - alpha).sqrt() * v
             noise = alpha.sqrt() * v + (1 - alpha).sqrt() * latents
             alpha = scheduler.final_alpha_cumprod.double() if following is None else alphas[following]
             latents = (alpha.sqrt() * signal + (1 - alpha).sqrt() * noise).float()
-        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        with torch.no_grad():
+            decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         final = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
         difference = np.abs(final - composed).max()
         assert difference <= 1 if only == names else difference > 1, only
@@ -267,15 +267,15 @@ def test_a_light_vae_trains_as_long_as_it_is_told_and_draws_contexts_with_the_sa
     assert np.array_equal(plain, sample(captions, [], 0)) and not np.array_equal(plain, changed)
 
 
-def test_the_kernel_distance_of_samples_is_near_zero_for_the_law_alone():
+def test_the_kernel_distance_is_near_zero_for_samples_of_the_distribution_alone():
     names = ("quad3",)
-    law = quad.generate(names, n=200, seed=12).images
+    same = quad.generate(names, n=200, seed=12).images
     other = quad.generate(("quad2",), n=200, seed=12).images
-    of_law, of_other = (measure_kernel_distance(images, names, 200, True) for images in (law, other))
-    assert abs(of_law["kid"]) < 0.1 * of_other["kid"]
+    of_same, of_other = (measure_kernel_distance(images, names, 200, True) for images in (same, other))
+    assert abs(of_same["kid"]) < 0.1 * of_other["kid"]
     real, again = (quad.generate(names, n=200, seed=seed).images for seed in (REAL_SEED, REAL_B_SEED))
     features = latent_features(AutoencoderKL.from_pretrained(embedded_base(), subfolder="vae"))
-    assert of_law["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
+    assert of_same["kid_floor"] == pytest.approx(kernel_distance(features(again), features(real), 100)[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name, decides", [("training/concepts/stage.py", True), ("hub/push.py", False)])
@@ -286,6 +286,13 @@ def test_concepts_of_other_code_are_not_taken_up(tmp_path, name, decides):
     file = package / name
     file.write_text(file.read_text() + "# changed\n")
     assert (learning_code_fingerprint(package) != before) == decides
+
+
+def setting_of(results: dict, work_dir: Path) -> Setting:
+    options = dict(results["options"])
+    n, independent = options.pop("n"), options.pop("independent")
+    assert n == 20
+    return Setting(dependent=not independent, work_dir=work_dir, **options)
 
 
 @pytest.mark.slow
@@ -307,8 +314,19 @@ def test_a_method_is_trained_measured_and_not_measured_again(tmp_path):
         (file,) = tmp_path.glob("*/ours.json")
         written.append(file.stat().st_mtime_ns)
     assert written[0] == written[1]
-    row = summarize_method(json.loads(file.read_text()))
-    assert row is not None and 0 < row["pairs"] < 0.5 and 0 <= row["edges"] <= 1
-    assert row["KID of pairs"] > 0
+    results = json.loads(file.read_text())
+    row = summarize_method(results)
+    assert row is not None
+    (folder,) = (path.parent for path in tmp_path.glob("*/ours/context_adapter.safetensors"))
+    module = load_pipeline(folder, embedded_base()).context_module
+    assert row["edges"] == measure_graph(module)["auroc"]
+    # after two steps it still draws what the base draws, which knows no contexts
+    setting = setting_of(results, tmp_path)
+    base = plain_sampler(load_base(setting), setting, lambda caption, _: caption)
+    for pair in quad.HELD_OUT_PAIRS:
+        measured, expected = results["contexts"]["+".join(pair)], measure_combination(base, pair, 20, dependent=True)
+        assert measured["swd"] == pytest.approx(expected["swd"], abs=0.06)
+        assert measured["floor"] == expected["floor"]
+        assert measured["kid"] == pytest.approx(expected["kid"], rel=0.5)
     assert "concepts/" in file.with_suffix(".csv").read_text()
     assert Image.open(file.with_suffix(".png")).width > 64

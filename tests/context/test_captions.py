@@ -53,10 +53,9 @@ def test_noise_is_chosen_with_scores_as_log_weights():
     module = ContextModule(["night", "snow"], token_dim=8, caption_dim=5)
     torch.nn.init.normal_(module.captions.embed_caption.weight)
     draws, candidates, caption = 20_000, torch.randn(1, 3, *module.noise_shape), torch.randn(1, 5)
+    numbers = torch.cat([candidates.flatten(2).expand(draws, -1, -1), torch.randn(draws, 3, 1)], dim=-1)
     with torch.no_grad():
-        chosen = module.choose_noise(
-            candidates.expand(draws, -1, -1, -1), caption.expand(draws, -1), torch.rand(draws, 3)
-        )
+        chosen = module.choose_noise(numbers, caption.expand(draws, -1))
         values = module.concept_values(candidates[0], torch.zeros(3, 2))
         weights = module.captions(values[None], caption)[0].softmax(dim=0)
     shares = torch.stack([(chosen == one).flatten(1).all(dim=1).float().mean() for one in candidates[0]])

@@ -1,4 +1,4 @@
-"""The context module against the equations of DESIGN §2, recomputed one number at a time from the same weights."""
+"""The context module against the paper's equations (arXiv 2507.04754), recomputed number by number."""
 
 from itertools import pairwise
 
@@ -268,10 +268,17 @@ def test_kl_divergence_and_draws(posterior_type):
         prior = torch.distributions.MultivariateNormal(torch.zeros(size).double(), torch.eye(size).double())
         expected = torch.distributions.kl_divergence(law, prior)
         torch.testing.assert_close(posterior.kl()[row].sum(), expected, rtol=1e-5, atol=1e-6)
-    eps = torch.randn(20_000, *module.noise_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    one = type(posterior)(posterior.mean[:1], posterior.factor[:1], posterior.log_volume[:1])
-    draws = torch.cat([one.at(row[None]) for row in eps[:2000]]).flatten(1)
-    torch.testing.assert_close(draws.mean(dim=0), one.mean[0].flatten(), rtol=0.1, atol=0.1 * draws.std().item())
+    count = 20_000
+    eps = torch.randn(count, *module.noise_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    many = type(posterior)(*(part[:1].expand(count, *part.shape[1:]) for part in vars(posterior).values()))
+    draws = many.at(eps).flatten(1)
+    covariance = posterior.factor[0] @ posterior.factor[0].T
+    variance = covariance.diagonal()
+    # five standard errors: of a mean, and of a Gaussian's sample covariance
+    mean_error = (draws.mean(dim=0) - posterior.mean[0].flatten()).abs()
+    assert (mean_error < 5 * (variance / count).sqrt()).all()
+    covariance_error = (draws.T.cov() - covariance).abs()
+    assert (covariance_error < 5 * ((variance[:, None] * variance + covariance.square()) / count).sqrt()).all()
 
 
 def test_the_posterior_is_told_the_context():

@@ -15,8 +15,8 @@ def test_halves_are_disjoint_equal_and_of_their_own_context():
         ("night+snow", ("night", "snow")),
     ]
     for (name, half), n in zip(halves.items(), (4, 3, 2, 2)):
-        assert len(half.real) == len(half.again) == n
-        rows = {*half.real, *half.again}
+        assert len(half.real) == len(half.real_b) == n
+        rows = {*half.real, *half.real_b}
         assert len(rows) == 2 * n and {CONTEXTS[row] for row in rows} == {name}
 
 
@@ -30,7 +30,7 @@ def test_the_split_is_random_and_depends_on_the_context_and_the_seed_alone():
 
 def test_fewer_images_are_the_first_of_more():
     all_images, some = (split_held_out(CONTEXTS, ["night", "snow"], max_images=n)["obs"] for n in (None, 2))
-    assert some.real == all_images.real[:2] and some.again == all_images.again[:2]
+    assert some.real == all_images.real[:2] and some.real_b == all_images.real_b[:2]
 
 
 @pytest.mark.parametrize(

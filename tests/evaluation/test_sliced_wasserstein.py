@@ -20,7 +20,7 @@ def unit_directions(dimension, count, seed):
 
 
 def recomputed(a, b, n_projections=200, seed=0):
-    """One direction at a time; both sets are repeated to the same size, which leaves their laws as they are."""
+    """One direction at a time; both sets are repeated to the same size, which does not change their distributions."""
     size = math.lcm(len(a), len(b))
     a, b = (np.repeat(images.reshape(len(images), -1) / 255, size // len(images), axis=0) for images in (a, b))
     squares = []
@@ -85,17 +85,17 @@ def test_seeds_choose_the_directions():
     assert sliced_wasserstein_distance(a, b, seed=1) != sliced_wasserstein_distance(a, b, seed=2)
 
 
-def test_the_floor_of_quad_falls_with_the_number_of_images():
+def test_the_baseline_of_quad_falls_with_the_number_of_images():
     first, second = quad.generate((), n=1600, seed=31), quad.generate((), n=1600, seed=32)
-    floors = {n: sliced_wasserstein_distance(first.images[:n], second.images[:n]) for n in (100, 400, 1600)}
-    # in one dimension the distance between two samples of a law falls with the root of n
-    assert 1.4 < floors[100] / floors[400] < 2.9
-    assert 1.4 < floors[400] / floors[1600] < 2.9
+    baselines = {n: sliced_wasserstein_distance(first.images[:n], second.images[:n]) for n in (100, 400, 1600)}
+    # in one dimension the distance between two samples of a distribution falls with the root of n
+    assert 1.4 < baselines[100] / baselines[400] < 2.9
+    assert 1.4 < baselines[400] / baselines[1600] < 2.9
     intervened = quad.generate(("quad4",), n=1600, seed=33)
     distances = {n: sliced_wasserstein_distance(first.images[:n], intervened.images[:n]) for n in (400, 1600)}
     assert distances[1600] == pytest.approx(0.265, abs=0.03)
-    assert distances[1600] > 5 * floors[1600]
-    assert debiased(distances[400], floors[400]) == pytest.approx(distances[1600], rel=0.15)
+    assert distances[1600] > 5 * baselines[1600]
+    assert debiased(distances[400], baselines[400]) == pytest.approx(distances[1600], rel=0.15)
 
 
 def test_debiased():
@@ -117,8 +117,8 @@ def test_one_resample_has_no_spread_about_the_distance(n, m):
     assert bootstrap_interval(a, b, 20, seed=3, resamples=1) == pytest.approx((distance, distance), rel=1e-6)
 
 
-def test_intervals_cover_the_known_distance_of_two_laws():
-    """Gaussians 2 apart along one axis, where the floor hardly counts, so the laws' own distance is to be covered."""
+def test_intervals_cover_the_known_distance_of_two_distributions():
+    """Gaussians 2 apart along one axis, where the baseline hardly counts: what is covered is their own distance."""
     rng = np.random.default_rng(15)
     distance = math.sqrt(np.mean((2 * unit_directions(3, 20, seed=0)[0]) ** 2))
     pairs = [(gaussians(200, rng), gaussians(150, rng, shift=2)) for _ in range(100)]
@@ -128,14 +128,14 @@ def test_intervals_cover_the_known_distance_of_two_laws():
     assert 0.35 <= np.mean((narrower[:, 0] <= distance) & (distance <= narrower[:, 1])) <= 0.65
 
 
-def test_intervals_of_one_law_hold_the_floor():
+def test_intervals_of_one_distribution_hold_the_baseline():
     rng = np.random.default_rng(16)
     pairs = [(gaussians(100, rng), gaussians(100, rng)) for _ in range(60)]
     distances = np.array([sliced_wasserstein_distance(a, b, 20) for a, b in pairs])
     lower, upper = np.array([bootstrap_interval(a, b, 20, resamples=100) for a, b in pairs]).T
-    floor = math.sqrt(np.mean(distances**2))
+    baseline = math.sqrt(np.mean(distances**2))
     assert ((lower <= distances) & (distances <= upper)).all()
-    assert np.mean((lower <= floor) & (floor <= upper)) >= 0.95
+    assert np.mean((lower <= baseline) & (baseline <= upper)) >= 0.95
     assert np.mean(upper - lower) < 3 * np.ptp(np.quantile(distances, [0.025, 0.975]))
 
 

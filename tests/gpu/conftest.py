@@ -9,13 +9,14 @@ import torch
 from training.conftest import (  # noqa: F401 (fixtures)
     _reset_accelerate,
     base_model,
-    create_trainer,
+    flags,
     make_options,
     photos,
     xl_base_model,
 )
 
-from diffusers_ctx.training import ContextTrainer
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,17 +59,25 @@ def options(base_model, photos, tmp_path) -> Callable[..., dict]:  # noqa: F811
 
 
 @pytest.fixture
-def trainer_on(monkeypatch) -> Callable[[str, dict], ContextTrainer]:
-    """Creates a trainer on the device of that name."""
+def trainer_on(monkeypatch) -> Callable[..., ContextTrainer]:
+    """Creates a trainer that will load its run on the device of that name."""
 
-    def create(device: str, options: dict) -> ContextTrainer:
+    def create(device: str, options: dict, kind: type = ComposablePipeline) -> ContextTrainer:
         _reset_accelerate()
         if device == "cpu":
             monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         else:
             monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-        trainer = create_trainer(options)
-        assert trainer.accelerator.device.type == device
+        checker = {"safety_checker": None} if kind is ComposablePipeline else {}
+        pipeline = kind.from_pretrained(options["pretrained_model_name_or_path"], **checker)
+        trainer = ContextTrainer(parse_training_config(flags(options)), pipeline)
+        load = trainer.load
+
+        def load_on_the_device() -> None:
+            load()
+            assert trainer.accelerator.device.type == device
+
+        trainer.load = load_on_the_device  # type: ignore[method-assign]
         return trainer
 
     return create

@@ -77,10 +77,15 @@ def test_half_precision_is_near(pipeline, expected, dtype):
         assert np.abs(got[name] - expected[name]).mean() < 0.03, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_stable_diffusion_xl_samples(dtype):
-    pipeline = attach_random_module(make_xl_pipeline().to("cuda", dtype))
-    got = everything(pipeline)
+def test_stable_diffusion_xl_samples_as_on_the_cpu():
+    expected = everything(attach_random_module(make_xl_pipeline()))
+    got = everything(attach_random_module(make_xl_pipeline()).to("cuda"))
+    assert_close(got, expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stable_diffusion_xl_samples_in_half_precision(dtype):
+    got = everything(attach_random_module(make_xl_pipeline().to("cuda", dtype)))
     assert all(np.isfinite(value).all() for value in got.values())
     assert np.abs(got["snow"] - got["plain"]).max() > 1e-3
 
@@ -114,7 +119,7 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
 def test_a_counterfactual_without_change_gives_the_image_back(pipeline):
     pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
     for context in ([], ["snow"]):
-        arguments = {"factual": context, "num_inference_steps": 20, "output_type": "latent"}
+        arguments = {"factual_interventions": context, "num_inference_steps": 20, "output_type": "latent"}
         back = pipeline.counterfactual(photo(), context, **arguments).images
         latents = pipeline._encode_images(pipeline._preprocess(photo()))
         torch.testing.assert_close(back, latents, atol=1e-2, rtol=1e-2)
@@ -128,7 +133,7 @@ def test_generators_of_the_gpu_are_taken_and_not_advanced_for_the_concepts(pipel
     assert torch.equal(first.exogenous_noise, again.exogenous_noise)
     assert not torch.equal(first.exogenous_noise, sample(pipeline, seed=1, device="cuda").exogenous_noise)
     used, untouched = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
-    pipeline.prepare_exogenous_noise(2, used)
+    pipeline._prepare_exogenous_noise(2, used)
     numbers = [torch.randn(3, generator=generator, device="cuda") for generator in (used, untouched)]
     assert torch.equal(*numbers)
     stock = StableDiffusionPipeline(**make_pipeline().components, requires_safety_checker=False).to("cuda")

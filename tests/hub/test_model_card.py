@@ -40,11 +40,11 @@ def test_metadata():
     assert "lora" not in render_model_card(CONFIG | {"mode": "frozen"}).data.tags
 
 
-def test_a_licence_that_nobody_gave_is_not_invented():
+def test_a_license_that_nobody_gave_is_not_invented():
     card = render_model_card(CONFIG)
     assert "license" not in card.data.to_dict()
-    assert "named no licence" in card.text
-    assert "named no licence" not in render_model_card(CONFIG, license="mit").text
+    assert "named no license" in card.text
+    assert "named no license" not in render_model_card(CONFIG, license="mit").text
 
 
 def test_a_saved_card_reads_back_the_same(tmp_path):

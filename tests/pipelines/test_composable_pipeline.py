@@ -1,6 +1,8 @@
 """What ComposablePipeline adds to StableDiffusionPipeline."""
 
 import inspect
+import logging
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import attach_random_module, make_components, make_context_module
-from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel, schedulers
+from conftest import attach_random_module, make_components, make_context_module, make_pipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    schedulers,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
+from peft import LoraConfig
 from PIL import Image
 
-from diffusers_ctx import ComposablePipeline
+from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.pipelines.guidance import context_guidance
 from diffusers_ctx.training.encoding.images import ImageTransform
 
@@ -37,13 +48,47 @@ def sample(pipeline, prompt=PROMPT, seed=0, **arguments):
     return pipeline(prompt, **(defaults | arguments))
 
 
-def test_the_signature_extends_stable_diffusions():
-    stock = inspect.signature(StableDiffusionPipeline.__call__).parameters
-    ours = inspect.signature(ComposablePipeline.__call__).parameters
-    assert list(ours)[: len(stock) - 1] == list(stock)[:-1]  # the last one is **kwargs
-    for name in list(stock)[1:-1]:
-        assert ours[name].default == stock[name].default
-    assert {"interventions", "exogenous_noise", "context_guidance_scale"} <= set(ours)
+OWN_DEFAULTS = {"interventions": None, "exogenous_noise": None, "context_guidance_scale": 1.0, "match_prompt": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [(ComposablePipeline, StableDiffusionPipeline), (ComposableXLPipeline, StableDiffusionXLPipeline)],
+)
+def test_the_signature_has_the_plain_pipelines_arguments_and_ours(kind, plain):
+    stock = inspect.signature(plain.__call__).parameters
+    ours = inspect.signature(kind.__call__).parameters
+    assert list(ours) == [*list(stock)[:-1], *OWN_DEFAULTS, "kwargs"]
+    for name, parameter in stock.items():
+        assert ours[name] == parameter  # name, kind, default and annotation
+    for name, default in OWN_DEFAULTS.items():
+        assert ours[name].default == default and ours[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert ours["match_prompt"].annotation == (bool | None)
+    text = pydoc.render_doc(kind.__call__, renderer=pydoc.plaintext)
+    assert "num_inference_steps: int = 50" in text and "match_prompt: bool | None = None" in text
+    assert list(inspect.signature(kind.__init__).parameters) == list(inspect.signature(plain.__init__).parameters)
+
+
+def test_subclasses_keep_their_own_call():
+    class Loud(ComposablePipeline):
+        def __call__(self, *args, **kwargs):
+            return "loud"
+
+    class Louder(Loud):
+        pass
+
+    class Quiet(ComposablePipeline):
+        pass
+
+    assert Louder.__call__ is Loud.__call__ and Quiet.__call__ is ComposablePipeline.__call__
+
+
+def test_arguments_of_diffusers_may_be_positional(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    got = pipeline(PROMPT, 32, 32, 2, None, None, 1.0, generator=generator, output_type="np", interventions=["snow"])
+    np.testing.assert_array_equal(got.images, sample(pipeline, interventions=["snow"]).images)
+    with pytest.raises(TypeError, match="multiple values for argument 'prompt'"):
+        pipeline(PROMPT, prompt=PROMPT)
 
 
 def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
@@ -57,7 +102,7 @@ def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
 
 def test_images_have_the_size_that_the_adapter_was_trained_on(plain_pipeline):
     attach_context_module(plain_pipeline.unet, make_context_module(posterior_sample_size=12))
-    assert plain_pipeline.training_resolution == 24
+    assert plain_pipeline._training_resolution == 24
     assert sample(plain_pipeline).images.shape == (1, 24, 24, 3)
     assert sample(plain_pipeline, height=40).images.shape == (1, 40, 24, 3)
     assert sample(plain_pipeline, latents=torch.zeros(1, 4, 10, 18)).images.shape == (1, 20, 36, 3)
@@ -74,12 +119,13 @@ def test_exogenous_noise_goes_in_and_comes_out(pipeline):
 
 
 @pytest.fixture
-def told_pipeline(plain_pipeline) -> ComposablePipeline:
-    """A pipeline whose context module has something to say of captions."""
-    attach_context_module(plain_pipeline.unet, make_context_module(caption_dim=32))
-    captions = plain_pipeline.context_module.captions
-    captions.standardize(plain_pipeline.embed_captions([PROMPT, "a picture of a square", "snow"]))
-    return plain_pipeline
+def told_pipeline() -> ComposablePipeline:
+    """A pipeline whose context module knows what captions say."""
+    pipeline = make_pipeline()
+    attach_context_module(pipeline.unet, make_context_module(caption_dim=32))
+    captions = pipeline.context_module.captions
+    captions.standardize(Conditioner.of(pipeline).embed_captions([PROMPT, "a picture of a square", "snow"]))
+    return pipeline
 
 
 def test_noise_that_matches_the_prompt_is_that_of_candidates_chosen_by_it(told_pipeline):
@@ -91,7 +137,7 @@ def test_noise_that_matches_the_prompt_is_that_of_candidates_chosen_by_it(told_p
         outputs.append(sample(told_pipeline, prompts, **arguments))
     assert torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
     embedded = told_pipeline.encode_prompt(prompts, "cpu", 1, False)[0].mean(dim=1)
-    assert torch.equal(told_pipeline.embed_captions(prompts), embedded)
+    assert torch.equal(Conditioner.of(told_pipeline).embed_captions(prompts), embedded)
     for row, seed in enumerate((3, 4)):
         drawn = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)).item()
         numbers = torch.randn(1, 64, 5 * 4 + 1, generator=torch.Generator().manual_seed(drawn))[0]
@@ -113,10 +159,9 @@ def test_prompts_may_come_encoded_and_none_says_nothing(told_pipeline):
     assert torch.equal(*noise)
     module = told_pipeline.context_module
     unsaid = sample(told_pipeline, "", match_prompt=True).exogenous_noise
-    with torch.no_grad():
-        module.captions.embed_caption.weight.zero_()
-    assert torch.equal(unsaid, sample(told_pipeline, PROMPT, match_prompt=True).exogenous_noise)
-    assert not torch.equal(unsaid, noise[0])
+    generator = torch.Generator().manual_seed(0)
+    average = told_pipeline._prepare_exogenous_noise(1, generator, captions=module.captions.mean[None])
+    assert torch.equal(unsaid, average) and not torch.equal(unsaid, noise[0])
     twice = sample(told_pipeline, match_prompt=True, num_images_per_prompt=2).exogenous_noise
     assert twice.shape == (2, 5, 4) and not torch.equal(twice[0], twice[1])
 
@@ -130,16 +175,53 @@ def test_a_prompt_cannot_be_matched_where_nothing_is_drawn_or_known(told_pipelin
         sample(told_pipeline, match_prompt=True)
 
 
-def test_adapters_that_do_not_know_captions_say_so(pipeline):
-    with pytest.raises(ValueError, match="without learning what captions say; train it anew, or leave out"):
-        sample(pipeline, match_prompt=True)
+def test_adapters_that_do_not_know_captions_say_so(pipeline, told_pipeline):
+    with torch.no_grad():
+        told_pipeline.context_module.captions.embed_caption.weight.zero_()
+    for unaware in (pipeline, told_pipeline):
+        with pytest.raises(ValueError, match=r"without learning what captions say.*or leave out `match_prompt`"):
+            sample(unaware, match_prompt=True)
+
+
+def test_noise_matches_the_prompt_by_default_where_the_adapter_knows_captions(told_pipeline):
+    embeds = told_pipeline.encode_prompt([PROMPT], "cpu", 1, False)[0]
+    for prompt, arguments in ((PROMPT, {}), (None, {"prompt_embeds": embeds})):
+        default, matched, drawn = (
+            sample(told_pipeline, prompt, interventions=["snow"], **arguments, **options)
+            for options in ({}, {"match_prompt": True}, {"match_prompt": False})
+        )
+        np.testing.assert_array_equal(default.images, matched.images)
+        assert not torch.equal(default.exogenous_noise, drawn.exogenous_noise)
+        expected = told_pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
+        assert torch.equal(drawn.exogenous_noise, expected)
+    given = sample(told_pipeline, exogenous_noise=expected)
+    assert torch.equal(given.exogenous_noise, expected)
+
+
+@pytest.mark.parametrize("kind", ["no captions", "nothing learned"])
+def test_by_default_noise_matches_nothing_where_captions_say_nothing(pipeline, told_pipeline, kind):
+    if kind == "nothing learned":
+        pipeline = told_pipeline
+        with torch.no_grad():
+            pipeline.context_module.captions.embed_caption.weight.zero_()
+    np.testing.assert_array_equal(sample(pipeline).images, sample(pipeline, match_prompt=False).images)
+
+
+def test_fused_text_encoders_ask_for_a_choice(told_pipeline):
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    told_pipeline.text_encoder.add_adapter(config, "style")
+    sample(told_pipeline)
+    told_pipeline.fuse_lora(components=["text_encoder"])
+    with pytest.raises(ValueError, match=r"unfuse_lora\(\)"):
+        sample(told_pipeline)
+    sample(told_pipeline, match_prompt=False)
 
 
 def test_the_generator_gives_the_plain_pipelines_latents(pipeline):
     used, untouched = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    pipeline.prepare_exogenous_noise(2, used)
+    pipeline._prepare_exogenous_noise(2, used)
     assert torch.equal(torch.randn(3, generator=used), torch.randn(3, generator=untouched))
-    noise = pipeline.prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
+    noise = pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(5))
     latents = torch.randn(noise.shape, generator=torch.Generator().manual_seed(5))
     assert (noise - latents).abs().min() > 1e-6  # not the diffusion noise over again
 
@@ -150,7 +232,7 @@ def test_without_a_generator_every_call_has_noise_of_its_own(pipeline):
     assert not torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
     torch.manual_seed(0)
     assert torch.equal(sample(pipeline, generator=None).exogenous_noise, outputs[0].exogenous_noise)
-    noises = [pipeline.prepare_exogenous_noise(1) for _ in range(2)]
+    noises = [pipeline._prepare_exogenous_noise(1) for _ in range(2)]
     assert not torch.equal(noises[0], noises[1])
 
 
@@ -188,7 +270,24 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
     images = [sample(pipeline, interventions={"snow": strength}).images for strength in (0.0, 0.5, 1.0)]
     np.testing.assert_array_equal(images[0], sample(pipeline).images)
     np.testing.assert_array_equal(images[2], sample(pipeline, interventions=["snow"]).images)
-    assert 0 < np.abs(images[1] - images[0]).max()
+    # half the strength is the mean of the two mechanisms, and half the edges into the concept
+    module, observational = pipeline.context_module, torch.zeros(1, 3)
+    noise = pipeline._prepare_exogenous_noise(1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        u = [module.mechanism(noise, mask) for mask in (observational, torch.tensor([[0.0, 1, 0]]))]
+        e = u[0].clone()
+        e[:, 1] = (u[0][:, 1] + u[1][:, 1]) / 2
+        edges = module.causal.blocks * module.causal.allowed[:, :, None, None]
+        edges[1] /= 2
+        size = e[0].numel()
+        values = torch.linalg.solve(torch.eye(size) - edges.transpose(1, 2).reshape(size, size), e.flatten())
+        tokens = module.read_out(values.view_as(e))
+    stock = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    expected = sample(stock, ip_adapter_image_embeds=[tokens]).images
+    np.testing.assert_allclose(images[1], expected, atol=1e-5)
+    for one, other in ((0, 1), (1, 2)):
+        assert np.abs(images[one] - images[other]).max() > 1e-3
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -196,7 +295,7 @@ def test_strengths_lead_from_observational_to_intervened(pipeline):
 def test_context_guidance_adds_the_contrast(pipeline, guidance_scale, context_scale):
     """Against one denoising step computed by hand from separate UNet evaluations."""
     generator = torch.Generator().manual_seed(0)
-    noise = pipeline.prepare_exogenous_noise(1, generator)
+    noise = pipeline._prepare_exogenous_noise(1, generator)
     latents = torch.randn(1, 4, 16, 16, generator=generator)
     text, empty = pipeline.encode_prompt(PROMPT, "cpu", 1, True)
     module = pipeline.context_module
@@ -279,13 +378,12 @@ def test_without_an_adapter_it_is_the_plain_pipeline(plain_pipeline):
     output = sample(plain_pipeline)
     np.testing.assert_array_equal(output.images, sample(stock).images)
     assert output.exogenous_noise is None
-    assert len(sample(plain_pipeline, return_dict=False)) == 2
 
 
-def test_tuples_carry_the_noise(pipeline):
-    images, flags, noise = sample(pipeline, return_dict=False)
-    assert flags is None and noise.shape == (1, *pipeline.context_module.noise_shape)
-    np.testing.assert_array_equal(images, sample(pipeline).images)
+def test_flags_of_the_safety_checker_are_passed_on(pipeline, monkeypatch):
+    assert sample(pipeline).nsfw_content_detected is None
+    monkeypatch.setattr(pipeline, "run_safety_checker", lambda image, device, dtype: (image, [True]))
+    assert sample(pipeline).nsfw_content_detected == [True]
 
 
 def test_a_counterfactual_without_change_gives_the_image_back(pipeline):
@@ -293,7 +391,7 @@ def test_a_counterfactual_without_change_gives_the_image_back(pipeline):
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     ceiling = pipeline.vae.decode(pipeline.vae.encode(2 * image - 1).latent_dist.mode()).sample.detach()
     for context in ([], ["snow"]):
-        output = pipeline.counterfactual(image, context, factual=context, num_inference_steps=20, output_type="pt")
+        output = pipeline.counterfactual(image, context, context, num_inference_steps=20, output_type="pt")
         error = (output.images - (ceiling / 2 + 0.5).clamp(0, 1)).abs().max()
         assert error < 1e-3
 
@@ -412,6 +510,95 @@ def test_mistakes_are_named(pipeline, arguments, message):
 def test_a_counterfactual_takes_one_prompt_or_one_each(pipeline):
     with pytest.raises(ValueError, match="3 entries for 2 images"):
         pipeline.counterfactual(torch.zeros(2, 3, 32, 32), prompt=["a", "b", "c"])
+    with pytest.raises(ValueError, match="`generator` has 1 entries for 2 images"):
+        pipeline.counterfactual(torch.zeros(2, 3, 32, 32), generator=[torch.Generator()])
+    with pytest.raises(ValueError, match="`negative_prompt` has 1 entries for 2 images"):
+        pipeline.counterfactual(torch.zeros(2, 3, 32, 32), guidance_scale=2.0, negative_prompt=["a"])
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a square"])
+def test_guidance_inverts_and_generates_alike(pipeline, negative_prompt):
+    pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = pipeline._encode_images(2 * image - 1)
+
+    def change(*contexts, **options):
+        arguments = {"prompt": PROMPT, "num_inference_steps": 20, "output_type": "latent"} | options
+        return (pipeline.counterfactual(image, *contexts, **arguments).images - latents).norm() / latents.norm()
+
+    guided = {"guidance_scale": 4.0, "negative_prompt": negative_prompt}
+    assert change(["snow"], ["snow"], **guided) < 0.01 < change(["fog"], ["snow"], **guided)
+
+
+def test_guidance_of_a_counterfactual_is_the_formula(pipeline):
+    """One step of generation, with the diffusion noise that inversion has found."""
+    tokens = torch.randn(1, *pipeline.context_module.tokens_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    conditioner = Conditioner.of(pipeline)
+
+    def conditions(*texts):
+        geometry = conditioner.full_image_geometry(x).repeat(len(texts), 1)
+        return conditioner.unet_kwargs(conditioner.encode_captions(list(texts)), geometry)
+
+    with torch.no_grad():
+        guided = pipeline._guided_model(conditions("a square", PROMPT), tokens, 3.0)(x, 10)
+        unconditional, conditional = (
+            pipeline._guided_model(conditions(text), tokens, 1.0)(x, 10) for text in ("a square", PROMPT)
+        )
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=1e-4)
+    assert (conditional - unconditional).abs().max() > 1e-3
+
+
+def test_a_generator_draws_counterfactuals_from_the_posterior(pipeline):
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+
+    def predict(generator, names=("snow",)):
+        options = {"num_inference_steps": 2, "output_type": "pt", "generator": generator}
+        return pipeline.counterfactual(image, list(names), ["fog"], **options)
+
+    def each():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    drawn, mean = predict(each()), predict(None)
+    pixels = pipeline._preprocess(image)
+    with torch.no_grad():
+        mask = torch.tensor([[0.0, 0, 1]] * 2)
+        posterior = pipeline.context_module.posterior(pipeline._encode_images(pixels), mask)
+    eps = torch.cat([torch.randn(1, 5, 4, generator=generator) for generator in each()])
+    torch.testing.assert_close(drawn.exogenous_noise, posterior.at(eps), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mean.exogenous_noise, posterior.mean, atol=1e-5, rtol=1e-4)
+    assert torch.equal(drawn.images, predict(each()).images)
+    assert not torch.equal(drawn.images[0], drawn.images[1])
+    one = torch.Generator().manual_seed(3)
+    assert not torch.equal(predict(one).images, predict(one).images)  # as for images, it is advanced
+
+
+def test_a_drawn_counterfactual_without_change_gives_the_image_back(pipeline):
+    pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 20, "output_type": "latent", "generator": torch.Generator().manual_seed(1)}
+    back = pipeline.counterfactual(image, ["snow"], ["snow"], **options).images
+    torch.testing.assert_close(back, pipeline._encode_images(2 * image - 1), atol=1e-2, rtol=1e-2)
+
+
+def test_callbacks_of_a_counterfactual_see_and_change_its_steps(pipeline):
+    image, seen = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((pipe, step, timestep, tensors["latents"].clone()))
+        return {}
+
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    plain = pipeline.counterfactual(image, ["snow"], **arguments).images
+    watched = pipeline.counterfactual(image, ["snow"], callback_on_step_end=watch, **arguments).images
+    assert torch.equal(plain, watched) and torch.equal(seen[-1][3], plain)
+    assert [entry[:3] for entry in seen] == [(pipeline, 0, 999), (pipeline, 1, 666), (pipeline, 2, 333)]
+    zeros = pipeline.counterfactual(
+        image, callback_on_step_end=lambda *given: {"latents": torch.zeros_like(given[3]["latents"])}, **arguments
+    )
+    assert not zeros.images.any()
+    with pytest.raises(ValueError, match=r"given `latents`, and no \['prompt_embeds'\]"):
+        pipeline.counterfactual(image, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 
 
 def test_a_counterfactual_takes_a_step_at_least(pipeline):
@@ -427,6 +614,20 @@ def test_context_is_not_weighed_below_zero(pipeline, scale):
     np.testing.assert_array_equal(sample(pipeline, interventions=["snow"]).images, before)
 
 
-def test_import_needs_no_network():
-    script = "import socket; socket.socket.connect = None; import diffusers_ctx; diffusers_ctx.ComposablePipeline"
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+def test_import_needs_no_network_and_says_nothing_of_torchvision():
+    script = (
+        "import socket; socket.socket.connect = None; import diffusers_ctx;"
+        " diffusers_ctx.ComposablePipeline.from_pretrained(diffusers_ctx.embedded_base())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "torchvision" not in result.stderr
+
+
+def test_other_warnings_of_transformers_are_heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.warning(
+        "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil`"
+    )
+    logger.warning("`Foo` requires torchvision")
+    assert caplog.messages == ["`Foo` requires torchvision"]

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers_ctx import ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.adapter_format import AdapterError
+from diffusers_ctx.pipelines import Conditioner
 
 
 PROMPT = "a picture of a circle"
@@ -76,6 +77,26 @@ def test_context_guidance_is_the_formula(pipeline, guidance_scale):
     torch.testing.assert_close(weakened, one_step(["snow"], guidance_scale) - 0.6 * contrast, atol=1e-5, rtol=1e-4)
 
 
+def test_noise_matches_the_prompt_by_default():
+    pipeline = make_xl_pipeline()
+    attach_context_module(pipeline.unet, make_context_module(caption_dim=32))
+    noise = [
+        sample(pipeline, match_prompt=choice, num_inference_steps=1).exogenous_noise for choice in (None, True, False)
+    ]
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+
+
+def test_a_guided_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
+    pipeline.unet.conv_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
+    latents = pipeline._encode_images(pipeline._preprocess(image))
+    options = {"prompt": PROMPT, "guidance_scale": 4.0, "num_inference_steps": 20, "output_type": "latent"}
+    change = [
+        (pipeline.counterfactual(image, names, ["snow"], **options).images - latents).norm() / latents.norm()
+        for names in (["snow"], ["fog"])
+    ]
+    assert change[0] < 0.01 and change[1] > 5 * change[0]
+
+
 def test_other_arguments_reach_the_plain_pipeline(pipeline):
     plain = sample(pipeline)
     for arguments in ({"prompt_2": "a square"}, {"original_size": (8, 8)}, {"negative_prompt": "a square"}):
@@ -112,7 +133,7 @@ def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
 
     def change(interventions):
         output = pipeline.counterfactual(
-            image, interventions, factual=["snow"], prompt=PROMPT, num_inference_steps=20, output_type="latent"
+            image, interventions, ["snow"], prompt=PROMPT, num_inference_steps=20, output_type="latent"
         )
         return ((output.images - latents).norm() / latents.norm()).item()
 
@@ -122,7 +143,8 @@ def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
 
 def test_no_prompt_is_told_as_guidance_tells_it(pipeline):
     geometry = torch.tensor([[40, 36, 1, 2, 32, 32], [32, 32, 0, 0, 32, 32]])
-    conditions = pipeline.unet_conditions(pipeline.encode_captions(["", PROMPT]), geometry)
+    conditioner = Conditioner.of(pipeline)
+    conditions = conditioner.unet_kwargs(conditioner.encode_captions(["", PROMPT]), geometry)
     added = conditions["added_cond_kwargs"]
     text, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPT)
     torch.testing.assert_close(conditions["encoder_hidden_states"], torch.cat([negative, text]))

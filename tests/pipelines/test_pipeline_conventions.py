@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import attach_random_module, make_pipeline
+from conftest import attach_random_module, make_pipeline, make_xl_pipeline
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, schedulers
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module
+from diffusers_ctx.pipelines import ComposablePipelineOutput
 
 
 PROMPTS = ["a picture of a circle", "a square", "a picture of a red triangle and an ellipse, very far away"]
@@ -97,10 +98,24 @@ def test_it_loads_in_the_given_data_type_and_variant(pipeline, tmp_path):
 # outputs
 
 
-def test_tuples_hold_what_the_output_does(pipeline):
+@pytest.mark.parametrize("make", [make_pipeline, make_xl_pipeline])
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_tuples_are_of_images_and_exogenous_noise(make, has_adapter):
+    pipeline = attach_random_module(make()) if has_adapter else make()
     output, values = call(pipeline), call(pipeline, return_dict=False)
-    np.testing.assert_array_equal(values[0], output.images)
-    assert len(values) == (2 if pipeline.context_module is None else 3)
+    assert type(output) is ComposablePipelineOutput and type(values) is tuple
+    images, noise = values
+    np.testing.assert_array_equal(images, output.images)
+    assert output.nsfw_content_detected is None
+    if not has_adapter:
+        assert noise is None and output.exogenous_noise is None
+        return
+    assert torch.equal(noise, output.exogenous_noise) and len(noise) == 1
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    output = pipeline.counterfactual(images, ["snow"], **options)
+    images, noise = pipeline.counterfactual(images, ["snow"], return_dict=False, **options)
+    assert type(output) is ComposablePipelineOutput and output.nsfw_content_detected is None
+    assert torch.equal(images, output.images) and torch.equal(noise, output.exogenous_noise)
 
 
 def test_output_types_agree(pipeline):
@@ -332,9 +347,13 @@ def test_an_ip_adapter_and_a_context_adapter_exclude_each_other(adapted, plain_p
         attach_context_module(adapted.unet, context_module)
 
 
-def test_unloading_an_ip_adapter_unloads_a_context_adapter_as_a_whole(adapted):
+def test_a_context_adapter_is_not_unloaded_as_an_ip_adapter(adapted):
     add_lora(adapted, LORA_ADAPTER)
-    adapted.unload_ip_adapter()
+    expected = images(adapted)
+    with pytest.raises(ValueError, match=r"call `unload_context_adapter\(\)` first"):
+        adapted.unload_ip_adapter()
+    np.testing.assert_array_equal(images(adapted), expected)
+    adapted.unload_context_adapter()
     assert adapted.context_module is None and not adapted.get_active_adapters()
     np.testing.assert_array_equal(images(adapted), images(make_pipeline()))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_pipeline, make_xl_pipeline
 
-from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.pipelines import Conditioner
+from diffusers_ctx.pipelines.conditioning import StableDiffusionConditioner
 from diffusers_ctx.training.encoding.caption_cache import CaptionCache
 
 from .conftest import create_trainer
@@ -31,7 +32,7 @@ def test_captions_are_told_as_without_a_cache(pipeline, tmp_path, dtype):
         encoder.to(dtype)
     cache = CaptionCache(pipeline, CAPTIONS, tmp_path)
     asked = [CAPTIONS[2], "", "", CAPTIONS[1]]
-    expected, got = pipeline.encode_captions(asked), cache(asked)
+    expected, got = Conditioner.of(pipeline).encode_captions(asked), cache(asked)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
@@ -42,8 +43,11 @@ def test_captions_are_told_as_without_a_cache(pipeline, tmp_path, dtype):
 
 def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(pipeline, tmp_path, monkeypatch):
     encoded = []
-    encode_captions = pipeline.encode_captions
-    monkeypatch.setattr(pipeline, "encode_captions", lambda asked: encoded.extend(asked) or encode_captions(asked))
+    kind = type(Conditioner.of(pipeline))
+    encode_captions = kind.encode_captions
+    monkeypatch.setattr(
+        kind, "encode_captions", lambda self, asked: encoded.extend(asked) or encode_captions(self, asked)
+    )
     first = CaptionCache(pipeline, [*CAPTIONS, "a street"], tmp_path)(CAPTIONS)
     assert sorted(encoded[1:]) == sorted(CAPTIONS)  # the first one shows the shapes
     encoded.clear()
@@ -72,7 +76,7 @@ def test_what_another_process_encodes_is_waited_for(pipeline, tmp_path):
 
 
 def test_a_disk_without_room_is_named(pipeline, tmp_path, largest_file, monkeypatch):
-    size = sum(encoded.nbytes for encoded in pipeline.encode_captions(CAPTIONS).values())
+    size = sum(encoded.nbytes for encoded in Conditioner.of(pipeline).encode_captions(CAPTIONS).values())
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
         with pytest.raises(OSError, match=r"`cache_dir` .* GB free, and encoded data takes"):
@@ -86,9 +90,10 @@ def test_a_disk_without_room_is_named(pipeline, tmp_path, largest_file, monkeypa
 def test_a_run_learns_the_same_from_cached_captions(options, tmp_path, monkeypatch):
     cached = {"cache_latents": True, "cache_dir": str(tmp_path / "cache")}
     asked = []
-    encode_captions = ComposablePipeline.encode_captions
+    kind = StableDiffusionConditioner
+    encode_captions = kind.encode_captions
     monkeypatch.setattr(
-        ComposablePipeline, "encode_captions", lambda self, texts: asked.append(texts) or encode_captions(self, texts)
+        kind, "encode_captions", lambda self, texts: asked.append(texts) or encode_captions(self, texts)
     )
     for name, changes in (("plain", {}), ("first", cached), ("second", cached)):
         asked.clear()

@@ -12,8 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training import ContextTrainer, parse_training_config
-from diffusers_ctx.training.diffusion.objective import DiffusionObjective
+from diffusers_ctx.training.diffusion.objective import DiffusionObjective, Draws
 from diffusers_ctx.training.diffusion.trainable import prepare_mode
+from diffusers_ctx.training.encoding.batch import Batch
 
 from .conftest import flags, make_options
 
@@ -64,9 +65,10 @@ def test_stable_diffusion_15_trains_and_samples(photos, tmp_path):
     )
     options |= {"max_train_samples": 2, "concept_batch_size": 3}
     trainer = ContextTrainer(parse_training_config(flags(options)), pipeline)
-    assert trainer.latents.mean.shape[2:] == (4, 64, 64)
     trainer.train()
-    print(f"\nAfter two training steps at 512 px, batch 1: peak of {peak_gib():.1f} GiB")
+    assert trainer.latents.mean.shape[2:] == (4, 64, 64)
+    after_training = peak_gib()
+    print(f"\nAfter two training steps at 512 px, batch 1: peak of {after_training:.1f} GiB")
     arguments = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1.0}
     images = [
         pipeline("a street", interventions=names, generator=torch.manual_seed(0), **arguments).images
@@ -75,7 +77,7 @@ def test_stable_diffusion_15_trains_and_samples(photos, tmp_path):
     assert images[0].shape == (1, 4, 64, 64) and images[0].isfinite().all()
     assert not torch.equal(*images)
     print(f"After sampling: peak of {peak_gib():.1f} GiB")
-    assert peak_gib() < 24
+    assert after_training < 10  # 8.3 when it was measured for the README, in a process of its own
 
 
 def test_stable_diffusion_xl_takes_a_step_on_the_meta_device():
@@ -84,21 +86,16 @@ def test_stable_diffusion_xl_takes_a_step_on_the_meta_device():
         module = ContextModule(["night", "snow"], token_dim=2048, posterior_sample_size=128)
         attach_context_module(unet, module)
         prepare_mode(unet, "lora", rank=16)
-        objective = DiffusionObjective(unet, module, DDPMScheduler(prediction_type="epsilon"))
-        batch = {
-            "latents": torch.zeros(2, 4, 128, 128, device="meta"),
-            "mask": torch.zeros(2, 2, device="meta"),
-            "conditions": {
-                "encoder_hidden_states": torch.zeros(2, 77, 2048, device="meta"),
-                "added_cond_kwargs": {
-                    "text_embeds": torch.zeros(2, 1280, device="meta"),
-                    "time_ids": torch.zeros(2, 6, device="meta"),
-                },
-            },
-            "noise": torch.zeros(2, 4, 128, 128, device="meta"),
-            "timesteps": torch.zeros(2, dtype=torch.int64, device="meta"),
-            "eps": torch.zeros(2, *module.noise_shape, device="meta"),
+        objective = DiffusionObjective(unet, DDPMScheduler(prediction_type="epsilon"))
+        latents, noise = torch.zeros(2, 2, 4, 128, 128, device="meta")
+        geometry = torch.zeros(2, 6, device="meta")
+        batch = Batch(latents, None, torch.zeros(2, 2, device="meta"), geometry, ["", ""])
+        timesteps = torch.zeros(2, dtype=torch.int64, device="meta")
+        draws = Draws(noise, timesteps, torch.zeros(2, *module.noise_shape, device="meta"))
+        conditions = {
+            "encoder_hidden_states": torch.zeros(2, 77, 2048, device="meta"),
+            "added_cond_kwargs": {"text_embeds": torch.zeros(2, 1280, device="meta"), "time_ids": geometry},
         }
-        objective(**batch).backward()
+        objective(batch, draws, conditions).backward()
     learning = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     assert learning and all(parameter.grad.shape == parameter.shape for parameter in learning)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training.diffusion.timesteps import sample_timesteps
 from diffusers_ctx.training.encoding.images import ImageTransform
 from diffusers_ctx.training.encoding.latent_cache import cached
@@ -174,7 +175,7 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
     def have(size: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
-    features = plain_pipeline.image_features("unet")
+    features = Conditioner.of(plain_pipeline).unet_features()
     size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8)  # of latents and features, by hand
     have(size - 1)
     message = r"`cache_dir` .* GB free, and encoded data takes .*; free some, choose another `cache_dir`"

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_ctx.data.held_out import hold_out
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training.diffusion.objective import Draws
 from diffusers_ctx.training.diffusion.validation import validation_losses
 from diffusers_ctx.training.encoding.batch import Batch
@@ -65,16 +66,15 @@ def test_held_out_images_are_not_trained_on(trainer):
 
 
 def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
-    held_out, pipeline = trainer.validator.held_out, trainer.pipeline
+    held_out, conditioner = trainer.validator.held_out, Conditioner.of(trainer.pipeline)
     losses = losses_of(trainer)
     noise = torch.randn(held_out.mean.shape[1:], generator=torch.Generator().manual_seed(0))
     for context in IMAGES:
         rows = [row for row, name in enumerate(held_out.contexts) if name == context]
         expected = []
         for row, timestep in zip(rows, (166, 500, 833)):  # middles of thirds of 1000
-            conditions = pipeline.unet_conditions(
-                pipeline.encode_captions([held_out.captions[row]]), held_out.geometry[0, [row]]
-            )
+            encoded = conditioner.encode_captions([held_out.captions[row]])
+            conditions = conditioner.unet_kwargs(encoded, held_out.geometry[0, [row]])
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
             batch = Batch(
                 held_out.mean[0, [row]],

@@ -47,7 +47,7 @@ def fit_captions(
         accelerator: has the device of the module.
         context_module: knows its concepts; its `captions` are changed.
         latents: the images.
-        encode: what text encoders say of captions, see [`~pipelines.composition.CompositionMixin.encode_captions`].
+        encode: what text encoders say of captions, see [`~pipelines.Conditioner.encode_captions`].
         seed: of what is drawn.
     """
     known = context_module.require_captions()

@@ -78,8 +78,8 @@ class ConceptStage:
         options: steps, rates and weights of the terms.
         seed: the run's seed.
         checkpoint: saves what has been learned, and resumes from it, if the stage can be interrupted.
-        encode_captions: what text encoders make of captions, see
-            [`~pipelines.composition.CompositionMixin.encode_captions`]; without it, captions are not learned.
+        encode_captions: what text encoders make of captions, see [`~pipelines.Conditioner.encode_captions`]; without
+            it, captions are not learned.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...adapter import add_context_tokens, attached_context_module
 from ...context import ContextModule
-from ...pipelines import CompositionMixin
+from ...pipelines import CompositionMixin, Conditioner
 from ..encoding.batch import Batch
 
 
@@ -22,11 +22,11 @@ class CaptionEncoder(nn.Module):
     def __init__(self, pipeline: CompositionMixin):
         super().__init__()
         self.text_encoders = nn.ModuleDict(pipeline.text_encoders)
-        self._encode, self._conditions = pipeline.encode_captions, pipeline.unet_conditions
+        self._conditioner = Conditioner.of(pipeline)
 
     @torch.compiler.disable  # tokenizers cannot be compiled
     def forward(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        return self._conditions(self._encode(captions), geometry)
+        return self._conditioner.unet_kwargs(self._conditioner.encode_captions(captions), geometry)
 
 
 class Draws(NamedTuple):

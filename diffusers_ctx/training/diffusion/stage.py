@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params
 from tqdm.auto import tqdm
 
-from ...pipelines import CompositionMixin
+from ...pipelines import CompositionMixin, Conditioner
 from ..config import TrainingConfig
 from ..encoding.batch import Batch, Batches
 from ..run.checkpoints import checkpoint_step, register_trained_weights
@@ -60,7 +60,8 @@ class DiffusionStage:
     ):
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.batches, self.max_train_steps = batches, max_train_steps
-        self.encode_captions = encode_captions or pipeline.encode_captions
+        self._conditioner = Conditioner.of(pipeline)
+        self.encode_captions = encode_captions or self._conditioner.encode_captions
         share = config.model.unfreeze_after or 0.0
         self.unfreeze_step = math.ceil(share * max_train_steps) if unfreeze_step is None else unfreeze_step
         self.text_encoders = learning_text_encoders(pipeline, config.model)
@@ -204,7 +205,7 @@ class DiffusionStage:
         if self.text_encoders:  # which learn within the objective
             return batch, draws, None
         with torch.no_grad():
-            return batch, draws, self.pipeline.unet_conditions(self.encode_captions(captions), batch.geometry)
+            return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

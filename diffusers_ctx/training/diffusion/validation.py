@@ -15,6 +15,7 @@ from PIL import Image
 
 from ...data import interventions_of
 from ...evaluation.grids import draw_grid, sample_rows
+from ...pipelines import Conditioner
 from ..config import TrainingConfig
 from ..encoding.latents import ContextLatents
 from ..run.stop_signals import StopSignals
@@ -89,7 +90,11 @@ class Validator:
 
 
 def keep_grid(grid: Image.Image, output_dir: Path, step: int, trackers: Sequence[Any]) -> None:
-    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, W&B or trackio."""
+    """Saves a step's grid as `output_dir/validation/step-<step>.png` and hands it to TensorBoard, W&B or trackio.
+
+    Accelerate's own `log_images` takes another form of pictures for each tracker, steps that W&B refuses, and is
+    missing for trackio.
+    """
     folder = output_dir / "validation"
     folder.mkdir(exist_ok=True)
     file = folder / f"step-{step}.png"
@@ -124,12 +129,13 @@ def validation_losses(
     noise = torch.randn(latents.mean.shape[1:], generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
     losses: list[float] = []
+    conditioner = Conditioner.of(pipeline)
     for rows in torch.arange(len(latents)).split(batch_size):
         if stop.received:
             return None
         batch = latents.mean_batch(rows)
         eps = torch.zeros(len(rows), *objective.context_module.noise_shape)  # the posterior's mean
-        conditions = pipeline.unet_conditions(pipeline.encode_captions(batch.captions), batch.geometry)
+        conditions = conditioner.unet_kwargs(conditioner.encode_captions(batch.captions), batch.geometry)
         inputs = (batch, Draws(noise[rows], timesteps[rows], eps), conditions)
         losses += objective.losses(*send_to_device(inputs, pipeline.device)).tolist()
     names = np.array(latents.contexts)

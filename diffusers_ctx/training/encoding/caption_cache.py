@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...fingerprint import fingerprint
-from ...pipelines import CompositionMixin
+from ...pipelines import CompositionMixin, Conditioner
 from ..run.files import check_room, check_writable, wait_for_file, writing_to_cache
 
 
@@ -19,7 +19,7 @@ _BATCH_SIZE = 16
 
 
 class CaptionCache:
-    """Encodes captions like `pipeline.encode_captions`, each once; afterwards they are read from an Arrow file.
+    """Encodes captions like `Conditioner.encode_captions`, each once; afterwards they are read from an Arrow file.
 
     The file is mapped, not loaded into memory. Several processes may write it at once.
 
@@ -38,15 +38,16 @@ class CaptionCache:
     ):
         ordered = sorted(set(captions))
         self.device = pipeline.device
+        conditioner = Conditioner.of(pipeline)
         self.rows = {caption: row for row, caption in enumerate(ordered)}
         with torch.no_grad():
-            sample = pipeline.encode_captions(ordered[:1])
+            sample = conditioner.encode_captions(ordered[:1])
         self.dtypes = {name: tensor.dtype for name, tensor in sample.items()}
         self.shapes = {name: tensor.shape[1:] for name, tensor in sample.items()}
 
         def encode(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
             with torch.no_grad():
-                encoded = pipeline.encode_captions(batch["caption"])
+                encoded = conditioner.encode_captions(batch["caption"])
             return {name: tensor.float().flatten(1).cpu().numpy() for name, tensor in encoded.items()}
 
         key = _content_key(pipeline, ordered, self.shapes)

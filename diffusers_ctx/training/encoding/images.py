@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...data import load_context_dataset
+from ...data.decoding import square_crop
 from ...keyed_random import keyed_seed
 from ..config import TrainingConfig
 
@@ -50,8 +50,7 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, index: int) -> torch.Tensor:
         """Pixels (3, resolution, resolution) in [-1, 1]."""
-        size = (self.resolution, self.resolution)
-        square = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS, centering=self._place(index))
+        square = square_crop(image, self.resolution, self._place(index))
         return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
 
     def geometry(self, image: Image.Image, index: int, flipped: bool = False) -> torch.Tensor:
@@ -68,10 +67,3 @@ class ImageTransform:
             return 0.5, 0.5
         left, top = np.random.default_rng(keyed_seed(self.seed, "crop", index)).random(2)
         return left, top
-
-
-@torch.no_grad()
-def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W); on the CPU."""
-    posterior, scale = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
-    return posterior.mean.float().cpu() * scale, posterior.std.float().cpu() * scale

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...adapter.image_features import ImageFeatures
+from ...autoencoding import encode_pixels
 from ...data import ContextBalancedSampler
 from ..run.keyed_noise import KeyedNoise
 from .batch import Batch
-from .images import ImageTransform, encode_pixels
+from .images import ImageTransform
 from .latent_cache import cached, content_key
 
 
@@ -193,7 +194,7 @@ def _encode(
         views = pixels.transpose(0, 1)
         geometries.append(geometry.transpose(0, 1))
         inputs = views.flatten(0, 1)
-        mean, std = encode_pixels(vae, inputs)
+        mean, std = (part.float().cpu() for part in encode_pixels(vae, inputs))
         means.append(mean.unflatten(0, views.shape[:2]))
         stds.append(std.unflatten(0, views.shape[:2]))
         if image_features is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...adapter.image_features import ClipFeatures, ImageFeatures
 from ...adapter_format import public_name
-from ...pipelines import CompositionMixin
+from ...pipelines import CompositionMixin, Conditioner
 from ..config import ContextConfig, PosteriorEncoder, TrainingConfig
 
 
@@ -51,7 +51,9 @@ def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) ->
         raise ValueError("The base model has an image encoder of its own; leave out `posterior_encoder_model`.")
     if model is not None:
         return ClipFeatures.from_pretrained(model, config.data.cache_dir)
-    return pipeline.image_features(encoder)
+    if encoder == "clip":
+        return ClipFeatures(pipeline.image_encoder)
+    return Conditioner.of(pipeline).unet_features() if encoder == "unet" else None
 
 
 def posterior_input(

@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 
+from ...autoencoding import encode_pixels
 from ...data import context_mask
 from ...data.streaming import ContextStream, ImageStream, open_stream, take_images
 from ...keyed_random import keyed_seed
 from ..config import TrainingConfig
 from ..run.keyed_noise import KeyedNoise
 from .batch import Batch
-from .images import ImageTransform, encode_pixels
+from .images import ImageTransform
 
 
 _ENCODED_AT_ONCE = 16
@@ -69,7 +70,7 @@ class StreamedImages:
         views = (flip * len(self.geometry)).long()
         pixels = torch.where(views.bool()[:, None, None, None], self.pixels.flip(-1), self.pixels)
         encoded = [encode_pixels(vae, part) for part in pixels.split(_ENCODED_AT_ONCE)]
-        mean, std = (torch.cat(parts) for parts in zip(*encoded))
+        mean, std = (torch.cat(parts).float().cpu() for parts in zip(*encoded))
         geometry = self.geometry[views, torch.arange(size)]
         return Batch(mean + std * noise, None, self.mask, geometry, self.captions)
 

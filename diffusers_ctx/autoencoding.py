@@ -1,0 +1,70 @@
+"""Images to latents and back: one crop, one encoding and one decoding for pipelines, training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from PIL import ImageOps
+from PIL.Image import Image
+
+from .data.decoding import square_crop
+
+
+def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] of one image or several.
+
+    PIL images are resized and cropped to `resolution`, as in training; arrays and tensors keep their size.
+    """
+
+    def fit(entry: Any) -> Any:
+        if isinstance(entry, np.ndarray) and np.issubdtype(entry.dtype, np.integer):
+            return entry.astype(np.float32) / 255
+        if isinstance(entry, torch.Tensor) and not entry.is_floating_point():
+            return entry.float() / 255
+        return square_crop(ImageOps.exif_transpose(entry), resolution) if isinstance(entry, Image) else entry
+
+    return image_processor.preprocess([fit(entry) for entry in image] if isinstance(image, list) else fit(image))
+
+
+@torch.no_grad()
+def encode_pixels(
+    vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W) in [-1, 1].
+
+    Args:
+        vae: the autoencoder; the results have its dtype.
+        pixels: the images.
+        device: where the autoencoder computes, if offloading keeps its weights elsewhere.
+    """
+    dtype, scale = vae.dtype, vae.config.scaling_factor
+    with in_range(vae):
+        posterior = vae.encode(pixels.to(device or vae.device, vae.dtype)).latent_dist
+    return (posterior.mean * scale).to(dtype), (posterior.std * scale).to(dtype)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w), in a precision that the VAE can take."""
+    with in_range(vae), torch.autocast(latents.device.type, enabled=False):
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+
+
+@contextmanager
+def in_range(vae: AutoencoderKL) -> Iterator[None]:
+    """A VAE that overflows in half precision is in single precision within the `with` block."""
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and vae.config.force_upcast
+    if overflows:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(dtype)
