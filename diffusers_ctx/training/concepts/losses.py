@@ -10,7 +10,7 @@ from ...context.causal import ReducedForm, Structural
 from ..run.keyed_noise import KeyedNoise
 
 
-_DIRECTIONS = 16  # drawn anew in each step
+_DIRECTIONS = 64
 
 
 def contrastive_loss(log_densities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ RUNGS = ((0.1, 6), (0.3, 3), (1.0, 1))
 """Shares of the steps, and how many candidates learn until then."""
 
 _STEPS_FACTOR = 2  # steps are cheap: there are no images in them
-_IMAGES_PER_CONTEXT = 64  # in a step, with repetition where there are fewer
+_IMAGES_PER_CONTEXT = 128  # in a step, with repetition where there are fewer
 _LEARNING_RATE = 2e-3
 _MECHANISMS_LEARNING_RATE = 1e-2
 _MAX_GRADIENT_NORM = 20.0
