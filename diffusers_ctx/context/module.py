@@ -194,9 +194,20 @@ class ContextModule(ModelMixin, ConfigMixin):
             mask = mask.to(features)
             if self.config.posterior_type == "inverse":
                 mean, log_variance = map(upcast_half, self.head(features))
-                return self._invert_mechanisms(mean, log_variance, mask)
+                return self.noise_posterior(mean, log_variance, mask)
             mean, log_variance = map(upcast_half, self.head(torch.cat([features, mask], dim=1)))
             return GaussianPosterior.diagonal(mean, log_variance)
+
+    def noise_posterior(self, mean: torch.Tensor, log_variance: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        """The posterior of the noise, from mean and log-variance (B, N, d) of the values and masks (B, K).
+
+        The inverse of causal layer and mechanisms is affine, so the result is Gaussian again. Values
+        do not depend on the context: only the mechanisms can explain the shift between contexts, and not the noise.
+        """
+        matrix, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, mask)
+        z = (matrix @ mean.flatten(1)[..., None])[..., 0] - shift
+        factor = matrix * (0.5 * log_variance).exp().flatten(1)[:, None, :]
+        return GaussianPosterior(z.view_as(mean), factor, 0.5 * log_variance.sum(dim=-1) + log_volume)
 
     def log_prob(self, values: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Log-density (B, C) of node values (B, N, d) in each of C contexts (C, K), under the mechanisms.
@@ -226,19 +237,6 @@ class ContextModule(ModelMixin, ConfigMixin):
     def read_code(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance (B, N, d_c) of the values that an inverse posterior reads off latents (B, C, h, w)."""
         return self.head(self.encoder(latents.to(self.dtype)))
-
-    def _invert_mechanisms(
-        self, mean: torch.Tensor, log_variance: torch.Tensor, mask: torch.Tensor
-    ) -> GaussianPosterior:
-        """Takes a Gaussian over values `c`, (B, N, d) each, through the inverse of causal layer and mechanisms.
-
-        That map is affine, so the result is Gaussian again. Since `c` does not depend on the context, the shift
-        between contexts can only be explained by the mechanisms: it cannot hide in the noise.
-        """
-        matrix, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, mask)
-        z = (matrix @ mean.flatten(1)[..., None])[..., 0] - shift
-        factor = matrix * (0.5 * log_variance).exp().flatten(1)[:, None, :]
-        return GaussianPosterior(z.view_as(mean), factor, 0.5 * log_variance.sum(dim=-1) + log_volume)
 
 
 def inverse_mechanisms(

@@ -1,15 +1,28 @@
 """The invertible map: its volume, its loss recomputed, and a world in which a plain network folds."""
 
+import math
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_context_module
+from scipy.stats import norm
 
 from diffusers_ctx import ContextModule
-from diffusers_ctx.training.concepts import search
 from diffusers_ctx.training.concepts.flow import NormalizingFlow
 from diffusers_ctx.training.concepts.losses import prior_matching_loss, sorted_distance, unit_directions
-from diffusers_ctx.training.concepts.search import ImageCodes, _draw_rows, _loss, search_flow
+from diffusers_ctx.training.concepts.search import (
+    Candidate,
+    CodeBatch,
+    ImageCodes,
+    Population,
+    _draw_batch,
+    _draw_rows,
+    _initial_candidates,
+    clip_each_gradient,
+    search_flow,
+)
 from diffusers_ctx.training.config import ContextConfig
 from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
@@ -62,32 +75,66 @@ def test_noise_goes_back_to_what_values_came_from():
     torch.testing.assert_close(log_volumes[1], torch.linalg.slogdet(jacobian).logabsdet, atol=1e-3, rtol=1e-3)
 
 
+def order_statistics_by_hand(count: int) -> np.ndarray:
+    """Expected ones of draws from N(0, 1), by Blom's approximation."""
+    return norm.ppf((np.arange(1, count + 1) - 3 / 8) / (count + 1 / 4))
+
+
+def test_order_statistics_are_means_of_sorted_draws():
+    draws = np.random.default_rng(0).standard_normal((50_000, 32))
+    assert order_statistics_by_hand(32) == pytest.approx(np.sort(draws, axis=1).mean(axis=0), abs=0.015)
+
+
 def test_the_loss_is_its_terms():
     torch.manual_seed(0)
     module = make_context_module()
+    flow = NormalizingFlow(math.prod(module.noise_shape))
     options = ContextConfig(contrastive_weight=2.0, matching_weight=3.0, acyclicity_weight=4.0, sparsity_weight=0.5)
-    values, log_volume = torch.randn(8, *module.noise_shape), torch.randn(8)
     labels = torch.arange(4).repeat_interleave(2)
-    reference, directions = torch.randn(8, *module.noise_shape), torch.randn(module.noise_shape[0] * 4, 3)
+    codes, directions = torch.randn(8, math.prod(module.noise_shape)), torch.randn(math.prod(module.noise_shape), 3)
     with torch.no_grad():
-        loss, score = _loss(module, values, log_volume, labels, CONTEXTS, (reference, directions), options)
+        loss, score = Candidate(flow, module)(CodeBatch(codes, directions, labels, CONTEXTS), options)
+        flat, log_volume = flow(codes)
+        values = flat.unflatten(1, module.noise_shape)
         densities = module.log_prob(values, CONTEXTS).double().numpy()
         own = densities[np.arange(8), labels]
         contrast = np.mean(np.log(np.exp(densities).sum(axis=1)) - own)
         noise = torch.stack(
             [module.noise_of(values[[row]], CONTEXTS)[0][0, label] for row, label in enumerate(labels)]
         )
-        mismatch = prior_matching_loss(noise, reference, directions, 4).item()
+        swd = prior_matching_loss(noise, directions, 4).item()
         causal = module.causal
         expected = (
             2.0 * contrast
-            + 3.0 * mismatch
+            + 3.0 * swd
             - 0.05 * (own + log_volume.numpy()).mean()
             + 4.0 * causal.acyclicity().item()
             + 0.5 * causal.strengths().sum().item()
         )
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     assert score.item() == pytest.approx((own + log_volume.numpy()).mean() - 2.0 * contrast, rel=1e-4)
+
+
+def test_the_prior_is_matched_within_contexts_and_over_all():
+    rng = np.random.default_rng(1)
+    noise, directions = 1.5 * rng.standard_normal((64, 3)), rng.standard_normal((3, 5))
+    directions /= np.linalg.norm(directions, axis=0)
+    projections = noise @ directions
+    within = np.sort(projections.reshape(2, 32, 5), axis=1) - order_statistics_by_hand(32)[:, None]
+    pooled = np.sort(projections, axis=0) - order_statistics_by_hand(64)[:, None]
+    loss = prior_matching_loss(torch.from_numpy(noise)[..., None], torch.from_numpy(directions), groups=2)
+    assert loss.item() == pytest.approx(np.mean(within**2) + np.mean(pooled**2), rel=1e-5)
+
+
+def test_gradients_of_the_match_are_those_of_comparing_with_random_samples():
+    torch.manual_seed(0)
+    noise = (2 * torch.randn(6, 1, 1) + 1).requires_grad_(True)
+    direction = torch.ones(1, 1)
+    prior_matching_loss(noise, direction, groups=1).backward()
+    analytic, noise.grad = noise.grad, None
+    for _ in range(4000):
+        (2 / 4000 * sorted_distance(noise, torch.randn(6, 1, 1), direction, 1)).backward()
+    torch.testing.assert_close(analytic, noise.grad, atol=0.03, rtol=0.03)
 
 
 def test_distances_sort_within_groups():
@@ -131,36 +178,146 @@ def test_an_intervention_that_narrows_is_not_folded():
     assert abs(np.corrcoef(read[:, 1], snow)[0, 1]) > 0.9
 
 
-@pytest.mark.parametrize(
-    ("scores", "order"), [([3, 6, 5, 4, 2, 1], [1, 2, 3]), ([np.nan, 1, 5, 4, 9, np.nan], [4, 2, 3])]
-)
-def test_the_better_attempts_go_on(monkeypatch, scores, order):
-    attempts = []
-
-    class Attempt(search._Attempt):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.number = len(attempts)
-            attempts.append(self)
-
-        def _loss(self):
-            loss, score = super()._loss()
-            given = score * 0 + scores[self.number]
-            return loss if given.isfinite() else given, given
-
-    monkeypatch.setattr(search, "_Attempt", Attempt)
+def small_search() -> tuple[ContextModule, ImageCodes, torch.Tensor]:
     torch.manual_seed(3)
     module = ContextModule(["night"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1)
     mean = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    codes, contexts = ImageCodes(mean, torch.ones(20, 2), torch.arange(20) % 2), torch.tensor([[0.0], [1.0]])
-    values = search_flow(module, codes, contexts, ContextConfig(concept_steps=10), seed=0, show_progress=False)
-    steps = {number: 2 * np.isfinite(scores[number]) for number in range(6)} | dict(zip(order, (20, 6, 6)))
-    assert [attempt._steps_done for attempt in attempts] == list(steps.values())
-    best = attempts[order[0]]
-    assert torch.equal(values, best.values())
-    assert not any(torch.equal(values, attempt.values()) for attempt in attempts if attempt is not best)
-    chosen = best.module.state_dict()
-    assert all(torch.equal(weight, chosen[name]) for name, weight in module.state_dict().items())
+    return module, ImageCodes(mean, torch.ones(20, 2), torch.arange(20) % 2), torch.tensor([[0.0], [1.0]])
+
+
+def small_candidates(count: int) -> list[Candidate]:
+    module, _, _ = small_search()
+    return [Candidate(NormalizingFlow(2), deepcopy(module)) for _ in range(count)]
+
+
+def small_batches(count: int) -> list[CodeBatch]:
+    _, codes, contexts = small_search()
+    rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(2)]
+    return [_draw_batch(codes, rows_of, contexts, KeyedNoise(0, step)) for step in range(count)]
+
+
+def test_candidates_learn_together_as_they_do_alone():
+    options, batches = ContextConfig(), small_batches(5)
+    alone = [Population([candidate], options, steps=5) for candidate in small_candidates(3)]
+    together = Population(small_candidates(3), options, steps=5)
+    for batch in batches:
+        for population in (*alone, together):
+            population.step(batch)
+    unlearned = Population(small_candidates(3), options, steps=5)
+    for name, weight in together.weights.items():
+        expected = torch.cat([population.weights[name] for population in alone])
+        torch.testing.assert_close(weight, expected, atol=2e-5, rtol=1e-3)
+        assert not torch.equal(weight, unlearned.weights[name])
+    scores = torch.cat([population.scores() for population in alone])
+    torch.testing.assert_close(together.scores(), scores, atol=1e-4, rtol=1e-4)
+
+
+def test_candidates_that_are_kept_go_on_with_their_moments():
+    options, batches = ContextConfig(), small_batches(6)
+    kept, alone = Population(small_candidates(3), options, steps=6), Population(small_candidates(3)[2:], options, 6)
+    for step, batch in enumerate(batches):
+        if step == 3:
+            kept.keep(torch.tensor([2]))
+        kept.step(batch)
+        alone.step(batch)
+    assert len(kept) == 1
+    for name, weight in kept.weights.items():
+        torch.testing.assert_close(weight, alone.weights[name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_best_are_kept_by_the_mean_of_their_last_scores():
+    population = Population(small_candidates(4), ContextConfig(), steps=3)
+    each = [Population([candidate], ContextConfig(), steps=3) for candidate in small_candidates(4)]
+    for batch in small_batches(3):
+        population.step(batch)
+        for one in each:
+            one.step(batch)
+    scores = [one.scores().item() for one in each]
+    before = {name: weight.detach().clone() for name, weight in population.weights.items()}
+    population.keep_best(2)
+    best = sorted(range(4), key=lambda row: -scores[row])[:2]
+    assert all(torch.equal(weight, before[name][best]) for name, weight in population.weights.items())
+    assert population.scores().tolist() == pytest.approx([scores[row] for row in best], rel=1e-4)
+
+
+def test_gradients_are_clipped_for_each_candidate():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.zeros(3, 2, 4, requires_grad=True), torch.zeros(3, 5, requires_grad=True)]
+    scale = torch.tensor([0.01, 1.0, 100.0])
+    gradients = [scale.view(3, *[1] * (w.ndim - 1)) * torch.randn(w.shape, generator=generator) for w in weights]
+    for weight, gradient in zip(weights, gradients):
+        weight.grad = gradient.clone()
+    clip_each_gradient(weights, max_norm=2.0)
+    for row in range(3):
+        alone = [torch.zeros_like(w[row]).requires_grad_(True) for w in weights]
+        for parameter, gradient in zip(alone, gradients):
+            parameter.grad = gradient[row].clone()
+        torch.nn.utils.clip_grad_norm_(alone, 2.0)
+        for weight, parameter in zip(weights, alone):
+            torch.testing.assert_close(weight.grad[row], parameter.grad)
+
+
+def test_candidates_that_are_not_finite_drop_out():
+    candidates, batches = small_candidates(3), small_batches(2)
+    with torch.no_grad():
+        candidates[1].flow.layers[0].bias.fill_(torch.inf)
+    population = Population(candidates, ContextConfig(), steps=2)
+    others = Population([small_candidates(3)[row] for row in (0, 2)], ContextConfig(), steps=2)
+    for batch in batches:
+        population.step(batch)
+        others.step(batch)
+    assert len(population) == 2
+    for name, weight in population.weights.items():
+        torch.testing.assert_close(weight, others.weights[name], atol=2e-5, rtol=1e-3)
+
+
+def test_a_population_without_a_finite_candidate_fails():
+    candidates = small_candidates(2)
+    with torch.no_grad():
+        for candidate in candidates:
+            candidate.flow.layers[0].bias.fill_(torch.inf)
+    population = Population(candidates, ContextConfig(), steps=1)
+    with pytest.raises(FloatingPointError, match="contrastive_weight"):
+        population.step(small_batches(1)[0])
+
+
+def test_the_best_candidate_of_a_search_is_returned():
+    """One by one, in a loop of its own."""
+    module, codes, contexts = small_search()
+    options, seed = ContextConfig(concept_steps=10), 0
+    steps, asked = 20, []
+    values = search_flow(module, codes, contexts, options, seed, False, before_step=lambda: asked.append(1))
+    assert len(asked) == steps
+    original, _, _ = small_search()
+    candidates = _initial_candidates(original, codes, contexts, seed)
+    populations = [Population([candidate], options, steps) for candidate in candidates]
+    rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(2)]
+    for first, last, survivors in ((0, 2, 3), (2, 6, 1), (6, 20, 1)):
+        for population in populations:
+            for step in range(first, last):
+                population.step(_draw_batch(codes, rows_of, contexts, KeyedNoise(seed, "search", step)))
+        populations = sorted(populations, key=lambda one: one.scores().item(), reverse=True)[:survivors]
+        for population in populations:
+            population.fit_scms(codes, contexts, seed)
+    best = populations[0].candidate(0)
+    torch.testing.assert_close(values, best.values(codes), atol=1e-3, rtol=1e-2)
+    for name, weight in module.state_dict().items():
+        torch.testing.assert_close(weight, best.context_module.state_dict()[name], atol=1e-2, rtol=1e-2)
+
+
+def test_a_search_can_be_stopped_before_each_step():
+    module, codes, contexts = small_search()
+    before, asked = deepcopy(module.state_dict()), []
+
+    def stop_at_the_fourth() -> None:
+        asked.append(1)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_flow(module, codes, contexts, ContextConfig(concept_steps=10), 0, False, stop_at_the_fourth)
+    assert len(asked) == 4
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
 
 
 def test_mechanisms_are_those_that_fit_the_values():

@@ -42,7 +42,7 @@ def test_the_likelihood_is_that_of_the_module(options):
             parameter += 0.2 * torch.randn(parameter.shape)
         values, labels = torch.randn(60, *module.noise_shape), torch.arange(4).repeat_interleave(15)
         own = module.log_prob(values, CONTEXTS)[torch.arange(60), labels]
-        unlikelihood = LinearGaussianSCM(module)(Moments.of(values, labels), CONTEXTS)[0].item()
+        unlikelihood = LinearGaussianSCM(module)(Moments.of(values, labels), CONTEXTS).item()
     constant = values[0].numel() / 2 * math.log(2 * math.pi)
     assert unlikelihood == pytest.approx(-own.mean().item() - constant, rel=1e-4)
 
@@ -53,8 +53,8 @@ def test_contexts_weigh_the_same_whatever_their_number_of_images():
     kept = torch.cat([torch.nonzero(labels < 3)[:, 0], torch.nonzero(labels == 3)[:, 0].repeat(4)])
     few, many = Moments.of(values, labels), Moments.of(values[kept], labels[kept])
     with torch.no_grad():
-        expected = LinearGaussianSCM(module)(few, CONTEXTS)[0].item()
-        assert LinearGaussianSCM(module)(many, CONTEXTS)[0].item() == pytest.approx(expected, rel=1e-5)
+        expected = LinearGaussianSCM(module)(few, CONTEXTS).item()
+        assert LinearGaussianSCM(module)(many, CONTEXTS).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_edge_that_settled_the_wrong_way_is_turned_round():

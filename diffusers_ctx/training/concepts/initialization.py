@@ -7,6 +7,7 @@ these directions few do.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 _IMAGES = 1000  # by which it is judged how Gaussian a direction is
@@ -47,12 +48,11 @@ def initial_directions(
     center, covariance = _moments(mean[observational], variance[observational])
     whiten = torch.linalg.inv(torch.linalg.cholesky(covariance))
     plain = ((mean[observational].double() - center) @ whiten.T)[:_IMAGES]
-    directions = []
-    for concept in range(contexts.shape[1]):
-        intervened = masks[:, concept] > 0
-        shift, spread = _moments(mean[intervened], variance[intervened])
-        directions.append(_most_different(whiten @ (shift - center), whiten @ spread @ whiten.T, plain))
-    weight = _closest_rotation(torch.stack(directions)) @ whiten
+    moments = [_moments(mean[intervened], variance[intervened]) for intervened in (masks > 0).T]
+    shifts = torch.stack([whiten @ (shift - center) for shift, _ in moments])
+    spreads = torch.stack([whiten @ spread @ whiten.T for _, spread in moments])
+    directions = _most_different(shifts, spreads, plain)
+    weight = _closest_rotation(directions) @ whiten
     places = [*range(0, len(directions) * dim, dim)]
     places += [place for place in range(len(weight)) if place not in places]
     weight = weight[torch.tensor(places).argsort()]
@@ -65,37 +65,46 @@ def _moments(mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, 
     return mean.mean(dim=0), torch.cov(mean.T, correction=0) + variance.double().mean(dim=0).diag()
 
 
-def _most_different(shift: torch.Tensor, spread: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """The unit vector (D,) of the largest divergence, less the negentropy of white codes (n, D) along it: the best of
-    several ascents."""
+def _most_different(shifts: torch.Tensor, spreads: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    """For each of K concepts the unit vector (K, D) with the largest `_merit`: the best of several ascents.
+
+    Args:
+        shifts: (K, D), means of the whitened codes of the concepts' contexts.
+        spreads: (K, D, D), their covariances.
+        plain: (n, D), whitened observational codes.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_STARTS, len(shift), dtype=torch.double, generator=generator)
-    vectors = start.requires_grad_(True)
+    start = torch.randn(_STARTS, plain.shape[1], dtype=torch.double, generator=generator)
+    vectors = start.repeat(len(shifts), 1, 1).requires_grad_(True)
     optimizer = torch.optim.Adam([vectors], lr=_LEARNING_RATE, maximize=True)
     for _ in range(_STEPS):
-        _merit(vectors, shift, spread, plain).sum().backward()
+        _merit(vectors, shifts, spreads, plain).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    best = vectors.detach()[_merit(vectors, shift, spread, plain).argmax()]
-    return best / best.norm()
+    best = _merit(vectors, shifts, spreads, plain).argmax(dim=1)
+    return F.normalize(vectors.detach()[torch.arange(len(best)), best], dim=1)
 
 
-def _merit(vectors: torch.Tensor, shift: torch.Tensor, spread: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """What `_most_different` maximises, (V,), for each of the vectors (V, D)."""
-    units = vectors / vectors.norm(dim=1, keepdim=True)
-    variance = ((units @ spread) * units).sum(dim=1)
-    divergence = (variance + (units @ shift).square() - 1 - variance.log()) / 2
-    along = plain @ units.T
-    # of a single image, or of one repeated, there is no law to be seen
-    variances = along.var(dim=0, correction=min(1, len(along) - 1)).clamp(min=1e-24)
-    along = (along - along.mean(dim=0)) / variances.sqrt()
-    skewness, kurtosis = along.pow(3).mean(dim=0), along.pow(4).mean(dim=0) - 3
+def _merit(vectors: torch.Tensor, shifts: torch.Tensor, spreads: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    """Divergence less weighted negentropy (K, V) along each of the vectors (K, V, D)."""
+    units = F.normalize(vectors, dim=2)
+    variance = ((units @ spreads) * units).sum(dim=2)
+    divergence = (variance + (units @ shifts[..., None])[..., 0].square() - 1 - variance.log()) / 2
+    along = units @ plain.T
+    # a single image, or one repeated, has no distribution
+    variances = along.var(dim=2, correction=min(1, len(plain) - 1), keepdim=True).clamp(min=1e-24)
+    along = (along - along.mean(dim=2, keepdim=True)) / variances.sqrt()
+    squares = along.square()  # powers of other degrees are ten times as slow
+    skewness, kurtosis = (squares * along).mean(dim=2), squares.square().mean(dim=2) - 3
     negentropy = (skewness.square() + kurtosis.square() / 4) / 12
     return divergence - _NEGENTROPY_WEIGHT * negentropy
 
 
 def _closest_rotation(directions: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows (D, D), of which the first K are as close as can be to the directions (K, D)."""
+    """Orthonormal rows (D, D), the first K of which are as close as possible to the directions (K, D).
+
+    `scipy.linalg.polar` gives the first K alone; the full SVD completes them to a basis as well.
+    """
     left, _, right = torch.linalg.svd(directions, full_matrices=True)
     count = len(directions)
     return torch.cat([left @ right[:count], right[count:]])

@@ -1,11 +1,11 @@
-"""What is minimised while the concepts are learned: a small VAE around the module, told what contexts differ in.
+"""The loss of the concept stage: a small VAE around the context module, with terms on how contexts differ.
 
-Four terms, each against one way to fail:
+Each term is there for a reason:
 
-- The evidence bound alone lets any entangled code settle before the mechanisms have a say.
-- The contrast between contexts, for which only what an intervention changed is of use, leads each concept to its node.
-- The match of the noise in each context to N(0, I) makes noise drawn from the prior mean what abducted noise means.
-- The match of what such noise is decoded to with the context's images sees what is left of dependence between nodes.
+- The ELBO alone lets any entangled code settle before the mechanisms take effect.
+- The contrastive loss between contexts leads each concept to its node: only what an intervention changed lowers it.
+- Matching the noise in each context to N(0, I) gives noise from the prior the same meaning as noise of images.
+- Matching latents that are decoded from prior noise to the context's images removes dependence left between nodes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...context import ContextModule
+from ...context import ContextModule, GaussianPosterior
 from ..config import ContextConfig
-from .losses import prior_matching_loss, sorted_distance
+from .losses import (
+    contrastive_loss,
+    gaussian_likelihood_loss,
+    graph_penalty,
+    prior_matching_loss,
+    sorted_distance,
+)
 
 
-# latents are averaged to one of these sizes: concepts are seen from afar, and the decoder, which doubles, stays light
+# latents are averaged to one of these heights: concepts show at low resolution, and the decoder stays small
 _SIZES = (4, 8, 16)
 
 
@@ -84,41 +90,46 @@ class ConceptObjective(nn.Module):
         warm_up: float,
         features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and figures to log.
+        """Loss and metrics to track.
 
         Args:
             latents: (B, C, h, w), sorted by context.
             labels: (B,), the row of `contexts` that each image belongs to.
             eps: standard normal numbers (B, N, d_z) to draw from the posterior with.
-            reference: standard normal numbers (B, N, d_z) to compare the draws with, and to decode.
-            directions: (N d_z, P) unit vectors to compare draws along.
+            reference: standard normal numbers (B, N, d_z) to decode: samples of the prior.
+            directions: (N d_z, P) unit vectors to compare draws from the posterior with the prior along.
             latent_directions: (C s s, P) unit vectors to compare decoded latents along; `s` is `size`.
             warm_up: factor of β, from 0 to 1.
-            features: (B, F, h', w'), what the posterior sees; by default the latents.
+            features: (B, F, h', w'), the posterior's input; by default the latents.
+
+        Returns:
+            The loss, and `reconstruction` (mean squared error), `contrastive_loss` (nats), `noise_swd` and
+            `latent_swd` (squared distances) and `kl` (N,) in nats.
         """
-        mask = self.contexts[labels]
-        target = self.targets(latents)
-        seen = latents if features is None else features
-        posterior = self.context_module.posterior(seen, mask)
-        z = posterior.at(eps)
-        mse, kl = F.mse_loss(self.decode(z, mask), target), posterior.kl()
-        contrast = self.contrast(seen, labels)
-        mismatch = prior_matching_loss(z, reference, directions, len(self.contexts))
-        generated = self.decode(reference, mask)
-        misfit = sorted_distance(generated, target, latent_directions, len(self.contexts))
-        causal = self.context_module.causal
+        options, groups = self.config, len(self.contexts)
+        mask, target = self.contexts[labels], self.targets(latents)
+        posterior, contrast = self._posterior(latents if features is None else features, labels)
+        noise, kl = posterior.at(eps), posterior.kl()
+        reconstructed, generated = self.decode(torch.cat([noise, reference]), mask.repeat(2, 1)).chunk(2)
+        mse = F.mse_loss(reconstructed, target)
+        noise_swd = prior_matching_loss(noise, directions, groups)
+        latent_swd = sorted_distance(generated, target, latent_directions, groups)
         loss = (
             self.likelihood_loss(mse)
-            + self.config.kl_weight * warm_up * kl.sum(dim=1).mean()
-            + self.config.contrastive_weight * contrast
-            + self.config.matching_weight * mismatch
-            + self.config.generation_weight * misfit
-            + self.config.acyclicity_weight * causal.acyclicity()
-            + self.config.sparsity_weight * causal.group_lasso()
+            + options.kl_weight * warm_up * kl.sum(dim=1).mean()
+            + options.contrastive_weight * contrast
+            + options.matching_weight * noise_swd
+            + options.generation_weight * latent_swd
+            + graph_penalty(self.context_module.causal, options.acyclicity_weight, options.sparsity_weight)
         )
-        figures = {"reconstruction": mse, "contrast": contrast, "mismatch": mismatch, "misfit": misfit}
-        figures["kl"] = kl.mean(dim=0)
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+        metrics = {
+            "reconstruction": mse,
+            "contrastive_loss": contrast,
+            "noise_swd": noise_swd,
+            "latent_swd": latent_swd,
+            "kl": kl.mean(dim=0),
+        }
+        return loss, {name: metric.detach() for name, metric in metrics.items()}
 
     def create_decoder(self) -> LightDecoder:
         """A new decoder of node values to small latents."""
@@ -130,22 +141,23 @@ class ConceptObjective(nn.Module):
         return F.adaptive_avg_pool2d(latents, self.size)
 
     def likelihood_loss(self, mse: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of a Gaussian at its best variance, up to a constant (Rybkin et al. 2021, arXiv
-        2006.13202, equation 5), so that a KL term weighs what it should, whatever the scale of the latents."""
-        return self.dimensions / 2 * mse.log()
-
-    def contrast(self, seen: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats of guessing an image's context from its values, by Bayes' rule with equal priors.
-
-        The values' volume cancels, and so do all mechanisms but those that an intervention replaced (in the manner of
-        Buchholz et al. 2023, arXiv 2306.02235, section 5). Zero where the posterior is amortized: its values depend
-        on the context that would have to be guessed.
-        """
-        if self.config.posterior_type != "inverse":
-            return seen.new_zeros(())
-        log_densities = self.context_module.log_prob(self.context_module.read_values(seen), self.contexts)
-        return F.cross_entropy(log_densities, labels)
+        """`gaussian_likelihood_loss` of reconstructed targets."""
+        return gaussian_likelihood_loss(mse, self.dimensions)
 
     def decode(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Small latents (B, C, s, s) that noise (B, N, d_z) stands for in the contexts of the masks (B, K)."""
+        """Small latents (B, C, s, s) that noise (B, N, d_z) means in the contexts of the masks (B, K)."""
         return self.decoder(self.context_module.concept_values(z, mask))
+
+    def _posterior(
+        self, posterior_input: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[GaussianPosterior, torch.Tensor]:
+        """Posterior of the noise and contrastive loss of the node values.
+
+        The loss is zero where the posterior is amortized: its values depend on the context that is to be guessed.
+        """
+        module, mask = self.context_module, self.contexts[labels]
+        if module.config.posterior_type != "inverse":
+            return module.posterior(posterior_input, mask), mask.new_zeros(())
+        values, log_variance = module.read_code(posterior_input)
+        contrast = contrastive_loss(module.log_prob(values, self.contexts), labels)
+        return module.noise_posterior(values, log_variance, mask), contrast

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...context import ContextModule, inverse_mechanisms
 from ..config import ContextConfig
+from .losses import graph_penalty
 
 
 _STEPS_SHARE = 1 / 3  # steps beside those that see images
@@ -62,18 +63,20 @@ class LinearGaussianSCM(nn.Module):
         self.mechanism = context_module.mechanism
         self.causal = context_module.causal
 
-    def forward(self, moments: Moments, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        r"""Mean over images of `-log p(c | m)`, with equally much weight for each of the contexts (C, K); and what
-        cycles and edges are penalised by.
+    def forward(
+        self, moments: Moments, contexts: torch.Tensor, acyclicity_weight: float = 0.0, sparsity_weight: float = 0.0
+    ) -> torch.Tensor:
+        r"""Mean of `-log p(c | m)` in nats, up to a constant, with equal weight for each of the contexts (C, K), plus
+        `graph_penalty`.
 
-        With `z = L c - s` of `inverse_mechanisms`, the first is, up to a constant,
+        With `z = L c - s` of `inverse_mechanisms`, the first is
         `1/2 (tr(L S L^T) - 2 s^T L \mu + s^T s) - log |det L|` for mean `\mu` and second moment `S` of a context.
         """
         whiten, shift, log_volume = inverse_mechanisms(self.mechanism, self.causal, contexts)
         spread = torch.einsum("cij,cjk,cik->c", whiten, moments.second, whiten)
         squares = spread - 2 * torch.einsum("ci,cij,cj->c", shift, whiten, moments.mean) + shift.square().sum(dim=1)
         likelihood = log_volume.sum(dim=1) - squares / 2
-        return -likelihood.mean(), self.causal.acyclicity(), self.causal.group_lasso()
+        return graph_penalty(self.causal, acyclicity_weight, sparsity_weight) - likelihood.mean()
 
 
 def fit_scm(
@@ -104,14 +107,12 @@ def fit_scm(
     weights, buffers = torch.func.stack_module_state(starts)
 
     def losses(progress: float) -> torch.Tensor:
-        acyclicity_weight = _FIRST_ACYCLICITY + (_LAST_ACYCLICITY - _FIRST_ACYCLICITY) * min(1.0, 2 * progress)
-        misfit, cycles, edges = torch.vmap(
-            lambda *state: torch.func.functional_call(starts[0], state, (moments, contexts))
-        )(weights, buffers)
-        return misfit + options.acyclicity_weight * acyclicity_weight * cycles + sparsity * edges
+        schedule = _FIRST_ACYCLICITY + (_LAST_ACYCLICITY - _FIRST_ACYCLICITY) * min(1.0, 2 * progress)
+        arguments = (moments, contexts, options.acyclicity_weight * schedule, sparsity)
+        return torch.vmap(lambda *state: torch.func.functional_call(starts[0], state, arguments))(weights, buffers)
 
     steps = max(1, round(_STEPS_SHARE * options.concept_steps))
-    optimizer = torch.optim.Adam(weights.values(), lr=_LEARNING_RATE)
+    optimizer = torch.optim.Adam(weights.values(), lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         losses(step / steps).sum().backward()
