@@ -10,7 +10,7 @@ Each term is there for a reason:
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +29,20 @@ from .losses import (
 
 # latents are averaged to one of these heights: concepts show at low resolution, and the decoder stays small
 _SIZES = (4, 8, 16)
+_DECODER_WIDTHS = (256, 512)
 
 
-class LightDecoder(nn.Module):
-    """Decodes concept values (B, N, d_c) to small latents (B, C, s, s); used in training and then thrown away."""
+class LightDecoder(nn.Sequential):
+    """Decodes concept values (B, N, d_c) to small latents (B, C, s, s); used in training and then thrown away.
 
-    def __init__(self, num_nodes: int, concept_dim: int, channels: int, size: int, width: int = 64):
-        super().__init__()
-        self.width = width
-        self.project = nn.Sequential(
-            nn.Linear(num_nodes * concept_dim, 256), nn.SiLU(), nn.Linear(256, width * 16), nn.SiLU()
-        )
-        layers: list[nn.Module] = [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
-        for _ in range(round(math.log2(size / 4))):
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+    A multilayer perceptron: at this size, convolutions would take most of a step's time.
+    """
 
-    def forward(self, concept_values: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.project(concept_values.flatten(1)).unflatten(1, (self.width, 4, 4)))
+    def __init__(self, num_nodes: int, concept_dim: int, channels: int, size: int):
+        widths = (num_nodes * concept_dim, *_DECODER_WIDTHS)
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+        last = nn.Linear(widths[-1], channels * size**2)
+        super().__init__(nn.Flatten(), *hidden, last, nn.Unflatten(1, (channels, size, size)))
 
 
 class ConceptObjective(nn.Module):
