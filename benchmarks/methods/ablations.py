@@ -135,7 +135,7 @@ def given_noise(setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def set_mechanisms(module: ContextModule, setting: Setting) -> None:
-    """Gives a structural module with quad's own graph quad's own mechanisms, for standardised factors."""
+    """Gives a structural module with quad's own graph quad's own mechanisms, for standardized factors."""
     names = [*quad.CONCEPTS, *_HIDDEN]
     order = [quad.FACTORS.index(name) for name in names]
     deviation = torch.tensor(quad.observational_deviation(setting.dependent))[order]

@@ -20,6 +20,7 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.concepts.module import create_context_module
 from diffusers_ctx.training.concepts.stage import ConceptStage
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.diffusion.noise_schedule import schedule_options
@@ -29,7 +30,6 @@ from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatche
 from diffusers_ctx.training.encoding.posterior_features import create_image_features, with_posterior_encoder
 from diffusers_ctx.training.run.accelerator import create_accelerator
 from diffusers_ctx.training.run.tracking import start_trackers, track_step
-from diffusers_ctx.training.trainer import create_context_module
 
 from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
 

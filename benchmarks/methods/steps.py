@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
 from diffusers_ctx.training import TrainingConfig
+from diffusers_ctx.training.concepts.module import create_context_module
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.diffusion.stage import DiffusionStage
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS, prepare_backbone
@@ -29,7 +30,6 @@ from diffusers_ctx.training.encoding.images import ImageTransform
 from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches, encode_images
 from diffusers_ctx.training.run.accelerator import create_accelerator
 from diffusers_ctx.training.run.keyed_noise import KeyedNoise
-from diffusers_ctx.training.trainer import create_context_module
 
 from .setting import device
 

@@ -1,8 +1,8 @@
 """quad: a generated benchmark whose ground truth is known.
 
 Eight factors follow a linear-Gaussian structural causal model. Each is drawn into a 64x64 picture: the hue of four
-quadrants, and the size, color, shape and orientation of a figure in the centre. Since the model is known, so are the
-law of any intervention, also of several at once, and the true counterfactual of any image.
+quadrants, and the size, color, shape and orientation of a figure in the center. Since the model is known, so are the
+distribution under any intervention, also of several at once, and the true counterfactual of any image.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EDGES = {
     ("orientation", "shape"): 1.45,
 }
 NOISE_VARIANCES = dict(zip(FACTORS, (1.386, 1.164, 1.005, 1.956, 1.275, 1.42, 1.31, 1.18)))
-# factor: (mean, variance) of the mechanism that an intervention puts in the place of the observational one
+# factor: (mean, variance) of the mechanism that an intervention puts instead of the observational one
 INTERVENTIONS = {
     "quad1": (1.169, 1.949),
     "quad2": (1.475, 1.359),
@@ -68,7 +68,7 @@ _CHUNK = 64  # images rendered at once; small enough to stay in the processor's 
 
 
 def edge_matrix(dependent: bool = True) -> np.ndarray:
-    """The weights `W` of `x = W x + noise` before standardisation: (8, 8), row = effect, column = cause."""
+    """The weights `W` of `x = W x + noise` before standardization: (8, 8), row = effect, column = cause."""
     weights = np.zeros((len(FACTORS), len(FACTORS)))
     if dependent:
         for (cause, effect), weight in EDGES.items():
@@ -94,7 +94,7 @@ class QuadSample:
 
     Attributes:
         images: (n, 64, 64, 3) uint8.
-        factors: (n, 8) float64, in the order of `FACTORS`, standardised with the observational mean and deviation.
+        factors: (n, 8) float64, in the order of `FACTORS`, standardized with the observational mean and deviation.
         captions: n strings that name the shape.
         noise: (n, 8) float64, the exogenous noise, standard normal.
         interventions: the factors that were intervened on.

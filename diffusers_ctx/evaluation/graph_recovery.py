@@ -15,7 +15,7 @@ def edge_auroc(strengths: np.ndarray, adjacency: np.ndarray) -> float:
 
     It is the probability that a true edge is stronger than a pair without an edge, ties counting half (Hanley and
     McNeil, 1982), in [0, 1]: 1 is perfect, 0.5 is chance, below 0.5 edges point the wrong way. It needs no threshold.
-    Block norms are only as comparable as the scales of the nodes are; standardise these first if they differ.
+    Block norms are only as comparable as the scales of the nodes are; standardize these first if they differ.
 
     Args:
         strengths: strengths (K, K).

@@ -53,7 +53,7 @@ def read_attributes(images: np.ndarray) -> QuadAttributes:
 
     Each quadrant's color is the median over its corner that no figure reaches. A figure of coverage `a` and color `F`
     departs from the quadrants' colors `B` by `a (F - B)`. The best `F` on the hue path has a closed form. For each
-    shape, the squared error is minimised over templates of all sizes and angles, then by Gauss-Newton steps; the shape
+    shape, the squared error is minimized over templates of all sizes and angles, then by Gauss-Newton steps; the shape
     that fits best is taken. Where figure and quadrant have the same color, that quadrant has no say.
 
     Its own error, on 2,000 held-out observational images (`quad.generate((), 2000, quad.FIRST_HELD_OUT_SEED)`), as

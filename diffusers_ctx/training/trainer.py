@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,26 +13,26 @@ from accelerate.utils import set_seed
 from huggingface_hub.constants import HF_HOME
 
 from ..adapter import set_context_scheduler
-from ..adapter.image_features import ImageFeatures
 from ..adapter_format import RECORD_NAME
 from ..context import ContextModule
-from ..data import ContextBalancedSampler, concepts_of, context_mask
+from ..data import concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..hub import create_repository, push_adapter_folder
 from ..pipelines import CompositionMixin, Conditioner
 from .checks import check_accelerator, check_backbone, check_options, check_validation_contexts
+from .concepts.module import create_context_module
 from .concepts.stage import ConceptStage
 from .config import TrainingConfig
 from .diffusion.noise_schedule import schedule_options, with_unfreezing
 from .diffusion.optimizer import check_optimizer, warn_of_warm_up
-from .diffusion.stage import DiffusionStage
+from .diffusion.stage import DiffusionStage, count_steps
 from .diffusion.trainable import count_learned, learning_text_encoders, prepare_backbone
 from .diffusion.validation import HELD_OUT_SEED, Validator
 from .encoding.batch import Batches
 from .encoding.caption_cache import CaptionCache
 from .encoding.images import ImageTransform, describe_images, load_images
 from .encoding.latents import ContextLatents, LatentBatches, encode_images
-from .encoding.posterior_features import create_image_features, posterior_input, with_posterior_encoder
+from .encoding.posterior_features import create_image_features, with_posterior_encoder
 from .encoding.streaming import StreamedBatches, open_images, take_concept_images
 from .run.accelerator import create_accelerator
 from .run.checkpoints import (
@@ -343,61 +343,3 @@ class ContextTrainer:
     def _save_checkpoint(self, step: int) -> None:
         limit = self.config.output.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.output_dir, step, self.contract, limit)
-
-
-def create_context_module(
-    config: TrainingConfig,
-    pipeline: CompositionMixin,
-    concepts: list[str],
-    image_features: ImageFeatures | None,
-    resolution: int,
-) -> ContextModule:
-    """A new context module for the pipeline's UNet and the images that its posterior will read.
-
-    Args:
-        config: the run.
-        pipeline: the base model.
-        concepts: the concepts, in order.
-        image_features: makes the features that the posterior reads, if it does not read latents.
-        resolution: height and width of the images.
-    """
-    options = config.context
-    return ContextModule(
-        concepts=concepts,
-        token_dim=pipeline.unet.config.cross_attention_dim,
-        obs_context=config.data.obs_context,
-        num_hidden_factors=options.num_hidden_factors,
-        noise_dim=options.noise_dim,
-        concept_dim=options.noise_dim,
-        expressive_depth=options.expressive_depth,
-        causal_form=options.causal_form,
-        graph=config.graph_edges(),
-        tokens_per_concept=options.tokens_per_concept,
-        posterior_type=options.posterior_type,
-        caption_dim=pipeline.unet.config.cross_attention_dim,
-        **posterior_input(options, pipeline, image_features, resolution),
-    )
-
-
-def count_steps(config: TrainingConfig, contexts: Sequence[str], global_batch_size: int) -> int:
-    """Optimizer steps of a run on images of these contexts, with so many in a batch of all processes together.
-
-    Raises:
-        ValueError: if there are too few images for one step.
-    """
-    options = config.optimization
-    if config.data.streaming and options.max_train_steps:
-        return options.max_train_steps
-    images = len(ContextBalancedSampler(contexts))
-    batches = images // global_batch_size
-    if not batches:
-        raise ValueError(
-            f"An epoch has {images} images, fewer than the {global_batch_size} of a step; lower `train_batch_size`."
-        )
-    steps = options.max_train_steps or options.num_train_epochs * batches // options.gradient_accumulation_steps
-    if not steps:
-        raise ValueError(
-            f"{options.num_train_epochs} epochs of {batches} batches make no step of"
-            f" {options.gradient_accumulation_steps} batches; raise `num_train_epochs` or set `max_train_steps`."
-        )
-    return steps

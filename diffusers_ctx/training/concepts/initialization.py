@@ -23,15 +23,16 @@ def initial_directions(
     r"""An affine map of codes to node values: the first value of each concept's node is, as nearly as a rotation
     allows, the one in which the concept's contexts differ most from the observational one.
 
-    Codes are whitened by their observational law. The direction of a concept is the unit vector `u` along which the
-    Gaussian of the concept's contexts has the largest Kullback-Leibler divergence from the observational one,
+    Codes are whitened by their observational distribution. The direction of a concept is the unit vector `u` along
+    which the Gaussian of the concept's contexts has the largest Kullback-Leibler divergence from the observational
+    one,
 
     .. math:: 1/2 (u^T S u + (u^T \mu)^2 - 1 - \log u^T S u)
 
-    for mean `\mu` and covariance `S` of the whitened codes, less six times the negentropy of the observational law
-    along it (`(skewness^2 + excess kurtosis^2 / 4) / 12`, Hyvärinen and Oja, 2000, section 4.2.3): laws of nodes are
-    Gaussian, and a fold of one, such as its absolute value, is not. The directions together are replaced by the
-    rotation that is closest to them (the polar factor), so that the map can be inverted well.
+    for mean `\mu` and covariance `S` of the whitened codes, less six times the negentropy of the observational
+    distribution along it (`(skewness^2 + excess kurtosis^2 / 4) / 12`, Hyvärinen and Oja, 2000, section 4.2.3): nodes
+    have Gaussian distributions, and a fold of one, such as its absolute value, is not Gaussian. The directions
+    together are replaced by the rotation that is closest to them (the polar factor): the map can be inverted well.
 
     Args:
         mean: (n, D), of the Gaussian over each image's code.

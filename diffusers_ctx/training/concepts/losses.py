@@ -1,4 +1,4 @@
-"""The terms that are minimised while concepts are learned. Three losses sum them: `ConceptObjective` over images,
+"""The terms that are minimized while concepts are learned. Three losses sum them: `ConceptObjective` over images,
 `search` over codes and `scm_fit` over moments of node values."""
 
 from __future__ import annotations

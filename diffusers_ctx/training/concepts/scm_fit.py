@@ -26,7 +26,7 @@ _RANDOM_SCALE = 0.3
 # cycles are cheap at first, so that an edge can turn round by way of one, and dear in the end
 _FIRST_ACYCLICITY, _LAST_ACYCLICITY = 0.01, 4.0
 _SPARSITY = 0.03  # nats; among graphs that explain the values about as well, the one with fewer edges
-_LEAST_VARIANCE = 1e-3  # added to that of values: few images would have laws of no width
+_LEAST_VARIANCE = 1e-3  # added to that of values: few images would have distributions of no width
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -180,7 +181,7 @@ class Population:
         stacked, _ = torch.func.stack_module_state(candidates)
         mechanisms = ("context_module.mechanism.", "context_module.causal.")
         self.weights = {name: w for name, w in stacked.items() if name.startswith(("flow.", *mechanisms))}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [w for name, w in self.weights.items() if name.startswith("flow.")]},
             {
                 "params": [w for name, w in self.weights.items() if name.startswith(mechanisms)],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params
 from tqdm.auto import tqdm
 
+from ...data import ContextBalancedSampler
 from ...pipelines import CompositionMixin, Conditioner
 from ..config import TrainingConfig
 from ..encoding.batch import Batch, Batches
@@ -212,3 +213,27 @@ class DiffusionStage:
             raise FloatingPointError(
                 f"{name} is {value} at step {self.step}. Lower `learning_rate`, or use bf16 or no mixed precision."
             )
+
+
+def count_steps(config: TrainingConfig, contexts: Sequence[str], global_batch_size: int) -> int:
+    """Optimizer steps of a run on images of these contexts, with so many in a batch of all processes together.
+
+    Raises:
+        ValueError: if there are too few images for one step.
+    """
+    options = config.optimization
+    if config.data.streaming and options.max_train_steps:
+        return options.max_train_steps
+    images = len(ContextBalancedSampler(contexts))
+    batches = images // global_batch_size
+    if not batches:
+        raise ValueError(
+            f"An epoch has {images} images, fewer than the {global_batch_size} of a step; lower `train_batch_size`."
+        )
+    steps = options.max_train_steps or options.num_train_epochs * batches // options.gradient_accumulation_steps
+    if not steps:
+        raise ValueError(
+            f"{options.num_train_epochs} epochs of {batches} batches make no step of"
+            f" {options.gradient_accumulation_steps} batches; raise `num_train_epochs` or set `max_train_steps`."
+        )
+    return steps

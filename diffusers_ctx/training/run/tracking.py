@@ -1,4 +1,4 @@
-"""What trackers are told, on two axes: steps in which concepts are learned, and optimizer steps of the adapter.
+"""What trackers log, on two axes: steps of the concept stage, and optimizer steps of the adapter.
 
 Trackers take both as they come, but for W&B, whose steps cannot begin again at zero: there, the axes are metrics of
 their own, which the others are drawn over.
@@ -37,25 +37,25 @@ def start_trackers(accelerator: Accelerator, options: dict[str, Any]) -> None:
                 tracker.tracker.define_metric(name, step_metric=_STEP)
 
 
-def track(tracker: GeneralTracker, figures: dict[str, Any], step: int) -> None:
-    """Tells one tracker figures, or pictures in its own format, of an optimizer step."""
-    _track(tracker, figures, _STEP, step)
+def track(tracker: GeneralTracker, metrics: dict[str, Any], step: int) -> None:
+    """Logs metrics, or pictures in the tracker's own format, of an optimizer step to one tracker."""
+    _track(tracker, metrics, _STEP, step)
 
 
-def track_step(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
-    """Tells all trackers figures of an optimizer step."""
+def track_step(accelerator: Accelerator, metrics: dict[str, float], step: int) -> None:
+    """Logs metrics of an optimizer step to all trackers."""
     for tracker in accelerator.trackers:
-        track(tracker, figures, step)
+        track(tracker, metrics, step)
 
 
-def track_concepts(accelerator: Accelerator, figures: dict[str, float], step: int) -> None:
-    """Tells all trackers figures of a step in which concepts are learned, under names that begin with `concepts/`."""
+def track_concepts(accelerator: Accelerator, metrics: dict[str, float], step: int) -> None:
+    """Logs metrics of a step of the concept stage to all trackers, under names that begin with `concepts/`."""
     for tracker in accelerator.trackers:
-        _track(tracker, {f"{_CONCEPTS}{name}": figure for name, figure in figures.items()}, _CONCEPT_STEP, step)
+        _track(tracker, {f"{_CONCEPTS}{name}": metric for name, metric in metrics.items()}, _CONCEPT_STEP, step)
 
 
-def _track(tracker: GeneralTracker, figures: dict[str, Any], axis: str, step: int) -> None:
+def _track(tracker: GeneralTracker, metrics: dict[str, Any], axis: str, step: int) -> None:
     if tracker.name == "wandb":
-        tracker.log(figures | {axis: step})
+        tracker.log(metrics | {axis: step})
     else:
-        tracker.log(figures, step=step)
+        tracker.log(metrics, step=step)

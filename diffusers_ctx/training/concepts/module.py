@@ -1,0 +1,43 @@
+"""The context module of a run."""
+
+from __future__ import annotations
+
+from ...adapter.image_features import ImageFeatures
+from ...context import ContextModule
+from ...pipelines import CompositionMixin
+from ..config import TrainingConfig
+from ..encoding.posterior_features import posterior_input
+
+
+def create_context_module(
+    config: TrainingConfig,
+    pipeline: CompositionMixin,
+    concepts: list[str],
+    image_features: ImageFeatures | None,
+    resolution: int,
+) -> ContextModule:
+    """A new context module for the pipeline's UNet and the images that its posterior will read.
+
+    Args:
+        config: the run.
+        pipeline: the base model.
+        concepts: the concepts, in order.
+        image_features: makes the features that the posterior reads, if it does not read latents.
+        resolution: height and width of the images.
+    """
+    options = config.context
+    return ContextModule(
+        concepts=concepts,
+        token_dim=pipeline.unet.config.cross_attention_dim,
+        obs_context=config.data.obs_context,
+        num_hidden_factors=options.num_hidden_factors,
+        noise_dim=options.noise_dim,
+        concept_dim=options.noise_dim,
+        expressive_depth=options.expressive_depth,
+        causal_form=options.causal_form,
+        graph=config.graph_edges(),
+        tokens_per_concept=options.tokens_per_concept,
+        posterior_type=options.posterior_type,
+        caption_dim=pipeline.unet.config.cross_attention_dim,
+        **posterior_input(options, pipeline, image_features, resolution),
+    )
