@@ -10,14 +10,13 @@ Each term is there for a reason:
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...context import ContextModule, GaussianPosterior
 from ..config import ContextConfig
+from .decoders import ConvDecoder, ValueDecoder
 from .losses import (
     contrastive_loss,
     gaussian_likelihood_loss,
@@ -29,20 +28,6 @@ from .losses import (
 
 # latents are averaged to one of these heights: concepts show at low resolution, and the decoder stays small
 _SIZES = (4, 8, 16)
-_DECODER_WIDTHS = (256, 512)
-
-
-class LightDecoder(nn.Sequential):
-    """Decodes concept values (B, N, d_c) to small latents (B, C, s, s); used in training and then thrown away.
-
-    A multilayer perceptron: at this size, convolutions would take most of a step's time.
-    """
-
-    def __init__(self, num_nodes: int, concept_dim: int, channels: int, size: int):
-        widths = (num_nodes * concept_dim, *_DECODER_WIDTHS)
-        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
-        last = nn.Linear(widths[-1], channels * size**2)
-        super().__init__(nn.Flatten(), *hidden, last, nn.Unflatten(1, (channels, size, size)))
 
 
 class ConceptObjective(nn.Module):
@@ -72,7 +57,7 @@ class ConceptObjective(nn.Module):
         self.size = max(size for size in _SIZES if size <= max(latent_size, _SIZES[0]))
         self.dimensions = latent_channels * self.size**2
         self.latent_channels = latent_channels
-        self.decoder = self.create_decoder()
+        self.decoder = ValueDecoder(*self._decoder_shape())
         self.register_buffer("contexts", contexts, persistent=False)
 
     def forward(
@@ -127,10 +112,13 @@ class ConceptObjective(nn.Module):
         }
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 
-    def create_decoder(self) -> LightDecoder:
-        """A new decoder of node values to small latents."""
+    def create_code_decoder(self) -> ConvDecoder:
+        """A decoder for the plain VAE that learns the code, which is thrown away with it."""
+        return ConvDecoder(*self._decoder_shape())
+
+    def _decoder_shape(self) -> tuple[int, int, int, int]:
         nodes, _ = self.context_module.noise_shape
-        return LightDecoder(nodes, self.context_module.config.concept_dim, self.latent_channels, self.size)
+        return nodes, self.context_module.config.concept_dim, self.latent_channels, self.size
 
     def targets(self, latents: torch.Tensor) -> torch.Tensor:
         """The small latents (B, C, s, s) that the decoder aims at."""

@@ -132,7 +132,7 @@ class ConceptStage:
     def _learn_code(self, steps: int) -> None:
         """Trains encoder and head as those of a plain VAE."""
         objective = self.objective
-        decoder = objective.create_decoder().to(self.accelerator.device)
+        decoder = objective.create_code_decoder().to(self.accelerator.device)
 
         def loss(batch: Batch, labels: torch.Tensor, rows: torch.Tensor, random: KeyedNoise, step: int) -> Loss:
             posterior = GaussianPosterior.diagonal(*self.module.read_code(batch.posterior_input))
