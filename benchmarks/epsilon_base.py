@@ -77,6 +77,9 @@ class TrailingSampling:
 
     trained: str
 
+    def steps(self, setting: Setting) -> int:
+        return 0
+
     def train(self, setting: Setting, folder: Path) -> None:
         if not (folder.parent / self.trained).exists():
             raise FileNotFoundError(f"Run the method '{self.trained}' first.")

@@ -245,7 +245,7 @@ def prompts() -> list[str]:
         cells = [f"{found['shape_met']:.2f}" for found in (without, matching)]
         cells += [f"{found[key]:.3f}" for key in ("swd", "drift") for found in (without, matching)]
         rows.append(["observational" if name == "obs" else f"do({name.replace('+', ', ')})", *cells])
-    header = [cell for name in ("shape met", "distance", "drift") for cell in (f"{name}, off", "on")]
+    header = [cell for name in ("shape met", "raw distance", "drift") for cell in (f"{name}, off", "on")]
     return table(["`match_prompt`", *header], rows)
 
 

@@ -1,4 +1,4 @@
-"""What captions and geometry tell a UNet, by backbone."""
+"""A UNet's conditions from captions and geometry, by backbone."""
 
 from __future__ import annotations
 

@@ -136,7 +136,9 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         schedule = (alphas, timesteps, self.scheduler.config.prediction_type)
         # in single precision, or generation would not undo the inversion
         diffusion_noise = invert(model_under(factual_interventions), latents.float(), *schedule)
-        predicted = denoise(model_under(interventions), diffusion_noise, *schedule, on_step)
+        self._interrupt = False  # callbacks may set it, as in a call
+        is_interrupted = lambda: self._interrupt  # noqa: E731
+        predicted = denoise(model_under(interventions), diffusion_noise, *schedule, on_step, is_interrupted)
         images = predicted.to(latents.dtype)
         if output_type != "latent":
             decoded = decode_latents(self.vae, images)

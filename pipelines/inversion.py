@@ -52,15 +52,20 @@ def denoise(
     timesteps: Sequence[int],
     prediction_type: str,
     on_step: OnStep = lambda step, t, x: x,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Follows the ODE from `x` at `timesteps[0]` down to the clean end.
 
     After each step, `on_step` is given its number, the timestep it started from and its result, and returns what to
-    go on with.
+    go on with. Once `is_interrupted`, no further step is taken.
+
+    `DDIMScheduler.step` computes the same; the rotation form is what `invert` solves for.
     """
     for step, (t, s) in enumerate(pairwise(timesteps)):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
         x = on_step(step, t, a * x + b * model(x, t))
+        if is_interrupted():
+            break
     return x
 
 

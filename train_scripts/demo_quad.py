@@ -22,6 +22,7 @@ from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 from diffusers_ctx.evaluation.grids import draw_grid, sample_rows
+from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.training import (
     ContextConfig,
     ContextTrainer,
@@ -97,7 +98,7 @@ def measure(pipeline: ComposablePipeline, interventions: tuple[str, ...], args: 
         guidance_scale=1.0,
         output_type="np",
     ).images
-    sets = (np.rint(samples * 255).astype(np.uint8), others.images)
+    sets = (to_uint8(samples), others.images)
     return [sliced_wasserstein_distance(images, real.images) for images in sets]
 
 

@@ -4,8 +4,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --train_data_dir photos --output_dir weather-context-xl --mixed_precision bf16 --gradient_checkpointing
 
-Images and flags are those of `train_context_text_to_image.py`. The UNet is told each image's original size and crop,
-as in the training of Stable Diffusion XL.
+Images and flags are those of `train_context_text_to_image.py`. The UNet is conditioned on each image's
+original size and crop, as in the training of Stable Diffusion XL.
 """
 
 from diffusers_ctx import ComposableXLPipeline

@@ -111,7 +111,7 @@ def pooled_batches(batch_size: int, seed: int, num_workers: int = 0) -> Iterator
 
 
 class Log:
-    """Appends one JSON line every `every` steps: the mean of each figure since the last line."""
+    """Appends one JSON line every `every` steps: the mean of each metric since the last line."""
 
     def __init__(self, path: Path, every: int):
         path.parent.mkdir(parents=True, exist_ok=True)

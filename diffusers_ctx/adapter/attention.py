@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -27,12 +27,10 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapter_format import INJECTIONS
+from ..adapter_format import INJECTIONS, Injection
 from ..context import ContextModule
 from .offloading import move_to
 
-
-Injection = Literal["cross_attention", "prompt"]
 
 _CROSS_ATTENTION = "attn2.processor"
 _ADDED_CONDITIONS = 7  # position of `added_cond_kwargs` among the arguments of the UNet's `forward`

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -19,6 +19,7 @@ from ..adapter_format import (
     LORA_WEIGHTS_NAME,
     MODULE_FOLDER,
     AdapterError,
+    Mode,
     public_name,
     validate_adapter_folder,
 )
@@ -40,8 +41,6 @@ from .weights import adapter_config, check_base, load_attention, read_attention,
 
 
 logger = logging.get_logger(__name__)
-
-Mode = Literal["frozen", "lora", "full"]
 
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):

@@ -67,7 +67,7 @@ class MechanismLayer(nn.Module):
 class ExpressiveLayers(nn.Sequential):
     """One MLP per node, shared by all contexts; widths go evenly from `in_dim` to `out_dim`.
 
-    Depth 0 is the identity, for modules whose posterior inverts the mechanisms. There is no normalisation over the
+    Depth 0 is the identity, for modules whose posterior inverts the mechanisms. There is no normalization over the
     batch: adapters are trained with small batches on many processes.
     """
 

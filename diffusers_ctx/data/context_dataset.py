@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from ..keyed_random import keyed_seed
 from .contexts import kept_contexts
 from .decoding import readable_rows
 from .sources import context_folders, is_context_root, load_source, read_columns, read_folders
@@ -76,6 +77,6 @@ def load_context_dataset(
 def _rows(contexts: list[str], kept: list[str], limit: int | None, seed: int) -> list[int]:
     """Indices of the rows in kept contexts, in order, at most `limit` of each."""
     codes = np.array(contexts)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(keyed_seed(seed, "samples"))
     members = (np.flatnonzero(codes == context) for context in kept)
     return sorted(np.concatenate([rng.permutation(rows)[:limit] for rows in members]).tolist())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..keyed_random import keyed_seed
 from .contexts import context_mask, interventions_of
 
 
@@ -90,4 +91,4 @@ def hold_out(contexts: Sequence[str], images_per_context: int, seed: int = 0) ->
 
 def _shuffled_rows(names: np.ndarray, context: str, seed: int) -> list[int]:
     """The context's rows, in an order that is the same whatever other contexts there are."""
-    return np.random.default_rng(seed).permutation(np.flatnonzero(names == context)).tolist()
+    return np.random.default_rng(keyed_seed(seed, "held out")).permutation(np.flatnonzero(names == context)).tolist()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from ..keyed_random import keyed_seed
+
 
 class ContextBalancedSampler(Sampler[int]):
     """Yields rows such that every run of `num_contexts` of them has each context once, in a random order.
@@ -51,7 +53,7 @@ class ContextBalancedSampler(Sampler[int]):
         return self.num_contexts * self._rounds
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        rng = np.random.default_rng(keyed_seed(self.seed, "order", self.epoch))
         order = np.stack([self._shuffled_passes(rows, rng) for rows in self._rows], axis=1)
         yield from rng.permuted(order, axis=1).ravel().tolist()
 

@@ -8,6 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from ..keyed_random import keyed_seed
+
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -98,5 +100,5 @@ class ShuffleBuffer(Generic[T]):
     def _begin_run(self) -> None:
         self._number += 1
         self._run, self._next_run, self._taken = self._next_run, [], 0
-        self._order = np.random.default_rng((*self.seed, self._number)).permutation(len(self._run))
+        self._order = np.random.default_rng(keyed_seed(*self.seed, "run", self._number)).permutation(len(self._run))
         self._start, self._next_start = self._next_start, self.source.state_dict()

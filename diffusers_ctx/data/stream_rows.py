@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 from datasets import IterableDataset
+
+from ..keyed_random import keyed_seed
 
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,7 @@ class ContextRows:
 
 def in_epoch(rows: IterableDataset, seed: int, epoch: int) -> Iterator[Row]:
     """The rows, with the files in the order of an epoch."""
-    (order,) = np.random.SeedSequence((seed, epoch)).generate_state(1)
-    rows.set_epoch(int(order))
+    rows.set_epoch(keyed_seed(seed, "files", epoch) % 2**32)
     yield from rows
 
 

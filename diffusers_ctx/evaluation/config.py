@@ -40,6 +40,7 @@ class EvaluationConfig:
     guidance_scale: float = _option(
         1.0, "Classifier-free guidance of the samples; 1 samples the model's own distribution."
     )
+    match_prompt: bool = _option(False, "Draw exogenous noise that fits the captions, as pipelines do by default.")
     batch_size: int = _option(16, "Images that each process makes at once.", at_least=1)
     feature_extractor: str | None = _option(
         None, "Folder or Hub id of a CLIP model for the kernel distance; by default the latents of the base's VAE."

@@ -133,7 +133,7 @@ class Evaluator:
 
     def _settings(self, held_out: HeldOutImages) -> dict[str, Any]:
         """All that the images depend on."""
-        names = ("max_samples", "num_counterfactuals", "num_inference_steps", "guidance_scale", "seed")
+        names = ("max_samples", "num_counterfactuals", "num_inference_steps", "guidance_scale", "match_prompt", "seed")
         rows = self._counterfactual_rows(held_out)
         return {
             **self.fingerprints,
@@ -174,6 +174,7 @@ class Evaluator:
             generator=[keyed_generator(self.config.seed, "samples", stream, index) for index in indices],
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
+            match_prompt=self.config.match_prompt,
             output_type="np",
         )
         return to_uint8(output.images)

@@ -27,6 +27,8 @@ def sample_rows(
 ) -> list[np.ndarray]:
     """Images (len(prompts), H, W, 3) uint8 for each context, with the same prompts and the same noise in every row.
 
+    The noise fits the prompts if the adapter learned captions, as in any call.
+
     Args:
         pipeline: a pipeline with a context adapter.
         contexts: what each row intervenes on.

@@ -207,7 +207,7 @@ class ContextConfig(OptionGroup):
     concept_steps: int = _option(
         1500,
         "Steps in which the concepts are learned with a light decoder, before the UNet.",
-        at_least=2,  # the contrastive loss goes first, alone
+        at_least=2,  # one for the code and one for all terms
     )
     concept_batch_size: int = _option(336, "Images per such step, all contexts together.", at_least=1)
     concept_learning_rate: float = _option(

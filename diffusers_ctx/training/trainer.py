@@ -99,7 +99,7 @@ class ContextTrainer:
         return self.output_dir
 
     def load(self) -> None:
-        """Reads the data and checks everything that could stop the run later. Nothing is computed or written.
+        """Reads the data and checks everything that could stop the run later. Nothing is encoded or trained.
 
         Raises:
             ValueError, OSError: if data, concepts or options cannot work, or the output folder cannot be written to.
@@ -142,8 +142,12 @@ class ContextTrainer:
             self._check_free_disk()
             self.repo_id = self._create_repository()
             start_trackers(self.accelerator, tracked_options(config))  # last: what they refuse costs no computing
+            every = config.output.checkpointing_steps
+            self._concept_checkpoint = ConceptCheckpoint(
+                self.accelerator, self.output_dir, self.contract, self.stop, every
+            )
             yield
-            self.accelerator.wait_for_everyone()  # launchers may end the others when one has come to its end
+            self.accelerator.wait_for_everyone()  # launchers may end the others when one has ended
             self.accelerator.end_training()
 
     def encode(self) -> None:
@@ -165,10 +169,6 @@ class ContextTrainer:
 
     def learn_concepts(self) -> None:
         """The first stage; a run that resumes from a checkpoint has it behind it."""
-        every = self.config.output.checkpointing_steps
-        self._concept_checkpoint = ConceptCheckpoint(
-            self.accelerator, self.output_dir, self.contract, self.stop, every
-        )
         if self.checkpoint is not None:
             return
         stage = ConceptStage(

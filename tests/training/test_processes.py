@@ -45,24 +45,25 @@ AcceleratorState.__init__ = create_with_fsdp
 """
 FAILING = """
 import os, signal
-from diffusers_ctx.training.trainer import ContextTrainer
+from diffusers_ctx.training.diffusion.stage import DiffusionStage
 
-train_on = ContextTrainer._train_on
+learn_from = DiffusionStage._learn_from
 
 
-def fail(self, number, batch, step):
-    if step == 1 and self.accelerator.process_index == 1:
+def fail(self, batch, random):
+    if self.step == 1 and self.accelerator.process_index == 1:
         {what}
-    return train_on(self, number, batch, step)
+    return learn_from(self, batch, random)
 
 
-ContextTrainer._train_on = fail
+DiffusionStage._learn_from = fail
 """
 SLOWLY_ENCODING = """
 import os, time
 from datetime import timedelta
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers_ctx.training import accelerator, latents
+from diffusers_ctx.training.encoding import latents
+from diffusers_ctx.training.run import accelerator
 
 accelerator.InitProcessGroupKwargs = lambda timeout: InitProcessGroupKwargs(timeout=timedelta(seconds=20))
 encode = latents._encode

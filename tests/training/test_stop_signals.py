@@ -98,7 +98,7 @@ def test_a_signal_while_the_concepts_are_learned_saves_what_they_have_come_to(
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Stopped by a signal while the concepts were learned; go on with" in output
-    assert errors.count(f"The run (process {process.pid}) will stop when it has saved what it has come to") == 1
+    assert errors.count(f"The run (process {process.pid}) will stop when it has saved its progress") == 1
     assert f"`kill -INT {process.pid}` where a launcher has ended, stops it at once" in errors
     assert not list_checkpoints(folder)
     with pytest.raises(ValueError, match=re.escape(PROGRESS_NAME)):

@@ -75,7 +75,7 @@ class LoraTraining:
         predict: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         embeddings: torch.nn.Parameter | None = None,
     ) -> None:
-        """Minimises the distance between the two tensors that `predict(noisy, timesteps, target, rows)` returns."""
+        """Minimizes the distance between the two tensors that `predict(noisy, timesteps, target, rows)` returns."""
         generator = self.generator
         groups: list[dict[str, Any]] = [{"params": parameters}]
         if embeddings is not None:

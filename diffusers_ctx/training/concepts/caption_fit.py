@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ...context import CaptionLikelihood, ContextModule, embed_captions
+from ...keyed_random import keyed_generator
 from ..encoding.latents import ContextLatents
 from ..run.accelerator import broadcast_weights
 from ..run.keyed_noise import KeyedNoise
@@ -47,7 +48,7 @@ def fit_captions(
         accelerator: has the device of the module.
         context_module: knows its concepts; its `captions` are changed.
         latents: the images.
-        encode: what text encoders say of captions, see [`~pipelines.Conditioner.encode_captions`].
+        encode: the text encoders' output for captions, see [`~pipelines.Conditioner.encode_captions`].
         seed: of what is drawn.
     """
     known = context_module.require_captions()
@@ -72,7 +73,7 @@ def fit_captions(
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)
-    generator = torch.Generator().manual_seed(seed)
+    generator = keyed_generator(seed, "captions", "rows")
     order = torch.randperm(len(rows), generator=generator)
     _fit(likelihood, values[order], captions[order], held_out, generator)
     known.load_state_dict(likelihood.state_dict())
@@ -86,7 +87,7 @@ def _fit(
     held_out: int,
     generator: torch.Generator,
 ) -> None:
-    """Minimises the contrast on all rows but the first, and keeps the weights that are best on those."""
+    """Minimizes the contrast on all rows but the first, and keeps the weights that are best on those."""
 
     def trial() -> float:
         with torch.no_grad():
@@ -112,7 +113,7 @@ def _draw_values(
     context_module: ContextModule, latents: ContextLatents, rows: torch.Tensor, seed: int, device: torch.device
 ) -> torch.Tensor:
     """Node values (B, N, d) of some images, drawn from their posteriors as noise is drawn from the prior."""
-    exogenous = KeyedNoise(seed, "captions").normal(len(latents), *context_module.noise_shape)
+    exogenous = KeyedNoise(seed, "captions", "noise").normal(len(latents), *context_module.noise_shape)
     values = []
     for part in rows.split(_IMAGES_AT_ONCE):
         mask = latents.masks[part].to(device)

@@ -65,7 +65,7 @@ def sorted_distance(a: torch.Tensor, b: torch.Tensor, directions: torch.Tensor, 
 
 
 def prior_matching_loss(noise: torch.Tensor, directions: torch.Tensor, groups: int) -> torch.Tensor:
-    """Squared sliced Wasserstein distance of abducted noise to N(0, I): in each of `groups` contexts, plus over all.
+    """Squared sliced Wasserstein distance of inferred noise to N(0, I): in each of `groups` contexts, plus over all.
 
     N(0, I) is N(0, 1) along every direction, so sorted projections are compared with the expected order statistics
     of that. Gradients are those of a comparison with random samples of N(0, I), averaged over the samples.

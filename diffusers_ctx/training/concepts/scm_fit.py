@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...context import ContextModule, inverse_mechanisms
+from ...keyed_random import keyed_generator
 from ..config import ContextConfig
 from .losses import graph_penalty
 
@@ -23,7 +24,7 @@ _STEPS_SHARE = 1 / 3  # steps beside those that see images
 _LEARNING_RATE = 5e-2
 _RANDOM_STARTS = 8
 _RANDOM_SCALE = 0.3
-# cycles are cheap at first, so that an edge can turn round by way of one, and dear in the end
+# cycles are cheap at first, so that an edge can turn round by way of one, and expensive in the end
 _FIRST_ACYCLICITY, _LAST_ACYCLICITY = 0.01, 4.0
 _SPARSITY = 0.03  # nats; among graphs that explain the values about as well, the one with fewer edges
 _LEAST_VARIANCE = 1e-3  # added to that of values: few images would have distributions of no width
@@ -127,7 +128,7 @@ def fit_scm(
 def _starts(model: LinearGaussianSCM, seed: int) -> list[LinearGaussianSCM]:
     """The model as it is, without edges, and with random ones."""
     starts = [deepcopy(model).cpu() for _ in range(2 + _RANDOM_STARTS)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = keyed_generator(seed, "scm")
     with torch.no_grad():
         for number, start in enumerate(starts[1:]):
             allowed = start.causal.allowed

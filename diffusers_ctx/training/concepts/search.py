@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...context import ContextModule, log_standard_normal
+from ...keyed_random import keyed_seed
 from ..config import ContextConfig
 from ..run.keyed_noise import KeyedNoise
 from .flow import NormalizingFlow
@@ -59,7 +60,7 @@ class ImageCodes:
 
 @dataclass(frozen=True)
 class CodeBatch:
-    """What all candidates see in a step.
+    """The batch that all candidates share in a step.
 
     Attributes:
         codes: (B, D), sorted by context, equally many of each.
@@ -285,7 +286,8 @@ def _initial_candidates(
     candidates = []
     for number in range(RUNGS[0][1]):
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(RUNGS[0][1] * seed + number)  # no device's
+            # not `torch.manual_seed`, which seeds the devices too
+            torch.random.default_generator.manual_seed(keyed_seed(seed, "flow", number))
             flow = NormalizingFlow(codes.mean.shape[1])
         if number < _DIRECTED_CANDIDATES:
             flow.start_at(*directed)

@@ -17,7 +17,7 @@ from ..encoding.batch import Batch
 
 
 class CaptionEncoder(nn.Module):
-    """Tells the UNet what captions say, with gradients: where it is a part of the objective, text encoders learn."""
+    """Encodes captions into the UNet's conditions, with gradients: as a part of the objective, text encoders learn."""
 
     def __init__(self, pipeline: CompositionMixin):
         super().__init__()

@@ -77,6 +77,9 @@ class LatentBatches:
         seed: the run's seed.
         process_index: this process.
         num_processes: number of processes.
+
+    Raises:
+        ValueError: if there are too few images for a batch.
     """
 
     def __init__(
@@ -85,16 +88,21 @@ class LatentBatches:
         self.latents, self.batch_size, self.seed = latents, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
         self.sampler = ContextBalancedSampler(latents.contexts, seed)
+        if not self._batches_per_epoch:
+            raise ValueError(f"{len(latents)} images make no batch of {batch_size} for each process; lower it.")
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return len(self.sampler) // (self.batch_size * self.num_processes)
 
     def batches(self, start: int) -> Iterator[tuple[Batch, KeyedNoise]]:
         """See [`Batches`]. An epoch leaves out the rows that do not fill a batch of all processes."""
-        per_epoch = len(self.sampler) // (self.batch_size * self.num_processes)
-        epoch, skipped = divmod(start, per_epoch)
+        epoch, skipped = divmod(start, self._batches_per_epoch)
         number = start
         while True:
             self.sampler.set_epoch(epoch)
             parts = torch.tensor(list(self.sampler)).split(self.batch_size)
-            for rows in parts[self.process_index :: self.num_processes][skipped:per_epoch]:
+            for rows in parts[self.process_index :: self.num_processes][skipped : self._batches_per_epoch]:
                 share = {"process_index": self.process_index, "num_processes": self.num_processes}
                 random = KeyedNoise(self.seed, "diffusion", number, **share)
                 yield self.latents.batch(rows, random), random
@@ -128,7 +136,7 @@ def encode_images(
         cache_dir: folder where latents are kept and found again, by the content of the images' files, the VAE, the
             transform and what makes the features.
         wait_for_other_process: whether to wait for the file that another process here writes to `cache_dir`.
-        image_features: what makes the features that the posterior sees, if it does not see latents.
+        image_features: what makes the features that the posterior reads, if it does not see latents.
         num_workers: processes that read and transform images; with none, this one does.
 
     Raises:

@@ -25,7 +25,7 @@ def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -
 
 
 def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) -> ImageFeatures | None:
-    """The network whose features the posterior sees; `None` if it sees latents.
+    """The network whose features the posterior reads; `None` if it reads latents.
 
     Raises:
         ValueError: if the options contradict one another, or the CLIP model cannot be loaded.

@@ -51,7 +51,8 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
 def gather_weights(model: nn.Module, accelerator: Accelerator) -> None:
     """Gives the main process the whole weights, in memory of the CPU; there the model can be saved, and not run.
 
-    All processes must call it.
+    All processes must call it. `Accelerator.get_state_dict` returns a copy of the weights, and a pipeline saves the
+    model itself.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 
 _ANSWER = (
-    "\nThe run (process {pid}) will stop when it has saved what it has come to; a second Ctrl-C, or `kill -INT {pid}`"
+    "\nThe run (process {pid}) will stop when it has saved its progress; a second Ctrl-C, or `kill -INT {pid}`"
     " where a launcher has ended, stops it at once.\n"
 )
 
@@ -53,7 +53,10 @@ class StopSignals:
         return self._received > 0
 
     def requested(self) -> bool:
-        """Whether any process was asked to stop. All processes must call it, and all get the same answer."""
+        """Whether any process was asked to stop. All processes must call it, and all get the same answer.
+
+        `Accelerator.check_trigger` says that too, but not which signal it was, which the exit code needs.
+        """
         received = torch.tensor([self._received], device=self.accelerator.device)
         self._agreed = int(self.accelerator.gather(received).max())
         return self._agreed > 0
