@@ -159,7 +159,8 @@ class ContextAdapter:
 
 def learning_code_fingerprint(package: Path) -> str:
     """Of the code that learns concepts: what an earlier version learned is not taken for what this one would learn."""
-    files = [file for name in ("context", "training") for file in (package / name).rglob("*.py")]
+    files = [file for name in ("context", "data", "training") for file in (package / name).rglob("*.py")]
+    files += [package / "autoencoding.py", package / "keyed_random.py"]
     return fingerprint(*sorted(files))
 
 

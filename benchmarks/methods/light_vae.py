@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from diffusers_ctx import ContextModule
 from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.data import ContextBalancedSampler, quad
+from diffusers_ctx.training.concepts.losses import gaussian_likelihood_loss
 
 from .setting import Sampler, Setting, in_batches
 
@@ -142,4 +143,4 @@ def negative_elbo(
     posterior = module.posterior(F.pixel_unshuffle(pixels, _PATCH), mask)
     z = posterior.at(torch.randn(len(pixels), *module.noise_shape))
     error = F.mse_loss(decoder(module(z, mask).flatten(1)), pixels)
-    return weight * pixels[0].numel() / 2 * error.log() + posterior.kl().sum(dim=1).mean()
+    return weight * gaussian_likelihood_loss(error, pixels[0].numel()) + posterior.kl().sum(dim=1).mean()

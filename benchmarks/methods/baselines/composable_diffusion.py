@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
+from diffusers_ctx.autoencoding import decode_latents
+
 from ..setting import Sampler, Setting, device, in_batches
 from .lora import plain_sampler
 from .prompt_lora import load_prompt_lora, name_concepts
@@ -70,5 +72,4 @@ def compose(
         plain, *concepts = pipeline.unet(copies, timestep, text).sample.chunk(1 + len(interventions))
         combined = plain + sum(concept - plain for concept in concepts)
         latents = scheduler.step(combined, timestep, latents).prev_sample
-    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    return pipeline.image_processor.postprocess(decoded, output_type="np")
+    return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")
