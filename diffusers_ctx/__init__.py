@@ -1,11 +1,21 @@
 """Fine-tune pretrained diffusion models to learn causally disentangled concepts that compose."""
 
-from . import quiet  # noqa: F401  (first, before diffusers is imported)
-from .context import ContextModule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import quiet as quiet  # before diffusers
 from .embedded import embedded_adapter, embedded_base
-from .pipelines import ComposablePipeline, ComposableXLPipeline
 from .version import __version__
 
+
+if TYPE_CHECKING:
+    from .context import ContextModule
+    from .pipelines import ComposablePipeline, ComposableXLPipeline
+
+# imported when they are asked for: PyTorch and diffusers take seconds, which `diffusers_ctx.hub` does not need
+_LAZY = {"ComposablePipeline": ".pipelines", "ComposableXLPipeline": ".pipelines", "ContextModule": ".context"}
 
 __all__ = [
     "ComposablePipeline",
@@ -15,3 +25,13 @@ __all__ = [
     "embedded_adapter",
     "embedded_base",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -45,8 +45,12 @@ def encode_pixels(
     """
     dtype, scale = vae.dtype, vae.config.scaling_factor
     with in_range(vae):
-        posterior = vae.encode(pixels.to(device or vae.device, vae.dtype)).latent_dist
-    return (posterior.mean * scale).to(dtype), (posterior.std * scale).to(dtype)
+        encoded = vae.encode(pixels.to(device or vae.device, vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+    else:  # an autoencoder without a posterior, such as `AutoencoderTiny`
+        mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+    return (mean * scale).to(dtype), (std * scale).to(dtype)
 
 
 @torch.no_grad()

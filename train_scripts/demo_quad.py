@@ -41,7 +41,8 @@ COLUMNS = 8
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--max_train_steps", type=int, default=500)
+    parser.add_argument("--concept_steps", type=int, default=1000)
+    parser.add_argument("--max_train_steps", type=int, default=400)
     parser.add_argument("--images_per_context", type=int, default=1000)
     parser.add_argument(
         "--samples_per_context", type=int, default=200, help="Images that each distance is measured on."
@@ -56,7 +57,7 @@ def train(args: argparse.Namespace) -> Path:
     config = TrainingConfig(
         ModelConfig(embedded_base(), mode="lora", unfreeze_after=0.0),
         DataConfig(train_data_dir=str(data), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
-        ContextConfig(),
+        ContextConfig(concept_steps=args.concept_steps),
         OptimizationConfig(
             seed=args.seed,
             train_batch_size=64,

@@ -244,7 +244,7 @@ def test_the_inverse_posterior_inverts_the_mechanisms(form):
     z, mask = noise_for(module, len(MASKS)), torch.tensor(MASKS, dtype=torch.float64)
     values = module.concept_values(z, mask)
     log_variance = torch.linspace(-3, 0, 8, dtype=torch.float64).view(1, 4, 2).expand_as(values)
-    posterior = module._invert_mechanisms(values, log_variance, mask)
+    posterior = module.noise_posterior(values, log_variance, mask)
     torch.testing.assert_close(posterior.mean, z, rtol=1e-6, atol=1e-6)
     for row in range(len(MASKS)):
         jacobian = torch.autograd.functional.jacobian(

@@ -143,7 +143,7 @@ def test_a_run_of_other_processes_cannot_go_on(undisturbed, monkeypatch, tmp_pat
     folder = shutil.copytree(file.parent, tmp_path / "checkpoint-3")
     (folder / "options.json").write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(ValueError, match="other options: `processes` was 2 and is 1"):
-        create_trainer(undisturbed.options | {"resume_from_checkpoint": str(folder)})
+        load_trainer(undisturbed.options | {"resume_from_checkpoint": str(folder)})
 
 
 # two processes
