@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-fast lint clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# without the tests that launch processes, train, or draw many samples
+test-fast: install
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/evaluation tests/adapter \
+		tests/test_adapter_format.py tests/training/test_config.py tests/training/test_objective.py \
+		tests/training/test_scm_fit.py tests/training/test_initialization.py
 
 lint: install
 	$(BIN)/ruff check .

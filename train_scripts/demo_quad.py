@@ -97,6 +97,7 @@ def measure(pipeline: ComposablePipeline, interventions: tuple[str, ...], args: 
         generator=torch.Generator().manual_seed(held_out),
         num_inference_steps=args.num_inference_steps,
         guidance_scale=1.0,
+        match_prompt=False,  # captions say what an image showed before an intervention turned its shape
         output_type="np",
     ).images
     sets = (to_uint8(samples), others.images)
