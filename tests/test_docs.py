@@ -274,7 +274,7 @@ def test_flags_exist():
     ]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources if path != Path(__file__))
     others = {"config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"}
-    others |= {"dynamo_backend", "kill-on-bad-exit"}
+    others |= {"dynamo_backend", "kill-on-bad-exit", "index-url"}
     for page in PAGES:
         if page.parent.name != "notebook":
             for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))) - others:
