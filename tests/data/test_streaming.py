@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -133,9 +134,14 @@ def test_captions_come_along(sources):
 def test_a_process_without_images_of_a_context_is_told_so(tmp_path):
     write_parquet(tmp_path / "apart", [(png(index), ["obs", "night"][index % 2]) for index in range(8)], 2)
     stream = open_stream(tmp_path / "apart")
-    ContextStream(stream, "night", 4, process_index=1, num_processes=2).fill()
-    with pytest.raises(ValueError, match=r"no readable image of the context 'night' in this .* \(2 files or shards\)"):
-        ContextStream(stream, "night", 4, process_index=0, num_processes=2).fill()
+    messages = []
+    for index in range(2):  # either may be the one that reads the file of night
+        try:
+            ContextStream(stream, "night", 4, process_index=index, num_processes=2).fill()
+        except ValueError as error:
+            messages.append(str(error))
+    (message,) = messages
+    assert re.search(r"no readable image of the context 'night' in this .* \(2 files or shards\)", message)
 
 
 def test_a_context_that_is_long_in_coming_is_warned_of_and_then_given_up(sources, monkeypatch, caplog):
