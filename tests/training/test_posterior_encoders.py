@@ -182,7 +182,7 @@ def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip
     shape = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     pipeline.register_modules(image_encoder=CLIPVisionModel(CLIPVisionConfig(**shape, image_size=16, patch_size=4)))
     with pytest.raises(
-        ValueError, match=r"features of 4 channels, and the adapter's posterior sees 8: call .*tiny-clip"
+        ValueError, match=r"features of 4 channels, and the adapter's posterior takes 8: call .*tiny-clip"
     ):
         pipeline.infer_exogenous_noise(image)
 

@@ -17,7 +17,7 @@ from .conftest import create_trainer
 
 
 KL = [f"kl/{name}" for name in ("night", "snow", "hidden_0", "hidden_1", "hidden_2", "hidden_3")]
-FIGURES = ["contrast", "misfit", "mismatch", "reconstruction", *KL]
+METRICS = ["contrastive_loss", "latent_swd", "noise_swd", "reconstruction", *KL]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_concepts_are_curves_of_their_own_steps(logged):
     events = logged(concept_steps=45, max_train_steps=3)
     # 14 steps (0.3) on a code, 4 (0.1) of reading, the rest on all terms: every tenth, and the last of each stage
     steps = {"code/": [10, 14], "reading/": [18], "": [20, 30, 40, 45]}
-    names = {"code/": ["reconstruction", "kl"], "reading/": ["reconstruction", "error"], "": FIGURES}
+    names = {"code/": ["reconstruction", "kl"], "reading/": ["reconstruction", "error"], "": METRICS}
     for stage, expected in steps.items():
         for name in names[stage]:
             assert [event.step for event in events.Scalars(f"concepts/{stage}{name}")] == expected

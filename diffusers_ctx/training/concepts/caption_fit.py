@@ -73,7 +73,7 @@ def fit_captions(
     likelihood = CaptionLikelihood(values[0].numel(), captions.shape[1])  # on the CPU, which it is too small for
     likelihood.load_state_dict(known.state_dict())
     likelihood.standardize(captions)
-    generator = keyed_generator(seed, "captions", "rows")
+    generator = keyed_generator(seed, "captions")
     order = torch.randperm(len(rows), generator=generator)
     _fit(likelihood, values[order], captions[order], held_out, generator)
     known.load_state_dict(likelihood.state_dict())
@@ -113,7 +113,7 @@ def _draw_values(
     context_module: ContextModule, latents: ContextLatents, rows: torch.Tensor, seed: int, device: torch.device
 ) -> torch.Tensor:
     """Node values (B, N, d) of some images, drawn from their posteriors as noise is drawn from the prior."""
-    exogenous = KeyedNoise(seed, "captions", "noise").normal(len(latents), *context_module.noise_shape)
+    exogenous = KeyedNoise(seed, "captions noise").normal(len(latents), *context_module.noise_shape)
     values = []
     for part in rows.split(_IMAGES_AT_ONCE):
         mask = latents.masks[part].to(device)
