@@ -36,6 +36,11 @@ class Batch(NamedTuple):
         return self.latents if self.features is None else self.features
 
 
+def noise_of_batch(seed: int, number: int, process_index: int, num_processes: int) -> KeyedNoise:
+    """The random numbers of a process's batch in the diffusion stage, wherever its images come from."""
+    return KeyedNoise(seed, "diffusion", number, process_index=process_index, num_processes=num_processes)
+
+
 class Batches(Protocol):
     """The batches of one process, from memory or from a stream."""
 

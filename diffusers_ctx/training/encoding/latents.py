@@ -16,7 +16,7 @@ from ...adapter.image_features import ImageFeatures
 from ...autoencoding import encode_pixels
 from ...data import ContextBalancedSampler
 from ..run.keyed_noise import KeyedNoise
-from .batch import Batch
+from .batch import Batch, noise_of_batch
 from .images import ImageTransform
 from .latent_cache import cached, content_key
 
@@ -103,8 +103,7 @@ class LatentBatches:
             self.sampler.set_epoch(epoch)
             parts = torch.tensor(list(self.sampler)).split(self.batch_size)
             for rows in parts[self.process_index :: self.num_processes][skipped : self._batches_per_epoch]:
-                share = {"process_index": self.process_index, "num_processes": self.num_processes}
-                random = KeyedNoise(self.seed, "diffusion", number, **share)
+                random = noise_of_batch(self.seed, number, self.process_index, self.num_processes)
                 yield self.latents.batch(rows, random), random
                 number += 1
             epoch, skipped = epoch + 1, 0

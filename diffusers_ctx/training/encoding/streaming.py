@@ -21,7 +21,7 @@ from ...data.streaming import ContextStream, ImageStream, open_stream, take_imag
 from ...keyed_random import keyed_seed
 from ..config import TrainingConfig
 from ..run.keyed_noise import KeyedNoise
-from .batch import Batch
+from .batch import Batch, noise_of_batch
 from .images import ImageTransform
 
 
@@ -135,8 +135,7 @@ class StreamedBatches:
             ValueError: if an image cannot be read, or a context comes to no more images.
         """
         for number, images in enumerate(self.images(start), start):
-            share = {"process_index": self.process_index, "num_processes": self.num_processes}
-            random = KeyedNoise(self.seed, "diffusion", number, **share)
+            random = noise_of_batch(self.seed, number, self.process_index, self.num_processes)
             yield images.encode(self.vae, random), random
 
     def images(self, start: int) -> Iterator[StreamedImages]:
