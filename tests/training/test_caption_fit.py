@@ -80,7 +80,7 @@ def test_captions_that_depend_on_nothing_are_learned_by_heart_for_a_short_while_
 def test_it_is_the_same_with_the_same_seed():
     weights = []
     for _ in range(2):
-        module, latents = make_latents(300)
+        module, latents = make_latents(1000)
         fit_captions(Accelerator(cpu=True), module, latents, encode, seed=1)
         weights.append(module.captions.embed_caption.weight.clone())
     assert torch.equal(*weights) and weights[0].abs().max() > 0

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.evaluation import EvaluationConfig, Evaluator, kernel_distance, sliced_wasserstein_distance
 from diffusers_ctx.evaluation.features import clip_features
-from diffusers_ctx.keyed_random import keyed_generator
+from diffusers_ctx.keyed_random import keyed_generator, keyed_seed
 from diffusers_ctx.pipelines.adapted import load_adapted_pipeline, recorded_base
 
 from .conftest import EVALUATION_SCRIPT, files_in, flags, launch_script
@@ -105,7 +105,7 @@ def halves_of_the_composition(held_out: Path) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(ImageOps.fit(Image.open(path), (32, 32), Image.Resampling.LANCZOS))
 
     images = np.stack([cropped(held_out / "night+snow" / f"{index}.png") for index in range(6)])
-    order = np.random.default_rng(0).permutation(6)
+    order = np.random.default_rng(keyed_seed(0, "held out")).permutation(6)
     return images[order[0::2]], images[order[1::2]]
 
 

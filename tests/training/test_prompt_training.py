@@ -38,4 +38,4 @@ def test_it_trains_resumes_exactly_and_loads(options, base_model, tmp_path, mode
 def test_a_resume_with_another_injection_is_refused(options):
     create_trainer(options | {"injection": "prompt", "checkpointing_steps": 2}).train()
     with pytest.raises(ValueError, match="`injection` was prompt and is cross_attention"):
-        create_trainer(options | {"resume_from_checkpoint": "latest"})
+        create_trainer(options | {"resume_from_checkpoint": "latest"}).load()
