@@ -19,6 +19,7 @@ from methods.setting import device, in_batches
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import read_attributes
 from diffusers_ctx.evaluation.report import measure_context
+from diffusers_ctx.paths import expand_home
 
 
 def pooled(images_per_context: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -58,7 +59,7 @@ def measure_base(folder: str, images_per_context: int, num_inference_steps: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="Folder of the pipeline.")
+    parser.add_argument("base", type=expand_home, help="Folder of the pipeline.")
     parser.add_argument("--images_per_context", type=int, default=100)
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[6, 25])
     args = parser.parse_args()

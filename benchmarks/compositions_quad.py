@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
 from methods.context_adapter import adapter_sampler, load_pipeline
 from provenance import made_with
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.paths import local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="Folder of the adapter.")
-    parser.add_argument("--output", type=Path, help="File of the metrics; by default compositions.json beside it.")
+    parser.add_argument("adapter", type=local_path, help="Folder of the adapter.")
+    parser.add_argument(
+        "--output", type=local_path, help="File of the metrics; by default compositions.json beside it."
+    )
     parser.add_argument("--combinations", nargs="+", default=list(COMBINATIONS), help="Such as obs or quad1+quad4.")
     parser.add_argument("--independent", action="store_true", help="The variant without edges between the factors.")
     parser.add_argument("--n", type=int, default=500, help="Images per combination.")

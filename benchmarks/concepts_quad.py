@@ -6,7 +6,6 @@ python benchmarks/concepts_quad.py runs/demo/adapter
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from diffusers_ctx.evaluation import (
     mutual_information_gap,
     separated_attribute_predictability,
 )
+from diffusers_ctx.paths import expand_home, local_path
 
 
 def infer_nodes(pipeline: ComposablePipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,10 +48,10 @@ def disentanglement(codes: np.ndarray, factors: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="Folder of the adapter.")
+    parser.add_argument("adapter", type=expand_home, help="Folder of the adapter.")
     parser.add_argument("--n", type=int, default=600, help="Number of images.")
     parser.add_argument("--seed", type=int, default=quad.FIRST_HELD_OUT_SEED, help="Seed of the images.")
-    parser.add_argument("--output", type=Path, help="File for the metrics.")
+    parser.add_argument("--output", type=local_path, help="File for the metrics.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())

@@ -6,7 +6,6 @@ python benchmarks/counterfactual_quad.py runs/demo/adapter
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from measure import may_move
@@ -24,6 +23,7 @@ from diffusers_ctx.evaluation import (
 from diffusers_ctx.evaluation.features import autoencode
 from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.evaluation.quad_attributes import attribute_difference
+from diffusers_ctx.paths import expand_home, local_path
 
 
 INTERVENTIONS = (("quad4",), ("quad1",), ("quad1", "quad4"))
@@ -86,11 +86,11 @@ def measure_composition(counterfactuals: Counterfactuals, sample: quad.QuadSampl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="Folder of the adapter.")
+    parser.add_argument("adapter", type=expand_home, help="Folder of the adapter.")
     parser.add_argument("--n", type=int, default=64, help="Number of images.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1_500_000, help="Seed of the images; held out from 1,000,000 on.")
-    parser.add_argument("--output", type=Path, help="File for the metrics.")
+    parser.add_argument("--output", type=local_path, help="File for the metrics.")
     args = parser.parse_args()
 
     sample = quad.generate(n=args.n, seed=args.seed)

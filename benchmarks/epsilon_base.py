@@ -33,6 +33,7 @@ from diffusers_ctx import embedded_base
 from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.report import measure_context
+from diffusers_ctx.paths import local_path
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.config import ContextConfig
 
@@ -113,8 +114,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 of each method.")
     parser.add_argument("--n", type=int, default=500, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/epsilon"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the results.")
+    parser.add_argument("--work_dir", type=local_path, default=Path("runs/epsilon"))
+    parser.add_argument("--results", type=local_path, default=RESULTS, help="File of the results.")
     parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
     return parser.parse_args()
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tables import distances, summarize_method
 
 from diffusers_ctx.data import quad
+from diffusers_ctx.paths import local_path
 
 
 _CURVE_SAMPLES = 500  # of each combination: distances at different numbers cannot be compared
@@ -116,13 +117,15 @@ def _heat_maps(matrices: dict[str, Any], columns: tuple[str, ...], xlabel: str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="Folder of one comparison's results.")
-    parser.add_argument("--output_dir", type=Path, default=Path("docs/benchmark"))
+    parser.add_argument("results", type=local_path, help="Folder of one comparison's results.")
+    parser.add_argument("--output_dir", type=local_path, default=Path("docs/benchmark"))
     parser.add_argument(
         "--methods", nargs="+", default=["ours", "prompt-lora", "lora-per-context"], help="In matrices."
     )
-    parser.add_argument("--shipped", type=Path, help="Results of the shipped adapter, for the matrices too.")
-    parser.add_argument("--curves", type=Path, help="Folder of all results, with runs of other steps and images.")
+    parser.add_argument("--shipped", type=local_path, help="Results of the shipped adapter, for the matrices too.")
+    parser.add_argument(
+        "--curves", type=local_path, help="Folder of all results, with runs of other steps and images."
+    )
     args = parser.parse_args()
 
     results = [json.loads(file.read_text()) for file in sorted(args.results.glob("*.json"))]

@@ -6,7 +6,6 @@ python benchmarks/prompts_quad.py runs/demo/adapter --n 500
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from measure import measure_combination
@@ -14,6 +13,7 @@ from methods.context_adapter import adapter_sampler, load_pipeline
 from provenance import write_metrics
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.paths import local_path
 
 
 _PRINTED = ("shape_met", "shape_met_real", "swd", "floor", "debiased", "drift", "drift_real")
@@ -21,11 +21,11 @@ _PRINTED = ("shape_met", "shape_met_real", "swd", "floor", "debiased", "drift", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="Folder of the adapter.")
+    parser.add_argument("adapter", type=local_path, help="Folder of the adapter.")
     parser.add_argument("--combinations", nargs="+", default=["obs", "size", "orientation", "quad1+quad4"])
     parser.add_argument("--n", type=int, default=500, help="Images per combination, at most 2,000.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
-    parser.add_argument("--output", type=Path, help="File for the metrics.")
+    parser.add_argument("--output", type=local_path, help="File for the metrics.")
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.adapter, embedded_base())

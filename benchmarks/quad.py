@@ -30,6 +30,7 @@ from tables import render_tables
 from training_logs import write_log
 
 from diffusers_ctx.data import quad
+from diffusers_ctx.paths import local_path
 
 
 RESULTS = Path(__file__).parent / "results" / "quad"
@@ -48,8 +49,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--n", type=int, default=1000, help="Samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=6)
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--work_dir", type=local_path, default=Path("runs/benchmark"))
+    parser.add_argument("--results_dir", type=local_path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
     return parser.parse_args()
 

@@ -34,6 +34,7 @@ from methods.setting import device
 from methods.steps import AdapterRun, PlainLora, StepCase, StepSetting, create_run
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.paths import expand_home, local_path
 
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -194,13 +195,13 @@ def render_table(results: dict[str, Any]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", default=embedded_base())
+    parser.add_argument("--pretrained_model_name_or_path", type=expand_home, default=embedded_base())
     parser.add_argument("--train_batch_size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--allow_tf32", action="store_true", help="Let a GPU multiply in TF32.")
     parser.add_argument("--steps", type=int, default=100, help="Steps of each case, after a few to warm up.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="File of the results.")
+    parser.add_argument("--results", type=local_path, default=RESULTS, help="File of the results.")
     parser.add_argument("--only", choices=list(CASES), help="Print the peak memory of this one alone, in MiB.")
     return parser.parse_args()
 

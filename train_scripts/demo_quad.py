@@ -23,6 +23,7 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import sliced_wasserstein_distance
 from diffusers_ctx.evaluation.grids import draw_grid, sample_rows
 from diffusers_ctx.evaluation.images import to_uint8
+from diffusers_ctx.paths import local_path
 from diffusers_ctx.training import (
     ContextConfig,
     ContextTrainer,
@@ -40,7 +41,7 @@ COLUMNS = 8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output_dir", type=local_path, default=Path("runs/demo"))
     parser.add_argument("--concept_steps", type=int, default=1000)
     parser.add_argument("--max_train_steps", type=int, default=400)
     parser.add_argument("--images_per_context", type=int, default=1000)

@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ctx.data import quad
+from diffusers_ctx.paths import expand_home, local_path
 
 
 IMAGES_PER_DRAW = 512  # of each context, drawn at once
@@ -51,10 +52,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("autoencoder", "unet"))
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="The pipeline's folder; `unet` reads the VAE in it."
+        "--output_dir", type=local_path, required=True, help="The pipeline's folder; `unet` reads the VAE in it."
     )
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="For `unet`: a pipeline made by this script, to train for longer."
+        "--pretrained_model_name_or_path",
+        type=expand_home,
+        help="For `unet`: a pipeline made by this script, to train for longer.",
     )
     parser.add_argument(
         "--prediction_type",

@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..fingerprint import fingerprint
+from ..paths import local_or_hub, local_path
 from .attention import context_module_detached
 from .lora import lora_detached
 
@@ -135,7 +136,10 @@ class ClipFeatures:
         )
         try:
             model, info = CLIPVisionModel.from_pretrained(
-                name_or_path, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True
+                local_or_hub(name_or_path),
+                cache_dir=local_path(cache_dir) if cache_dir else None,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, RuntimeError) as error:  # not found; weights of other shapes
             raise ValueError(f"The CLIP model '{name_or_path}' cannot be loaded; {fix}. ({error})") from error

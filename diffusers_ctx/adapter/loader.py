@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..adapter_format import (
 )
 from ..context import ContextModule, Interventions, intervention_mask
 from ..hub import push_adapter_folder, render_model_card, resolve_adapter_folder, save_model_card
+from ..paths import local_or_hub, local_path
 from .attention import (
     attach_context_module,
     attached_adapter,
@@ -60,6 +62,17 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """Names of the concepts that can be intervened on; empty without an adapter."""
         module = self.context_module
         return list(module.config.concepts) if module is not None else []
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a pipeline, as in diffusers.
+
+        Raises:
+            OSError: if there is no such folder or repository; a mistyped folder does not wait for the network.
+        """
+        if kwargs.get("cache_dir"):
+            kwargs["cache_dir"] = local_path(kwargs["cache_dir"])
+        return super().from_pretrained(local_or_hub(pretrained_model_name_or_path), **kwargs)  # type: ignore[misc]
 
     def load_context_adapter(
         self,
@@ -117,7 +130,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             self.unload_context_adapter()
             raise
         own_base = Path(self.config.get("_name_or_path") or "").resolve()
-        if config["mode"] == "full" and own_base != Path(pretrained_model_name_or_path).resolve():
+        if config["mode"] == "full" and own_base != local_path(pretrained_model_name_or_path).resolve():
             logger.warning(
                 f"This context adapter was trained together with its UNet; load the pipeline from"
                 f" '{pretrained_model_name_or_path}' as well."
@@ -142,7 +155,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         module, adapter = self._require_context_module(), attached_adapter(self.unet)
         check_no_disk_offload(self.unet)
         mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
-        folder = Path(save_directory)
+        folder = local_path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter_config(
             module,
@@ -171,7 +184,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         Raises:
             ValueError: if LoRAs are fused into the weights.
         """
-        if has_context_module(self.unet) and not Path(save_directory, CONFIG_NAME).exists():
+        folder = local_path(save_directory)
+        if has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
             logger.warning(
                 "The pipeline is saved without its context adapter; call `save_context_adapter` or"
                 " `push_context_adapter` for that as well."
@@ -181,7 +195,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             stack.enter_context(context_module_detached(self.unet))
             for model in self._lora_models.values():
                 stack.enter_context(lora_detached(model))
-            super().save_pretrained(str(save_directory), **kwargs)  # type: ignore[misc]
+            super().save_pretrained(str(folder), **kwargs)  # type: ignore[misc]
 
     def unload_context_adapter(self) -> None:
         """Removes the adapter and its LoRAs, which leaves the plain pipeline; without an adapter, does nothing.
@@ -256,21 +270,27 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         Raises:
             ValueError: if no adapter is loaded.
             LocalTokenNotFoundError: if there is no token.
-            PermissionError: if the Hub does not accept the token.
-            ConnectionError: if the Hub cannot be reached.
+            PermissionError, ConnectionError: if the Hub does not accept the token, refuses the adapter, or cannot be
+                reached. What was saved stays on disk then; the message says where, and how to complete the push.
         """
-        with TemporaryDirectory() as folder:
+        with ExitStack() as stack:
+            folder = mkdtemp(prefix="context-adapter-")
+            stack.callback(shutil.rmtree, folder)
             self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
             if attached_adapter(self.unet).trained_full:
                 self.save_pretrained(folder)
-            return push_adapter_folder(
-                folder,
-                repo_id,
-                token=token,
-                private=private,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+            try:
+                return push_adapter_folder(
+                    folder,
+                    repo_id,
+                    token=token,
+                    private=private,
+                    commit_message=commit_message,
+                    create_pr=create_pr,
+                )
+            except (PermissionError, ConnectionError):
+                stack.pop_all()
+                raise
 
     def _check_no_context_adapter(self) -> None:
         if has_context_module(self.unet):

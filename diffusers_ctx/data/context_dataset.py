@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..keyed_random import keyed_seed
+from ..paths import local_path
 from .contexts import kept_contexts
 from .decoding import readable_rows
 from .sources import context_folders, is_context_root, load_source, read_columns, read_folders
@@ -63,8 +64,8 @@ def load_context_dataset(
     if max_samples_per_context is not None and max_samples_per_context < 1:
         raise ValueError(f"`max_samples_per_context` is {max_samples_per_context}; it must be 1 or more.")
     if is_context_root(source):
-        kept = kept_contexts(context_folders(Path(source)), concepts, obs_context)
-        dataset = read_folders(Path(source), kept, text_column)
+        kept = kept_contexts(context_folders(local_path(source)), concepts, obs_context)
+        dataset = read_folders(local_path(source), kept, text_column)
     else:
         table = source if isinstance(source, Dataset) else load_source(source, name, split, cache_dir)
         dataset = read_columns(table, image_column, context_column, text_column)

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
+from ..paths import local_path
+
 
 FACTORS = ("quad1", "quad2", "quad3", "quad4", "size", "color", "shape", "orientation")
 CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
@@ -153,7 +155,7 @@ def write_folders(root: str | Path, n: int, seed: int = 0, dependent: bool = Tru
     """
     from PIL import Image
 
-    root = Path(root)
+    root = local_path(root)
     for offset, (context, interventions) in enumerate(contexts().items()):
         folder = root / context
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
+from ..paths import existing_folder, local_or_hub, local_path
 from .contexts import listed
 from .folder_captions import check_root, read_captions
 
@@ -22,9 +23,9 @@ _DATA_FILES = {".parquet", ".arrow", ".tar"}  # a folder that holds one of these
 
 def is_context_root(source: Any) -> bool:
     """Whether `source` is a folder of contexts, and not one that `datasets.load_dataset` reads."""
-    if not isinstance(source, str | Path) or not Path(source).is_dir():
+    if not isinstance(source, str | Path) or not local_path(source).is_dir():
         return False
-    return not any(path.suffix in _DATA_FILES and path.stem != "metadata" for path in Path(source).rglob("*"))
+    return not any(path.suffix in _DATA_FILES and path.stem != "metadata" for path in local_path(source).rglob("*"))
 
 
 def _is_hidden(path: Path) -> bool:
@@ -93,10 +94,9 @@ def load_source(
             f"`source` is a {type(source).__name__}; give a folder, the name of a dataset, or one `datasets.Dataset` "
             "(of a DatasetDict, one split)."
         )
-    if not Path(source).is_dir() and (isinstance(source, Path) or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"There is no folder {str(source)!r}; check the path.")  # and no need to ask the Hub
+    source = str(existing_folder(source)) if isinstance(source, Path) else local_or_hub(source)
     try:
-        cache = str(cache_dir) if cache_dir else None
+        cache = str(local_path(cache_dir)) if cache_dir else None
         return load_dataset(str(source), name, split=split, cache_dir=cache, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
+from ..paths import local_path
 from .contexts import interventions_of, kept_contexts, listed
 from .decoding import decode_image
 from .shuffle_buffer import ShuffleBuffer
@@ -98,8 +99,8 @@ def open_stream(
         ValueError: if a column is missing or holds something else, or images lie outside their contexts.
     """
     if is_context_root(source):
-        folders = sorted(context_folders(Path(source)))
-        files = read_folders(Path(source), folders, text_column).shuffle(seed=seed)
+        folders = sorted(context_folders(local_path(source)))
+        files = read_folders(local_path(source), folders, text_column).shuffle(seed=seed)
         rows = files.to_iterable_dataset(num_shards=min(_FOLDER_SHARDS, len(files)))
         rows = rows.cast_column("image", Image(decode=False))
         return ImageStream(rows, "image", "context", "text", folders, has_names=True)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..data import load_context_dataset
 from ..fingerprint import fingerprint
 from ..keyed_random import keyed_generator
+from ..paths import local_path
 from .config import EvaluationConfig
 from .features import autoencode, clip_features, latent_features
 from .grids import draw_grid
@@ -105,7 +106,7 @@ class Evaluator:
     def _load_images(self) -> HeldOutImages:
         config, module = self.config, self.pipeline.context_module.config
         dataset = load_context_dataset(
-            self.data,
+            local_path(self.data),
             obs_context=module.obs_context,
             text_column=config.caption_column,
             skip_unreadable=config.skip_unreadable,

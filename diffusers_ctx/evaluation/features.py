@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..autoencoding import in_range
+from ..paths import local_or_hub, local_path
 from .images import to_uint8
 
 
@@ -39,9 +40,13 @@ def clip_features(
         device: device to work on.
         batch_size: images embedded at once.
         cache_dir: where downloads are kept.
+
+    Raises:
+        OSError: if there is no such model.
     """
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+    name_or_path, cache_dir = local_or_hub(name_or_path), local_path(cache_dir) if cache_dir else None
     model = CLIPVisionModelWithProjection.from_pretrained(name_or_path, cache_dir=cache_dir).to(device)
     processor = CLIPImageProcessor.from_pretrained(name_or_path, cache_dir=cache_dir)
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..adapter_format import CARD_NAME, CONFIG_NAME, AdapterError, adapter_files, read_adapter_config
+from ..paths import local_or_hub, local_path
 
 
 def resolve_adapter_folder(
@@ -45,17 +46,21 @@ def resolve_adapter_folder(
         AdapterError: if there is no such folder, repository or revision, if the Hub cannot be reached and the cache
             does not hold the adapter, or if its config is not that of a context adapter.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder / (subfolder or "")
-    if folder.exists():
-        raise AdapterError(f"{folder} is a file: pass the adapter's folder, the one that holds {CONFIG_NAME}.")
-
-    repo_id, prefix = str(name_or_path), f"{subfolder}/" if subfolder else ""
+    try:
+        repo_id = local_or_hub(name_or_path)
+    except NotADirectoryError as error:
+        raise AdapterError(
+            f"{name_or_path} is a file: pass the adapter's folder, the one that holds {CONFIG_NAME}."
+        ) from error
+    except (FileNotFoundError, ValueError) as error:
+        raise AdapterError(str(error)) from error
+    if Path(repo_id).is_dir():
+        return Path(repo_id) / (subfolder or "")
+    prefix = f"{subfolder}/" if subfolder else ""
     options: dict[str, Any] = {
         "revision": revision,
         "token": token,
-        "cache_dir": cache_dir,
+        "cache_dir": local_path(cache_dir) if cache_dir else None,
         "local_files_only": local_files_only,
     }
     try:

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from ..adapter_format import CARD_NAME
 from ..embedded import EMBEDDED_BASE
+from ..paths import local_path
 
 
 _MARKER = (
@@ -95,7 +96,7 @@ def render_model_card(
 
 def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
     """Writes `card` as the README of `folder`, unless its author has replaced the one that was there."""
-    path = Path(folder) / CARD_NAME
+    path = local_path(folder) / CARD_NAME
     if not path.exists() or _MARKER in path.read_text(encoding="utf-8"):
         card.save(path)
     return path

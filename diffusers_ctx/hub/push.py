@@ -8,13 +8,16 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
+from typing import Any
 from urllib.parse import unquote
 
 from huggingface_hub import CommitInfo, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from ..adapter_format import (
     CARD_NAME,
@@ -25,6 +28,7 @@ from ..adapter_format import (
     adapter_files,
     validate_adapter_folder,
 )
+from ..paths import local_path
 from .model_card import is_public
 
 
@@ -64,16 +68,18 @@ def push_adapter_folder(
         AdapterError: if the folder is not a whole adapter with a model card, a picture of the card is missing, or the
             pipeline of an adapter of mode `full` is.
         LocalTokenNotFoundError: if there is no token.
-        PermissionError: if the Hub does not accept the token.
-        ConnectionError: if the Hub cannot be reached.
+        PermissionError: if the Hub does not accept the token; with the command that completes the upload.
+        ConnectionError: if the upload breaks off, or the Hub refuses it; with that command, too.
     """
+    folder = local_path(folder)
     files = files_to_push(folder)
     api = _api(token)
-    repo_id = _create(api, repo_id, private)  # a pull request needs no right to write
-    with _refused(repo_id):
+    again = _command(folder, repo_id, private=private, commit_message=commit_message, create_pr=create_pr)
+    with _push_errors(repo_id, f"All is saved in {folder}; complete the push with\n    {again}"):
+        repo_id = _create(api, repo_id, private)  # a pull request needs no right to write
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=Path(folder),
+            folder_path=folder,
             allow_patterns=[glob.escape(name) for name in files],
             # files of an earlier push that this adapter does not have; uploaded files stay
             delete_patterns=[LORA_WEIGHTS_NAME, RECORD_NAME],
@@ -96,13 +102,13 @@ def create_repository(repo_id: str, *, token: str | None = None, private: bool |
     Raises:
         LocalTokenNotFoundError: if there is no token.
         PermissionError: if the Hub does not accept the token, or the token may not write there.
-        ConnectionError: if the Hub cannot be reached.
+        ConnectionError: if the Hub cannot be reached, or refuses the repository.
     """
     api = _api(token)
-    name = _create(api, repo_id, private)
-    if "write" in inspect.signature(api.auth_check).parameters:  # older versions cannot ask
-        with _refused(repo_id):  # an existing repository may be read-only for this token
-            api.auth_check(name, write=True)
+    with _push_errors(repo_id, f"Push to {repo_id} again while online."):
+        name = _create(api, repo_id, private)
+        if "write" in inspect.signature(api.auth_check).parameters:  # older versions cannot ask
+            api.auth_check(name, write=True)  # an existing repository may be read-only for this token
     return name
 
 
@@ -157,21 +163,30 @@ def _pictures(card: Path) -> list[str]:
 
 
 def _create(api: HfApi, repo_id: str, private: bool | None) -> str:
-    with _refused(repo_id):
-        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 @contextmanager
-def _refused(repo_id: str) -> Iterator[None]:
-    """Raises errors that name the fix if the Hub refuses the token or cannot be reached."""
+def _push_errors(repo_id: str, fix: str) -> Iterator[None]:
+    """Raises errors that end with the fix if the Hub cannot be reached, or refuses what it is sent."""
     try:
         yield
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(f"The Hub does not let this token write to {repo_id}. {_LOGIN}.") from error
-    except (HTTPError, OSError) as error:  # versions of the client use different HTTP libraries
-        raise ConnectionError(f"The Hub was not reached ({error}). Push to {repo_id} again while online.") from error
+    except HFValidationError:  # it is no name of a repository: nothing was sent
+        raise
+    except Exception as error:  # its type depends on the client's version, the kind of file and the cause
+        refusal = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(refusal, HfHubHTTPError) and refusal.response.status_code in (401, 403):
+            raise PermissionError(f"The Hub does not let this token write to {repo_id}. {_LOGIN}. {fix}") from error
+        reason = shorten(" ".join(str(part) for part in (error, error.__cause__) if part), 300)
+        raise ConnectionError(f"Pushing to {repo_id} failed ({reason}). {fix}") from error
+
+
+def _command(folder: Path, repo_id: str, **options: Any) -> str:
+    """What pushes the folder, from a shell in any folder, with the options that are not the defaults."""
+    defaults = inspect.signature(push_adapter_folder).parameters
+    given = [f"{name}={value!r}" for name, value in options.items() if value != defaults[name].default]
+    call = f"push_adapter_folder({', '.join([repr(str(folder.resolve())), repr(repo_id), *given])})"
+    return f"python -c {shlex.quote(f'from diffusers_ctx.hub import push_adapter_folder; {call}')}"
 
 
 def _api(token: str | None) -> HfApi:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..adapter_format import Injection, Mode
+from ..paths import expand_home
 
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -56,6 +57,11 @@ def _option(default: Any, help: str, **bounds: Any) -> Any:
     return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
 
 
+def _path(default: Any, help: str) -> Any:
+    """An option that is or may be a path."""
+    return field(default=default, metadata={"help": help, "is_path": True})
+
+
 def kind_of(annotation: Any) -> Any:
     """The type of an option from its annotation, without the `None` of an option that may be left open."""
     arguments = get_args(annotation)
@@ -63,10 +69,10 @@ def kind_of(annotation: Any) -> Any:
 
 
 class OptionGroup:
-    """Options that are checked as soon as they are given, in Python as on the command line.
+    """Options that are checked as soon as they are given, in Python as on the command line. `~` in paths is expanded.
 
     Raises:
-        ValueError: if an option is none of its choices or outside of its bounds.
+        ValueError: if an option is none of its choices or outside of its bounds, or a path names an unknown home.
     """
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class OptionGroup:
             value, kind = getattr(self, option.name), kind_of(annotations[option.name])
             if value is None:
                 continue
+            if option.metadata.get("is_path"):
+                setattr(self, option.name, expand_home(value))
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"`{option.name}` is {value!r}; choose one of {list(get_args(kind))}.")
             if kind in (int, float) and (wanted := option.metadata["bounds"].broken_by(value)):
@@ -85,7 +93,7 @@ class OptionGroup:
 class ModelConfig(OptionGroup):
     """The base model and what of it learns."""
 
-    pretrained_model_name_or_path: str = field(metadata={"help": "Local folder or Hub id of a Stable Diffusion."})
+    pretrained_model_name_or_path: str = _path(MISSING, "Local folder or Hub id of a Stable Diffusion.")
     revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the model files, such as fp16.")
     mode: Mode = _option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
@@ -115,8 +123,8 @@ class ModelConfig(OptionGroup):
 class DataConfig(OptionGroup):
     """The images and how they are read."""
 
-    train_data_dir: str | None = _option(None, "Folder with one sub-folder of images per context.")
-    dataset_name: str | None = _option(None, "Dataset on the Hub or on disk, instead of a folder.")
+    train_data_dir: str | None = _path(None, "Folder with one sub-folder of images per context.")
+    dataset_name: str | None = _path(None, "Dataset on the Hub or on disk, instead of a folder.")
     dataset_config_name: str | None = _option(None, "The dataset's configuration, if it has several.")
     dataset_split: str = _option("train", "The dataset's split.")
     image_column: str = _option("image", "The dataset's column of images.")
@@ -148,7 +156,7 @@ class DataConfig(OptionGroup):
     streaming_shuffle_buffer: int = _option(
         256, "With streaming, the size of each context's shuffle buffer, in images.", at_least=1
     )
-    cache_dir: str | None = _option(None, "Folder for downloads and encoded images; by default the Hub's cache.")
+    cache_dir: str | None = _path(None, "Folder for downloads and encoded images; by default the Hub's cache.")
 
     def source_options(self) -> dict[str, Any]:
         """Keyword arguments that name the images, for `load_context_dataset` and `open_stream`."""
@@ -183,7 +191,7 @@ class ContextConfig(OptionGroup):
         " default unet, or clip if its model is named; vae in mode full, with streaming, and for a UNet without a"
         " middle block.",
     )
-    posterior_encoder_model: str | None = _option(
+    posterior_encoder_model: str | None = _path(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."
     )
     expressive_depth: int = _option(
@@ -255,14 +263,14 @@ class OptimizationConfig(OptionGroup):
 class OutputConfig(OptionGroup):
     """Where the run writes, and what it logs and validates."""
 
-    output_dir: str = _option("context-adapter", "Folder for the adapter, its checkpoints and logs.")
-    logging_dir: str = _option("logs", "Folder within output_dir for the trackers.")
+    output_dir: str = _path("context-adapter", "Folder for the adapter, its checkpoints and logs.")
+    logging_dir: str = _path("logs", "Folder for the trackers; a relative one lies within output_dir.")
     report_to: str = _option("tensorboard", "Name of an installed tracker, `all` or `none`.")
     checkpointing_steps: int = _option(
         500, "Steps between checkpoints; there is always one before the first step and one after the last.", at_least=1
     )
     checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.", at_least=1)
-    resume_from_checkpoint: str | None = _option(None, "A checkpoint's folder, or `latest`.")
+    resume_from_checkpoint: str | None = _path(None, "A checkpoint's folder, or `latest`.")
     validation_prompt: str | None = _option(None, "Prompt of the validation images; without one, none are drawn.")
     validation_interventions: list[str] | None = _option(
         None, "Compositions to draw in a validation besides the single contexts, such as `night+snow`."

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from ..paths import local_path
 from .config import GROUPS, TrainingConfig, kind_of
 
 
@@ -31,8 +32,8 @@ class OptionParser(HfArgumentParser):
     def __init__(self) -> None:
         super().__init__(GROUPS)
 
-    def add_argument(self, *names: str, bounds: Any = None, **options: Any) -> Any:
-        """See `argparse`. The groups check their bounds themselves."""
+    def add_argument(self, *names: str, bounds: Any = None, is_path: bool = False, **options: Any) -> Any:
+        """See `argparse`. The groups check bounds and expand paths themselves."""
         return super().add_argument(*names, **options)
 
 
@@ -52,7 +53,7 @@ def parse_training_config(arguments: Sequence[str] | None = None) -> TrainingCon
     if not arguments or arguments[0].startswith("-") or not arguments[0].endswith((".json", ".yaml", ".yml")):
         return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))
     file, *flags = arguments
-    options = _read_options(Path(file))
+    options = _read_options(local_path(file))
     if base := options.pop("pretrained_model_name_or_path", None):  # argparse wants it as a flag
         flags = [f"--pretrained_model_name_or_path={base}", *flags]
     parser.set_defaults(**options)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from accelerate import cpu_offload
 from conftest import CONCEPTS, SDXL_UNET, attach_random_module, make_components, make_context_module, make_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers, loader
-from diffusers_ctx.adapter_format import AdapterError
+from diffusers_ctx.adapter_format import AdapterError, validate_adapter_folder
+from diffusers_ctx.hub import push
 from diffusers_ctx.hub.push import files_to_push
 
 
@@ -138,6 +142,23 @@ def test_a_loaded_adapter_of_mode_full_is_pushed_with_its_pipeline(
     monkeypatch.setattr(loader, "push_adapter_folder", lambda folder, repo_id, **options: files_to_push(folder))
     files = fresh_pipeline.push_context_adapter("user/adapter")
     assert {"model_index.json", "unet/config.json", "context_adapter.safetensors", "README.md"} <= set(files)
+
+
+def test_what_could_not_be_pushed_is_kept(saved_adapter, fresh_pipeline, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    fresh_pipeline.load_context_adapter(saved_adapter)
+    with pytest.raises(ConnectionError, match=r"All is saved in .*; complete the push with"):
+        fresh_pipeline.push_context_adapter("user/adapter", token="hf_x")
+    (kept,) = tmp_path.glob("context-adapter-*")
+    assert validate_adapter_folder(kept)["concepts"] == fresh_pipeline.concepts
+    with pytest.raises(LocalTokenNotFoundError):
+        monkeypatch.setattr(push, "get_token", lambda: None)
+        fresh_pipeline.push_context_adapter("user/adapter")
+    assert list(tmp_path.glob("context-adapter-*")) == [kept]
 
 
 @pytest.mark.parametrize("first", ["lora", "adapter"])

@@ -13,7 +13,7 @@ def test_a_local_folder_is_found_and_goes_before_the_hub(adapter, tmp_path, monk
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_repository(name):
-    with pytest.raises(AdapterError, match="neither a local folder nor a repository"):
+    with pytest.raises(AdapterError, match=f"There is no folder '{name}'; check the path: "):
         resolve_adapter_folder(name)
 
 

@@ -1,17 +1,23 @@
 """What a push sends, and that it comes back: the real client against a Hub on loopback, in processes of its own."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from diffusers_ctx.adapter_format import AdapterError
-from diffusers_ctx.hub import render_model_card
+from diffusers_ctx.hub import push_adapter_folder, render_model_card
 from diffusers_ctx.hub.push import files_to_push
 
 from .conftest import CONFIG, contents, write_adapter
-from .hub_double import TOKEN, USER, HubDouble, run_client
+from .hub_double import TOKEN, USER, HubDouble, Refusal, client_environment, run_client
 
 
 REPO = f"{USER}/weather"
@@ -163,12 +169,63 @@ def test_a_repository_that_can_only_be_read_is_refused_before_training(hub, tmp_
 def test_a_hub_that_is_not_reached_is_one_clear_error(hub, adapter, tmp_path):
     hub.stop()
     calls = (PUSH, {"folder": adapter, "repo_id": REPO, "token": TOKEN}), (CREATE, {"repo_id": REPO, "token": TOKEN})
-    for outcome in (
-        *call(hub, tmp_path / "home", *calls),
-        *call(hub, tmp_path / "home", *calls, HF_HUB_OFFLINE="1"),
-    ):
-        assert outcome["error"] == "ConnectionError"
-        assert f"Push to {REPO} again while online" in outcome["message"]
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
+        push, create = call(hub, tmp_path / "home", *calls, **variables)
+        assert push["error"] == create["error"] == "ConnectionError"
+        assert f"All is saved in {adapter}; complete the push with" in push["message"]
+        assert f"Push to {REPO} again while online" in create["message"]
+
+
+REFUSALS = {
+    "weights": ("/lfs/.*", 413, "Error while uploading .*ConnectionError|413"),
+    "commit": (".*/commit/main", 400, "400"),
+    "token": (".*/commit/main", 403, None),
+    "card": ("/api/validate-yaml", 400, "Invalid metadata in README.md"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_a_push_that_breaks_off_names_the_command_that_completes_it(hub, adapter, tmp_path, monkeypatch, refused):
+    path, status, reason = REFUSALS[refused]
+    answer = hub.answer
+
+    def refuse(request):
+        if re.fullmatch(path, request.path):
+            raise Refusal(status, "not now")
+        return answer(request)
+
+    folder = adapter.rename(tmp_path / "Ada's adapter")
+    options = {"folder": folder, "repo_id": REPO, "private": True, "commit_message": "It's done"}
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "answer", refuse)
+        (outcome,) = call(hub, tmp_path / "home", (PUSH, options), HF_TOKEN=TOKEN)
+    assert outcome["error"] == ("PermissionError" if status == 403 else "ConnectionError")
+    assert reason is None or re.search(reason, outcome["message"])
+    message, command = outcome["message"].split("\n    ")
+    assert message.endswith(f"All is saved in {folder}; complete the push with") and len(message) < 700
+    assert len(hub.repos[REPO].branches["main"]) == 1
+
+    environment = client_environment(hub.endpoint, tmp_path / "home", HF_TOKEN=TOKEN)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    subprocess.run(command, shell=True, check=True, env=environment, cwd=tmp_path / "home", timeout=600)
+    pushed = hub.repos[REPO].branches["main"][-1]
+    assert pushed.message == "It's done" and pushed.changed == sorted(ADAPTER_FILES) and hub.repos[REPO].private
+
+
+FAILURES = [TimeoutError("timed out"), RuntimeError("Error while uploading 'x' to the Hub."), HTTPError("reset")]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize("method", ["create_repo", "upload_folder"])
+def test_no_failure_of_the_network_is_bare(adapter, monkeypatch, method, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *arguments, **options: SimpleNamespace(repo_id=REPO))
+    monkeypatch.setattr(HfApi, method, fail)
+    with pytest.raises(ConnectionError, match=r"failed \(.*\)\. All is saved in .*\n    python -c") as raised:
+        push_adapter_folder(adapter, REPO, token=TOKEN)
+    assert str(error) in str(raised.value) and TOKEN not in str(raised.value)
 
 
 def test_an_adapter_of_mode_full_takes_its_pipeline_along(tmp_path):

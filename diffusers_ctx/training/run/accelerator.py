@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,7 @@ def create_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
         ],
         project_config=ProjectConfiguration(
-            project_dir=output.output_dir, logging_dir=f"{output.output_dir}/{output.logging_dir}"
+            project_dir=output.output_dir, logging_dir=str(Path(output.output_dir, output.logging_dir))
         ),
     )
     configure_sharding(accelerator, options.max_grad_norm)
