@@ -38,7 +38,7 @@ class ImageJob:
 
 
 def make_images(jobs: Sequence[ImageJob], batch_size: int, accelerator: Accelerator, description: str) -> None:
-    """Makes the images that are not on disk yet, shared among the processes; returns when all are there.
+    """Makes the images that are not on disk yet, or damaged, shared among the processes; returns when all are there.
 
     Batches do not depend on what is missing or on the number of processes, and a batch that lacks an image is made
     again as a whole: the images of another batch would differ in the last bit.
@@ -51,7 +51,7 @@ def make_images(jobs: Sequence[ImageJob], batch_size: int, accelerator: Accelera
     """
     starts = [(job, start) for job in jobs for start in range(0, job.n, batch_size)]
     batches = [(job, list(range(start, min(start + batch_size, job.n)))) for job, start in starts]
-    missing = [(job, batch) for job, batch in batches if not all(job.path(index).exists() for index in batch)]
+    missing = [(job, batch) for job, batch in batches if not all(_is_whole(job.path(index)) for index in batch)]
     accelerator.wait_for_everyone()  # or one process would not list what another one has already made
     share = missing[accelerator.process_index :: accelerator.num_processes]
     for job, batch in tqdm(share, desc=description, disable=not accelerator.is_main_process):
@@ -74,7 +74,10 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder} holds images and no {file.name} that says how they were made; choose another folder."
         )
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); choose another folder, or delete {folder}.") from error
     different = [
         f"`{name}` was {found.get(name)!r} and is {settings.get(name)!r}"
         for name in found | settings
@@ -91,6 +94,16 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings that `check_settings` compares with."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the image is there and can be read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # what a cut-off file is for Pillow
+        return False
+    return True
 
 
 def _save_atomically(image: np.ndarray, path: Path) -> None:

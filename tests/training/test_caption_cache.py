@@ -4,6 +4,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import make_pipeline, make_xl_pipeline
@@ -62,6 +63,31 @@ def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(p
     assert not any(torch.allclose(changed[name], first[name]) for name in first)
     CaptionCache(pipeline, CAPTIONS[:2], tmp_path)
     assert len(list(tmp_path.glob("captions-*.arrow"))) == len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "fewer rows", "other columns", "shorter rows"])
+@torch.no_grad()
+def test_a_damaged_file_is_made_anew(tmp_path, caplog, how):
+    pipeline = make_pipeline()
+    CaptionCache(pipeline, CAPTIONS, tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    tables = {
+        "fewer rows": {"text": [[0.0] * 24 * 32]},
+        "other columns": {"image": [[0.0] * 24 * 32] * 3},
+        "shorter rows": {"text": [[0.0] * 24] * 3},
+    }
+    file.unlink()  # the first one has mapped it
+    if how in tables:
+        datasets.Dataset.from_dict(tables[how]).map(cache_file_name=str(file))
+    else:
+        file.write_bytes(content[:-50] if how == "cut off" else b"")
+    expected, got = Conditioner.of(pipeline).encode_captions(CAPTIONS), CaptionCache(pipeline, CAPTIONS, tmp_path)
+    torch.testing.assert_close(got(CAPTIONS)["text"], expected["text"])
+    assert file.read_bytes() == content and f"{file} is damaged and is made anew" in caplog.text
+    caplog.clear()
+    CaptionCache(pipeline, CAPTIONS, tmp_path)
+    assert "damaged" not in caplog.text
 
 
 def test_what_another_process_encodes_is_waited_for(pipeline, tmp_path):

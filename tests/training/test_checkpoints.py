@@ -19,6 +19,8 @@ from diffusers_ctx.training.run.checkpoints import (
     register_trained_weights,
     save_checkpoint,
 )
+from diffusers_ctx.training.run.concept_checkpoint import ConceptCheckpoint
+from diffusers_ctx.training.run.stop_signals import StopSignals
 
 from .conftest import files_in
 
@@ -194,9 +196,36 @@ def test_one_that_was_cut_off_is_named_with_the_one_before_it(accelerator, tmp_p
     for step, fix in ((10, f"resume from .* `--resume_from_checkpoint {tmp_path}/checkpoint-5`"), (5, "train anew")):
         damaged = tmp_path / f"checkpoint-{step}" / "trained.safetensors"
         damaged.write_bytes(damaged.read_bytes()[:-3])
-        with pytest.raises(ValueError, match=rf"The weights in {damaged.parent} are damaged; {fix}"):
+        with pytest.raises(ValueError, match=rf"trained.safetensors in {damaged.parent} is damaged: .* or {fix}"):
             choose_checkpoint(tmp_path, f"checkpoint-{step}", 100, accelerator, OPTIONS)
     assert choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS) == tmp_path / "checkpoint-100"
+
+
+FILES = ["files.json", "options.json", "optimizer.bin", "random_states_0.pkl", "trained.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_of_which_a_part_is_missing_is_named(accelerator, tmp_path, name):
+    checkpoint = save_checkpoint(accelerator, tmp_path, 5, OPTIONS, total_limit=None)
+    assert set(FILES) <= set(names(checkpoint))
+    file = checkpoint / name
+    for size in (0, file.stat().st_size - 1):
+        file.write_bytes(file.read_bytes()[:size] or b"")
+        with pytest.raises(ValueError, match=rf"{name} in {checkpoint} is damaged: .*copy it again, or train anew"):
+            choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{checkpoint} has no {name}: it was copied in part"):
+        choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"junk", "other"])
+def test_damaged_progress_of_the_concepts_is_named(accelerator, tmp_path, content):
+    file = tmp_path / "concepts-in-progress.pt"
+    torch.save({"weights": torch.zeros(2)}, file) if content == "other" else file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} is damaged; remove it, and the concepts are learned from"):
+        choose_checkpoint(tmp_path, "latest", 100, accelerator, OPTIONS)
+    with pytest.raises(ValueError, match="is damaged; remove it"):
+        ConceptCheckpoint(accelerator, tmp_path, OPTIONS, StopSignals(accelerator), 1)
 
 
 def test_finding(tmp_path):

@@ -1,6 +1,7 @@
 """Images to latents, and the random numbers that make a run repeatable."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +147,47 @@ def test_latents_are_kept_and_found_again(plain_pipeline, dataset, tmp_path):
     assert torch.equal(encode(plain_pipeline.vae, dataset, tmp_path / "new").mean, first.mean + 1)
 
 
+def damage(file: Path, how: str) -> None:
+    """Replaces a file by what a full disk, a broken copy or a mix-up leaves."""
+    content = file.read_bytes()
+    file.unlink()  # a run may have mapped it
+    if how == "other tensors":
+        save_file({"mean": torch.zeros(2), "std": torch.zeros(2), "geometry": torch.zeros(2)}, file)
+    elif how == "other names":
+        save_file({"pixels": torch.zeros(2)}, file)
+    else:
+        file.write_bytes(
+            {"empty": b"", "cut off": content[:-50], "header alone": content[:20], "junk": b"x" * 99}[how]
+        )
+
+
+DAMAGES = ["empty", "cut off", "header alone", "junk", "other tensors", "other names"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_made_anew(plain_pipeline, dataset, tmp_path, caplog, how):
+    first = encode(plain_pipeline.vae, dataset, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    damage(file, how)
+    again = encode(plain_pipeline.vae, dataset, tmp_path)
+    assert torch.equal(first.mean, again.mean) and file.read_bytes() == whole
+    assert f"{file} is damaged and is made anew" in caplog.text
+
+
+def test_a_damaged_file_is_not_read_while_another_process_makes_it_anew(tmp_path):
+    shapes = {"mean": (3,)}
+    cached(tmp_path, "key", lambda: {"mean": torch.zeros(3)}, shapes=shapes)  # its file is longer than 50 bytes
+    (file,) = tmp_path.iterdir()
+    damage(file, "cut off")
+    with ThreadPoolExecutor() as another:
+        waiting = another.submit(cached, tmp_path, "key", pytest.fail, wait_for_other_process=True, shapes=shapes)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=1)
+        cached(tmp_path, "key", lambda: {"mean": torch.ones(3)}, shapes=shapes)
+        assert waiting.result(timeout=60)["mean"].tolist() == [1, 1, 1]
+
+
 def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_encoded(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(OSError, match=r"`cache_dir` .*taken cannot be written to .*choose another"):
@@ -176,7 +218,8 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
     features = Conditioner.of(plain_pipeline).unet_features()
-    size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8)  # of latents and features, by hand
+    # of latents, features and geometry, by hand
+    size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8 + 6)
     have(size - 1)
     message = r"`cache_dir` .* GB free, and encoded data takes .*; free some, choose another `cache_dir`"
     with pytest.raises(OSError, match=message):
@@ -185,7 +228,7 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
     have(size)
     encode_all()
     (file,) = tmp_path.iterdir()
-    assert sum(x.nbytes for name, x in load_file(file).items() if name != "geometry") == size
+    assert 4 * sum(x.numel() for x in load_file(file).values()) == size
 
 
 def test_other_images_weights_or_settings_are_encoded_anew(plain_pipeline, dataset, tmp_path):

@@ -8,11 +8,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from ...fingerprint import fingerprint
 from ...pipelines import CompositionMixin, Conditioner
-from ..run.files import check_room, check_writable, wait_for_file, writing_to_cache
+from ..run.files import check_room, check_writable, needs_making, wait_for_file, writing_to_cache
 
 
 _BATCH_SIZE = 16
@@ -21,7 +22,7 @@ _BATCH_SIZE = 16
 class CaptionCache:
     """Encodes captions like `Conditioner.encode_captions`, each once; afterwards they are read from an Arrow file.
 
-    The file is mapped, not loaded into memory. Several processes may write it at once.
+    The file is mapped, not loaded into memory, and made anew if it is damaged. Several processes may write it at once.
 
     Args:
         pipeline: its text encoders must not change.
@@ -50,11 +51,15 @@ class CaptionCache:
                 encoded = conditioner.encode_captions(batch["caption"])
             return {name: tensor.float().flatten(1).cpu().numpy() for name, tensor in encoded.items()}
 
+        def is_whole() -> bool:
+            return _is_whole(file, len(ordered), self.shapes)
+
         key = _content_key(pipeline, ordered, self.shapes)
         file = folder / f"captions-{key}.arrow"
         if wait_for_other_process:
-            wait_for_file(file)
-        elif not file.exists():
+            wait_for_file(file, is_whole)
+        elif needs_making(file, is_whole):
+            file.unlink(missing_ok=True)  # or it would be read
             check_writable(folder, "cache_dir")
             check_room(folder, 4 * len(ordered) * sum(shape.numel() for shape in self.shapes.values()))
         with writing_to_cache(file):
@@ -81,6 +86,18 @@ class CaptionCache:
             name: torch.stack(list(values)).unflatten(1, self.shapes[name]).to(self.device, self.dtypes[name])
             for name, values in rows.items()
         }
+
+
+def _is_whole(file: Path, rows: int, shapes: dict[str, torch.Size]) -> bool:
+    """Whether the file can be read, and has as many rows of tensors of these shapes."""
+    try:
+        table = datasets.Dataset.from_file(str(file)).data
+    except (OSError, ValueError):  # `pyarrow.ArrowInvalid` is one
+        return False
+    if len(table) != rows or set(table.column_names) != set(shapes):
+        return False
+    lengths = {name: pc.unique(pc.list_value_length(table[name])).to_pylist() for name in shapes}
+    return lengths == {name: [shape.numel()] for name, shape in shapes.items()}
 
 
 def _content_key(pipeline: CompositionMixin, captions: list[str], shapes: dict[str, torch.Size]) -> str:

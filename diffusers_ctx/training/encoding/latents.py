@@ -156,16 +156,21 @@ def encode_images(
         if image_features is not None:
             settings.append(image_features.digest())
         key = content_key(vae, dataset, *settings)
-        size = 4 * len(dataset) * (2 if random_flip else 1) * _numbers(vae, transform.resolution, image_features)
-        latents = cached(cache_dir, key, encode, wait_for_other_process, size)
+        rows = (2 if random_flip else 1, len(dataset))
+        shapes = {name: (*rows, *shape) for name, shape in _shapes(vae, transform.resolution, image_features).items()}
+        latents = cached(cache_dir, key, encode, wait_for_other_process, shapes)
     return ContextLatents(masks=masks, contexts=list(dataset["context"]), captions=list(dataset["text"]), **latents)
 
 
-def _numbers(vae: AutoencoderKL, resolution: int, image_features: ImageFeatures | None) -> int:
-    """How many are kept of a view of an image: mean, standard deviation and features."""
+def _shapes(vae: AutoencoderKL, resolution: int, image_features: ImageFeatures | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is kept of a view of an image."""
     side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    numbers = 2 * vae.config.latent_channels * side**2
-    return numbers + (image_features.channels * image_features.size(side) ** 2 if image_features else 0)
+    latent = (vae.config.latent_channels, side, side)
+    shapes: dict[str, tuple[int, ...]] = {"mean": latent, "std": latent, "geometry": (6,)}
+    if image_features is not None:
+        size = image_features.size(side)
+        shapes["features"] = (image_features.channels, size, size)
+    return shapes
 
 
 _KEPT = ("mean", "std", "geometry")

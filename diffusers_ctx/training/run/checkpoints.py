@@ -16,7 +16,6 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import nn
 
-from ...adapter_format import safetensors_defect
 from .concept_checkpoint import PROGRESS_NAME, contract_of_progress
 from .files import flush
 from .record import CONTENT
@@ -28,6 +27,7 @@ _NAME = re.compile(r"checkpoint-\d+")
 _UNFINISHED = "unfinished-"
 _WEIGHTS = "trained.safetensors"
 _CONTRACT = "options.json"
+_FILES = "files.json"  # the size of each other file
 _LENGTH = ("max_train_steps", "unfreeze_step")  # a resumed run may be longer
 
 
@@ -83,6 +83,7 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (unfinished / _CONTRACT).write_text(json.dumps(contract, indent=2) + "\n")
+            (unfinished / _FILES).write_text(json.dumps(_sizes(unfinished), indent=2) + "\n")
             for file in filter(Path.is_file, unfinished.rglob("*")):
                 flush(file)
     except torch.OutOfMemoryError:
@@ -176,8 +177,8 @@ def choose_checkpoint(
             f"{checkpoint} is beyond the {last_step} steps of this run; raise `max_train_steps`, or resume from"
             " another checkpoint."
         )
-    _check_sharding(checkpoint, accelerator)
     _check_whole(checkpoint)
+    _check_sharding(checkpoint, accelerator)
     _check_contract(checkpoint, _read_contract(checkpoint), contract)
     return checkpoint
 
@@ -196,12 +197,7 @@ def restore_unfreeze_step(checkpoint: Path, contract: dict[str, Any]) -> None:
 
 def _read_contract(checkpoint: Path) -> dict[str, Any]:
     """The contract of the run that wrote the checkpoint."""
-    file = checkpoint / _CONTRACT
-    if not file.exists():
-        raise ValueError(
-            f"{checkpoint} has no {_CONTRACT}: it was not written by this version of the training script."
-        )
-    return json.loads(file.read_text())
+    return json.loads((checkpoint / _CONTRACT).read_text())
 
 
 def _check_contract(saved: Path, before: dict[str, Any], contract: dict[str, Any]) -> None:
@@ -231,12 +227,36 @@ def _check_sharding(checkpoint: Path, accelerator: Accelerator) -> None:
 
 
 def _check_whole(checkpoint: Path) -> None:
-    """Checks that its weights were copied in full, if it was moved; what a run writes is atomic."""
-    if not any(safetensors_defect(file) for file in checkpoint.glob("*.safetensors")):
+    """Checks that it was copied in full, if it was moved; what a run writes is atomic."""
+    defect = _defect(checkpoint)
+    if defect is None:
         return
     earlier = [x for x in list_checkpoints(checkpoint.parent) if checkpoint_step(x) < checkpoint_step(checkpoint)]
     fix = f"resume from the one before it with `--resume_from_checkpoint {earlier[-1]}`" if earlier else "train anew"
-    raise ValueError(f"The weights in {checkpoint} are damaged; {fix}.")
+    raise ValueError(f"{defect}: it was copied in part, or written by another version; copy it again, or {fix}.")
+
+
+def _defect(checkpoint: Path) -> str | None:
+    """What of it is not there in full, if anything."""
+    file = checkpoint / _FILES
+    if not file.exists():
+        return f"{checkpoint} has no {_FILES}"
+    try:
+        sizes = dict(json.loads(file.read_text()))
+    except ValueError:
+        return f"{_FILES} in {checkpoint} is damaged"
+    for name, size in sizes.items():
+        if not (checkpoint / name).exists():
+            return f"{checkpoint} has no {name}"
+        if (checkpoint / name).stat().st_size != size:
+            return f"{name} in {checkpoint} is damaged"
+    return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """The size of each of its files but the list of sizes, in bytes."""
+    files = {path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    return {name: path.stat().st_size for name, path in files.items() if name != _FILES}
 
 
 def _check_no_checkpoints(output_dir: Path) -> None:

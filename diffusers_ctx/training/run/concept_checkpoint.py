@@ -15,6 +15,7 @@ from .stop_signals import StopSignals
 
 
 PROGRESS_NAME = "concepts-in-progress.pt"
+_STATE = ("contract", "stage", "step", "parts", "values", "random")
 
 
 class Stateful(Protocol):
@@ -45,7 +46,7 @@ class ConceptCheckpoint:
         self.contract = contract
         self.stop = stop
         self.every = every
-        self._earlier = torch.load(self.file, map_location="cpu") if self.file.exists() else None
+        self._earlier = _read(self.file) if self.file.exists() else None
         self.values: torch.Tensor | None = None if self._earlier is None else self._earlier["values"]
         """(n, N, d), node values of the images, once they are found."""
 
@@ -116,6 +117,18 @@ class ConceptCheckpoint:
 
 
 def contract_of_progress(folder: Path) -> dict[str, Any] | None:
-    """The contract of the run that has begun to learn concepts there; `None` if none has."""
+    """The contract of the run that has begun to learn concepts there; `None` if none has.
+
+    Raises:
+        ValueError: if what it saved is damaged.
+    """
     file = folder / PROGRESS_NAME
-    return json.loads(torch.load(file, map_location="cpu", mmap=True)["contract"]) if file.exists() else None
+    return json.loads(_read(file, mmap=True)["contract"]) if file.exists() else None
+
+
+def _read(file: Path, mmap: bool = False) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location="cpu", mmap=mmap)
+        return {name: state[name] for name in _STATE}
+    except Exception as error:  # which one depends on where the file is cut off
+        raise ValueError(f"{file} is damaged; remove it, and the concepts are learned from the beginning.") from error

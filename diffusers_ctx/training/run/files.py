@@ -105,10 +105,20 @@ def flush(file: Path) -> None:
         os.fsync(written.fileno())
 
 
-def wait_for_file(file: Path) -> None:
+def needs_making(file: Path, is_whole: Callable[[], bool]) -> bool:
+    """Whether a file of a cache is not there, or has to be made anew because it is damaged, which a warning says."""
+    if not file.exists():
+        return True
+    if is_whole():
+        return False
+    logger.warning(f"{file} is damaged and is made anew.")
+    return True
+
+
+def wait_for_file(file: Path, is_whole: Callable[[], bool]) -> None:
     """Waits until another process of this machine has written the file, without the time limit of a collective.
 
     If that process fails, the launcher ends this one.
     """
-    while not file.exists():
+    while not (file.exists() and is_whole()):
         time.sleep(_POLLING_SECONDS)
