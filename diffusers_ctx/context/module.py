@@ -126,7 +126,7 @@ class ContextModule(ModelMixin, ConfigMixin):
 
     @property
     def node_names(self) -> list[str]:
-        return [*self.config.concepts, *_hidden_names(self.config.num_hidden_factors)]
+        return [*self.config.concepts, *_hidden_names(self.config.num_hidden_factors, self.config.concepts)]
 
     def concept_values(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Values `c` (B, N, d_c) of the nodes, from noise (B, N, d_z) and a mask (B, K)."""
@@ -274,8 +274,12 @@ def _out_of_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
-def _hidden_names(num_hidden_factors: int) -> list[str]:
-    return [f"hidden_{index}" for index in range(num_hidden_factors)]
+def _hidden_names(num_hidden_factors: int, concepts: Sequence[str]) -> list[str]:
+    """`hidden_0` and so on; with more underscores where a concept is called that."""
+    names = [f"hidden_{index}" for index in range(num_hidden_factors)]
+    while set(names) & set(concepts):
+        names = [name.replace("hidden", "hidden_") for name in names]
+    return names
 
 
 def _check_concepts(concepts: Sequence[str], obs_context: str) -> None:
@@ -308,7 +312,7 @@ def _edges(
     graph: Sequence[tuple[str, str]], concepts: Sequence[str], num_hidden_factors: int
 ) -> list[tuple[int, int]]:
     """Node indices of the named edges, with the default edges of hidden factors that the graph does not mention."""
-    hidden = _hidden_names(num_hidden_factors)
+    hidden = _hidden_names(num_hidden_factors, concepts)
     nodes = [*concepts, *hidden]
     unknown = sorted({name for edge in graph for name in edge} - set(nodes))
     if unknown:

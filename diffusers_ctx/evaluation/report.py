@@ -9,6 +9,7 @@ import numpy as np
 
 from .conformity import composition_gap
 from .counterfactual import counterfactual_error
+from .grids import printable
 from .kernel_distance import kernel_distance
 from .sliced_wasserstein import bootstrap_interval, debiased, sliced_wasserstein_distance
 
@@ -138,15 +139,15 @@ def render_markdown(results: Mapping[str, Any]) -> str:
             `counterfactuals` (the result of `measure_counterfactuals`).
     """
     contexts = results["contexts"]
-    means = {
-        f"mean of {results[group]['contexts']}, {group}": results[group]
+    means = [
+        (f"mean of {results[group]['contexts']}, {group}", results[group])
         for group in ("concept", "composition")
         if group in results
-    }
+    ]
     columns = {
         name: column for name, column in _COLUMNS.items() if any(column(metrics) for metrics in contexts.values())
     }
-    rows = [[name, *(column(metrics) for column in columns.values())] for name, metrics in (contexts | means).items()]
+    rows = [[name, *(column(metrics) for column in columns.values())] for name, metrics in [*contexts.items(), *means]]
     lines = [*_table(["context", *columns], rows), ""]
     if "gap" in results:
         lines += [f"Composition gap of the debiased SWD: {results['gap']:.3f}", ""]
@@ -174,8 +175,9 @@ def draw_strengths(strengths: np.ndarray, names: Sequence[str]) -> Any:
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(strengths, cmap="Blues", vmin=0)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    labels = [printable(name) for name in names]
+    axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set(xlabel="cause", ylabel="effect")
     figure.colorbar(picture, label="strength of the edge")
     return figure

@@ -398,3 +398,9 @@ def test_features_are_standardised_before_the_posterior_sees_them(context_module
     other = ContextModule(CONCEPTS, token_dim=32, posterior_sample_size=64, **options)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.posterior(features, mask).mean, expected) and expected.isfinite().all()
+
+
+def test_concepts_called_like_hidden_factors_keep_their_names():
+    module = ContextModule(["hidden_0", "night"], token_dim=8, num_hidden_factors=2, graph=[("hidden_0", "night")])
+    assert module.node_names == ["hidden_0", "night", "hidden__0", "hidden__1"]
+    assert ContextModule(["night"], token_dim=8, num_hidden_factors=1).node_names == ["night", "hidden_0"]

@@ -113,6 +113,13 @@ def test_the_table_has_a_row_per_context_and_mean():
     ]
 
 
+def test_a_context_called_as_a_mean_keeps_its_row():
+    night = RESULTS["contexts"]["night"]
+    names = ["obs", "mean of 1, concept", "concept", "mean"]
+    results = RESULTS | {"contexts": dict.fromkeys(names, night)}
+    assert [row[0] for row in cells_of(render_markdown(results))] == ["context", *names, "mean of 1, concept"]
+
+
 def test_the_lines_of_the_table_are_as_long_as_one_another():
     lines = [line for line in render_markdown(RESULTS).splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1 and re.fullmatch(r"\|-+\|(-+:\|)+", lines[1])
