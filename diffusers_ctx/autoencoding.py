@@ -16,6 +16,22 @@ from PIL.Image import Image
 from .data.decoding import square_crop
 
 
+def native_resolution(pipeline: Any) -> int:
+    """Height and width of the images that a pipeline's UNet is made for, in pixels.
+
+    Raises:
+        ValueError: if its configuration does not say, or they are no squares.
+    """
+    size = pipeline.unet.config.sample_size
+    sides = {size} if isinstance(size, int | None) else set(size)
+    if len(sides) != 1 or None in sides:
+        raise ValueError(
+            f"The base model's UNet has the `sample_size` {size}, which does not say the side of a square; give"
+            " `resolution`, in pixels."
+        )
+    return sides.pop() * pipeline.vae_scale_factor
+
+
 def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] of one image or several.
 

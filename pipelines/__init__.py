@@ -3,6 +3,7 @@ from .conditioning import Conditioner
 from .outputs import ComposablePipelineOutput
 from .stable_diffusion import ComposablePipeline
 from .stable_diffusion_xl import ComposableXLPipeline
+from .truncation import describe_truncated, truncation_unsaid
 
 
 __all__ = [
@@ -11,4 +12,6 @@ __all__ = [
     "ComposableXLPipeline",
     "CompositionMixin",
     "Conditioner",
+    "describe_truncated",
+    "truncation_unsaid",
 ]

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.autoencoding import native_resolution
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.concepts.module import create_context_module
@@ -151,7 +152,7 @@ class StepSetting:
     @cached_property
     def _transform(self) -> ImageTransform:
         pipeline = self.load_pipeline()
-        return ImageTransform(pipeline.unet.config.sample_size * pipeline.vae_scale_factor, center_crop=True, seed=0)
+        return ImageTransform(native_resolution(pipeline), center_crop=True, seed=0)
 
     @cached_property
     def _pixels(self) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ..data import load_context_dataset
 from ..fingerprint import fingerprint
 from ..keyed_random import keyed_generator
 from ..paths import local_path
+from ..pipelines import describe_truncated, truncation_unsaid
 from .config import EvaluationConfig
 from .features import autoencode, clip_features, latent_features
 from .grids import draw_grid
@@ -91,13 +92,16 @@ class Evaluator:
             if not any(held_out.captions):
                 print("The images have no captions: all samples are made with the empty prompt.", flush=True)
             write_settings(self.output_dir, settings)
-        samples = self._make_samples(held_out)
-        counterfactuals = self._make_counterfactuals(held_out)
+            if line := describe_truncated(self.pipeline, held_out.captions):
+                print(line, flush=True)
         results = None
-        if self.accelerator.is_main_process:
-            results = self._measure(held_out, samples, counterfactuals) | self._record(settings)
-            self._write(results)
-            self._draw(held_out, counterfactuals, results["graph"])
+        with truncation_unsaid(self.pipeline):
+            samples = self._make_samples(held_out)
+            counterfactuals = self._make_counterfactuals(held_out)
+            if self.accelerator.is_main_process:
+                results = self._measure(held_out, samples, counterfactuals) | self._record(settings)
+                self._write(results)
+                self._draw(held_out, counterfactuals, results["graph"])
         self.accelerator.end_training()
         return results
 

@@ -14,20 +14,20 @@ from ..data import context_mask
 from .config import TrainingConfig
 
 
-def check_options(config: TrainingConfig, vae_scale_factor: int) -> None:
+def check_options(config: TrainingConfig, resolution: int, vae_scale_factor: int) -> None:
     """Checks what the config groups cannot check alone: options against the model, the installation and one another.
 
     Args:
         config: the run's options.
+        resolution: height and width of the images, in pixels.
         vae_scale_factor: pixels per latent, along each side.
 
     Raises:
         ValueError: if an option cannot work.
     """
-    if (config.data.resolution or 0) % vae_scale_factor:
+    if resolution % vae_scale_factor:
         raise ValueError(
-            f"`resolution` is {config.data.resolution}; this model's autoencoder needs a multiple of"
-            f" {vae_scale_factor}."
+            f"`resolution` is {resolution}; this model's autoencoder needs a multiple of {vae_scale_factor}."
         )
     if config.data.streaming:
         _check_streaming(config)

@@ -14,11 +14,12 @@ from huggingface_hub.constants import HF_HOME
 
 from ..adapter import set_context_scheduler
 from ..adapter_format import RECORD_NAME
+from ..autoencoding import native_resolution
 from ..context import ContextModule
 from ..data import concepts_of, context_mask
 from ..data.held_out import hold_out
 from ..hub import create_repository, push_adapter_folder
-from ..pipelines import CompositionMixin, Conditioner
+from ..pipelines import CompositionMixin, Conditioner, truncation_unsaid
 from .checks import check_accelerator, check_backbone, check_options, check_validation_contexts
 from .concepts.module import create_context_module
 from .concepts.stage import ConceptStage
@@ -30,7 +31,7 @@ from .diffusion.trainable import count_learned, learning_text_encoders, prepare_
 from .diffusion.validation import HELD_OUT_SEED, Validator
 from .encoding.batch import Batches
 from .encoding.caption_cache import CaptionCache
-from .encoding.images import ImageTransform, describe_images, load_images
+from .encoding.images import ImageTransform, describe_images, load_images, warn_of_long_captions
 from .encoding.latents import ContextLatents, LatentBatches, encode_images
 from .encoding.posterior_features import create_image_features, with_posterior_encoder
 from .encoding.streaming import StreamedBatches, open_images, take_concept_images
@@ -107,7 +108,7 @@ class ContextTrainer:
         pipeline = self.pipeline
         check_backbone(pipeline)
         config = with_posterior_encoder(self.config, pipeline)
-        check_options(config, pipeline.vae_scale_factor)
+        check_options(config, self.resolution, pipeline.vae_scale_factor)
         self._image_features = create_image_features(config, pipeline)
         self._schedule = schedule_options(config.model, pipeline.scheduler)
         self.config = config = with_unfreezing(config, self._schedule)
@@ -136,6 +137,7 @@ class ContextTrainer:
         if self._schedule:
             set_context_scheduler(pipeline, self._schedule)
         with ExitStack() as held:
+            held.enter_context(truncation_unsaid(pipeline))  # which `load` has said once
             if self.accelerator.is_main_process:  # where it fails, the launcher ends the others
                 held.enter_context(run_lock(self.output_dir))
             remove_unfinished(self.accelerator, self.output_dir)
@@ -243,7 +245,7 @@ class ContextTrainer:
     @property
     def resolution(self) -> int:
         """Height and width of the images, in pixels."""
-        return self.config.data.resolution or self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        return self.config.data.resolution or native_resolution(self.pipeline)
 
     @property
     def learning_rate(self) -> float:
@@ -275,6 +277,7 @@ class ContextTrainer:
         )
         if is_main:
             print(describe_images(images, concepts), flush=True)
+            warn_of_long_captions(self.pipeline, list(images["text"]), self.config)
         check_validation_contexts(self.config.output.validation_interventions or [], concepts, data.obs_context)
         self.max_train_steps = count_steps(self.config, self._train_images["context"], self._global_batch_size)
         warn_of_warm_up(self.config.optimization, self.max_train_steps)

@@ -109,7 +109,7 @@ def test_wandb_has_the_axes_as_metrics():
     start_trackers(accelerator, {})
     track_concepts(accelerator, {"kl/night": 0.5}, 40)
     track_step(accelerator, {"loss": 1.0, "lr": 0.1, "gradient_norm": 2.0}, 1)
-    track_step(accelerator, {"validation_loss/obs": 3.0}, 1)
+    track_step(accelerator, {"validation_loss/obs": 3.0, "mean_validation_loss": 3.0}, 1)
     track(wandb, {"validation": "a picture"}, 1)
     assert wandb.rows[0] == {"concepts/kl/night": 0.5, "concepts/step": 40}
     assert wandb.rows[1] == {"loss": 1.0, "lr": 0.1, "gradient_norm": 2.0, "step": 1}

@@ -1,5 +1,6 @@
 """What cannot work stops before anything is computed or written, with one message that names the fix."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,32 @@ def test_what_was_found_is_printed(options, own_photos, capsys):
     encoded_trainer(options | {"concepts": ["snow", "night"], "validation_images": 1})
     line = "Images (captions) by context: night 6 (6), obs 7 (7), snow 5 (0). Concepts: snow, night.\n"
     assert line in capsys.readouterr().out
+
+
+# the base model's size
+
+
+@pytest.mark.parametrize("size", [(16, 16), [16, 16], 16])
+def test_a_base_for_squares_trains_at_its_size(options, size):
+    trainer = create_trainer(options | {"resolution": None, "validation_prompt": "a", "num_validation_images": 1})
+    trainer.pipeline.unet.register_to_config(sample_size=size)
+    adapter = trainer.train()
+    assert trainer.resolution == 32 and trainer.latents.mean.shape[-2:] == (16, 16)
+    trainer.pipeline.unload_context_adapter()
+    trainer.pipeline.load_context_adapter(adapter)
+    assert trainer.pipeline("a", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("size", [None, (16, 24), (None, None)])
+def test_a_base_of_another_size_takes_a_resolution(options, size):
+    trainer = create_trainer(options | {"resolution": None})
+    trainer.pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(ValueError, match=re.escape(f"`sample_size` {size}") + ".*give `resolution`"):
+        trainer.load()
+    trainer = create_trainer(options | {"validation_prompt": "a", "num_validation_images": 1})
+    trainer.pipeline.unet.register_to_config(sample_size=size)
+    trainer.train()
+    assert trainer.pipeline("a", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
 # data

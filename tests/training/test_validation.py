@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -105,12 +106,22 @@ def test_held_out_are_the_same_images_and_crops_whatever_the_seed(options):
     assert not torch.equal(one.latents.geometry, other.latents.geometry)
 
 
+def test_a_context_called_mean_keeps_its_curve(options, photos, tmp_path):
+    options["train_data_dir"] = str(shutil.copytree(photos, tmp_path / "photos"))
+    (tmp_path / "photos" / "night").rename(tmp_path / "photos" / "mean")
+    folder = create_trainer(options | {"validation_images": 2, "report_to": "tensorboard"}).train()
+    events = EventAccumulator(str(folder / "logs" / "context-adapter")).Reload()
+    losses = {name: events.Scalars(f"validation_loss/{name}")[-1].value for name in ("obs", "mean", "snow")}
+    mean = events.Scalars("mean_validation_loss")[-1].value
+    assert mean == pytest.approx(sum(losses.values()) / 3) and mean != losses["mean"]
+
+
 def test_they_are_logged_and_change_nothing(options, tmp_path):
     changes = {"max_train_steps": 4, "validation_steps": 2, "validation_images": 2, "report_to": "tensorboard"}
     folder = create_trainer(options | changes | {"use_ema": True}).train()
     events = EventAccumulator(str(folder / "logs" / "context-adapter")).Reload()
-    for name in ("obs", "night", "snow", "mean"):
-        assert [event.step for event in events.Scalars(f"validation_loss/{name}")] == [2, 4]
+    for name in ("validation_loss/obs", "validation_loss/night", "validation_loss/snow", "mean_validation_loss"):
+        assert [event.step for event in events.Scalars(name)] == [2, 4]
     assert not (folder / "validation").exists()
     silent = create_trainer(
         options | changes | {"use_ema": True, "validation_steps": 100, "output_dir": str(tmp_path / "silent")}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.autoencoding import decode_latents
+from diffusers_ctx.autoencoding import decode_latents, native_resolution
 
 from ..setting import Sampler, Setting, device, in_batches
 from .lora import plain_sampler
@@ -61,7 +61,7 @@ def compose(
     generator: torch.Generator,
 ) -> np.ndarray:
     """Images (n, H, W, 3) in [0, 1]: at each step, plain + Σ (concept - plain)."""
-    scheduler, size = pipeline.scheduler, pipeline.unet.config.sample_size
+    scheduler, size = pipeline.scheduler, native_resolution(pipeline) // pipeline.vae_scale_factor
     prompts = [*captions, *(name_concepts(caption, [name]) for name in interventions for caption in captions)]
     text, _ = pipeline.encode_prompt(prompts, device(), 1, do_classifier_free_guidance=False)
     noise = torch.randn(len(captions), 4, size, size, generator=generator)

@@ -64,8 +64,9 @@ class Validator:
             losses = validation_losses(objective, self.pipeline, self.held_out, batch_size, self.stop)
             if losses is None:
                 return
-            losses["mean"] = sum(losses.values()) / len(losses)
-            track_step(self.accelerator, {f"validation_loss/{name}": loss for name, loss in losses.items()}, step)
+            metrics = {f"validation_loss/{name}": loss for name, loss in losses.items()}
+            # a name of its own: a context may be called mean
+            track_step(self.accelerator, metrics | {"mean_validation_loss": sum(losses.values()) / len(losses)}, step)
         if self.config.output.validation_prompt is not None:
             self._draw(step)
 

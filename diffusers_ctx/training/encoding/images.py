@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,7 +14,11 @@ from PIL import Image
 from ...data import load_context_dataset
 from ...data.decoding import square_crop
 from ...keyed_random import keyed_seed
+from ...pipelines import CompositionMixin, describe_truncated
 from ..config import TrainingConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_images(config: TrainingConfig) -> datasets.Dataset:
@@ -35,6 +40,17 @@ def describe_images(images: datasets.Dataset, concepts: Sequence[str]) -> str:
     captions = Counter(context for context, caption in zip(contexts, images["text"]) if caption)
     found = [f"{name} {count} ({captions[name]})" for name, count in sorted(Counter(contexts).items())]
     return f"Images (captions) by context: {', '.join(found)}. Concepts: {', '.join(concepts)}."
+
+
+def warn_of_long_captions(pipeline: CompositionMixin, captions: Sequence[str], config: TrainingConfig) -> None:
+    """Warns once of captions, and a prompt of the validation, that the text encoders take a part of only."""
+    what = "captions of the images that the concepts are learned on" if config.data.streaming else "captions"
+    lines = [
+        describe_truncated(pipeline, captions, what),
+        describe_truncated(pipeline, [config.output.validation_prompt or ""], "validation prompts"),
+    ]
+    for line in filter(None, lines):
+        logger.warning(line)
 
 
 class ImageTransform:

@@ -50,8 +50,8 @@ def cached(
         key: names the file; see `content_key`.
         encode: makes what is not there yet.
         wait_for_other_process: wait until another process has written it, instead of encoding.
-        shapes: the shapes of what `encode` makes, by name, of about four bytes a number; without them, neither the content
-            of a file nor the room for it is checked.
+        shapes: the shapes of what `encode` makes, by name, of about four bytes a number; without them, neither the
+            content of a file nor the room for it is checked.
 
     Raises:
         OSError: if the folder cannot be written to or has no room, before anything is encoded; or if the file cannot

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 _CONCEPTS = "concepts/"
 _CONCEPT_STEP = f"{_CONCEPTS}step"
 _STEP = "step"
-_OVER_STEPS = ("loss", "lr", "gradient_norm", "validation", "validation_loss/*")
+_OVER_STEPS = ("loss", "lr", "gradient_norm", "validation", "mean_validation_loss", "validation_loss/*")
 
 
 def start_trackers(accelerator: Accelerator, options: dict[str, Any]) -> None:
