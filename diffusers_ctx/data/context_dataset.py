@@ -9,10 +9,10 @@ import numpy as np
 from datasets import Dataset
 
 from ..keyed_random import keyed_seed
-from ..paths import local_path
 from .contexts import kept_contexts
-from .decoding import readable_rows
-from .sources import context_folders, is_context_root, load_source, read_columns, read_folders
+from .encoded_images import readable_rows
+from .folders import ContextFolders, is_context_root
+from .sources import load_source, read_columns
 
 
 def load_context_dataset(
@@ -27,15 +27,17 @@ def load_context_dataset(
     split: str = "train",
     skip_unreadable: bool = False,
     cache_dir: str | Path | None = None,
+    output_dir: str | Path | None = None,
     max_samples_per_context: int | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Reads images in contexts, and checks everything that could stop a training run later, including every image.
 
     A local folder holds one sub-folder per context (`root/obs/*.png`, `root/night/*.jpg`), with captions, where there
-    are any, in the sub-folder's `metadata.csv` or `metadata.jsonl` (`file_name` and `text`, as for the datasets
-    library's imagefolder). Anything else is a dataset with a column of images, one of contexts and optionally one of
-    captions.
+    are any, in a `metadata.csv`, `metadata.jsonl` or `metadata.parquet` beside images or above (`file_name` and
+    `text`, as for the datasets library's imagefolder), or in a text file for each image (`a.caption` beside `a.png`).
+    What else lies there is passed over, with one warning. Anything else is a dataset with a column of images, one of
+    contexts and optionally one of captions.
 
     Args:
         source: the folder of contexts, a name or folder that `datasets.load_dataset` takes, or a `datasets.Dataset`.
@@ -48,12 +50,13 @@ def load_context_dataset(
         split: the split of such a dataset.
         skip_unreadable: whether images that cannot be decoded are left out, with one warning, and not an error.
         cache_dir: where `datasets.load_dataset` caches.
+        output_dir: where a run writes; it is no context, should it lie in the folder of contexts.
         max_samples_per_context: keeps at most this many images of each context, drawn at random.
         seed: seed of that draw.
 
     Returns:
-        A map-style dataset with the columns `image` (decoded to RGB), `context` and `text` (empty where there is
-        none), in an order that depends on the source alone.
+        A map-style dataset with the columns `image` (decoded to RGB, see [`~data.decoding.to_rgb`]), `context` and
+        `text` (empty where there is none), in an order that depends on the source alone.
 
     Raises:
         FileNotFoundError: if `source` is neither a folder nor a dataset that can be found.
@@ -63,9 +66,10 @@ def load_context_dataset(
     """
     if max_samples_per_context is not None and max_samples_per_context < 1:
         raise ValueError(f"`max_samples_per_context` is {max_samples_per_context}; it must be 1 or more.")
-    if is_context_root(source):
-        kept = kept_contexts(context_folders(local_path(source)), concepts, obs_context)
-        dataset = read_folders(local_path(source), kept, text_column)
+    if not isinstance(source, Dataset) and is_context_root(source, obs_context):
+        folders = ContextFolders(source, output_dir)
+        kept = kept_contexts(folders.contexts, concepts, obs_context)
+        dataset = folders.read(kept, text_column)
     else:
         table = source if isinstance(source, Dataset) else load_source(source, name, split, cache_dir)
         dataset = read_columns(table, image_column, context_column, text_column)

@@ -1,7 +1,8 @@
 """Names of contexts, the interventions that they stand for, and the contexts that a choice of concepts keeps.
 
 A context is named after its interventions: `night`, or `night+snow` for several at once. The observational context,
-without interventions, has a name of its own, by default `obs`.
+without interventions, has a name of its own, by default `obs`. Names are compared in their normal form; see
+`normal_name`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..context.interventions import intervention_mask
+from ..context.names import normal_name
 
 
 _LISTED = 20
@@ -27,6 +29,7 @@ def interventions_of(context: str, obs_context: str = "obs") -> tuple[str, ...]:
     Raises:
         ValueError: if a part of a joined name is empty, repeated, or the observational context.
     """
+    context, obs_context = normal_name(context), normal_name(obs_context)
     if context == obs_context:
         return ()
     concepts = tuple(context.split("+"))
@@ -55,16 +58,20 @@ def context_mask(contexts: Sequence[str], concepts: Sequence[str], obs_context: 
     Raises:
         ValueError: if a context intervenes on a concept that is not among `concepts`.
     """
+    concepts = [normal_name(concept) for concept in concepts]
     interventions = [interventions_of(context, obs_context) for context in contexts]
     for context, names in zip(contexts, interventions):
         if unknown := [name for name in names if name not in concepts]:
-            raise ValueError(f"The context {context!r} intervenes on {unknown[0]!r}; known are {list(concepts)}.")
+            raise ValueError(f"The context {context!r} intervenes on {unknown[0]!r}; known are {concepts}.")
     return intervention_mask(interventions, concepts, len(interventions), obs_context)
 
 
 def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_context: str) -> list[str]:
-    """The contexts that intervene on `concepts` alone, sorted; see `load_context_dataset` for what it raises."""
-    contexts = sorted(contexts)
+    """The contexts that intervene on `concepts` alone, in their normal form, sorted.
+
+    See `load_context_dataset` for what it raises.
+    """
+    contexts, obs_context = sorted(map(normal_name, contexts)), normal_name(obs_context)
     if obs_context not in contexts:
         raise ValueError(
             f"There is no observational context {obs_context!r}; found {contexts}. Add its images under that name, "
@@ -85,17 +92,18 @@ def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_c
         )
     if concepts is None:
         return contexts
-    repeated = sorted({concept for concept in concepts if list(concepts).count(concept) > 1})
+    concepts = [normal_name(concept) for concept in concepts]
+    repeated = sorted({concept for concept in concepts if concepts.count(concept) > 1})
     if repeated:
         raise ValueError(f"The concepts {repeated} are named more than once; name each once.")
     unknown = [concept for concept in concepts if concept not in known]
     if unknown or not concepts:
-        raise ValueError(f"`concepts` is {list(concepts)}; choose one or more of {known}.")
+        raise ValueError(f"`concepts` is {concepts}; choose one or more of {known}.")
     kept = [context for context in contexts if set(interventions_of(context, obs_context)) <= set(concepts)]
     joined = [concept for concept in concepts if concept not in concepts_of(kept, obs_context)]
     if joined:
         raise ValueError(
-            f"The concepts {joined} were intervened on only together with concepts outside {list(concepts)}, in "
+            f"The concepts {joined} were intervened on only together with concepts outside {concepts}, in "
             f"{sorted(set(contexts) - set(kept))}; choose those too."
         )
     return kept

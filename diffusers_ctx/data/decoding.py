@@ -1,30 +1,74 @@
-"""Decoding and cropping of images, and images that cannot be decoded."""
+"""Pictures of any kind as RGB with 8 bits, and their crop."""
 
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
+import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import PIL.ImageOps
-from datasets import Dataset, Image
-
-from .contexts import listed
 
 
-def decode_image(image: dict[str, Any] | None) -> PIL.Image.Image:
-    """An encoded image in RGB.
+_ORIENTATION = 0x0112  # tags of EXIF and TIFF
+_BITS_PER_SAMPLE = 258
+_SAMPLE_FORMAT = 339
+_UNSIGNED = 1
+
+_INTEGER_BITS = (8, 16, 31, 32)
+_FLOAT_RANGES = (1.0, 255.0, 65535.0)
+_TOLERANCE = 0.01  # resampling overshoots the range of floats a little
+
+_ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # a second frame of others is a preview or a layer
+_STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}
+
+TRANSPARENT = "with transparent parts (laid over white)"
+DEEP = "of 32 bits or floats (in the smallest usual range that holds their values)"
+ANIMATED = "with several frames (the first is taken)"
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture of any mode in RGB, upright as its EXIF data say.
+
+    Grey values of 16 bits lose their lower byte. Values of 32 bits and floats are read in the smallest usual range
+    that holds them: 8, 16, 31 or 32 bits, and [0, 1], [0, 255] or [0, 65535]. Transparent parts are laid over white,
+    as viewers show them.
 
     Raises:
-        ValueError: if it cannot be decoded, saying why.
+        ValueError: if the values of a picture fit no range.
     """
-    if image is None:
-        raise ValueError("no image")
-    try:
-        return Image(mode="RGB").decode_example(image)
-    except Exception as error:  # Pillow's decoders raise many types on broken files
-        raise ValueError(str(error) or type(error).__name__) from error
+    image = _upright(image)
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if _is_deep(image):
+        image = _grey(image)
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    ground = PIL.Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(_with_alpha(image))
+    return ground.convert("RGB")
+
+
+def conversions(image: PIL.Image.Image) -> list[str]:
+    """What `to_rgb` changes of a picture beyond its mode, for [`warn_of_conversions`]."""
+    found = []
+    if image.format in _ANIMATED and getattr(image, "is_animated", False):
+        found.append(ANIMATED)
+    if image.mode in ("I", "F"):
+        found.append(DEEP)
+    if image.has_transparency_data and not _is_opaque(image):
+        found.append(TRANSPARENT)
+    return found
+
+
+def warn_of_conversions(found: Iterable[str], stacklevel: int = 2) -> None:
+    """Says in one line how many pictures were converted, by what `conversions` found; nothing if none were."""
+    counts = Counter(found)
+    if counts:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        warnings.warn(f"Images are converted to RGB: {kinds}.", stacklevel=stacklevel + 1)
 
 
 def square_crop(
@@ -38,54 +82,69 @@ def square_crop(
         centering: place of the crop from left to right and from top to bottom, in [0, 1]; by default the center.
     """
     size, method = (resolution, resolution), PIL.Image.Resampling.LANCZOS
-    return PIL.ImageOps.fit(image.convert("RGB"), size, method, centering=centering)
+    return PIL.ImageOps.fit(to_rgb(image), size, method, centering=centering)
 
 
-def readable_rows(dataset: Dataset, rows: list[int], skip_unreadable: bool) -> list[int]:
-    """Decodes the images of these rows.
-
-    Args:
-        dataset: has the columns `image` and `context`.
-        rows: the rows to decode.
-        skip_unreadable: whether images that cannot be decoded are left out, with one warning.
-
-    Returns:
-        The rows whose images can be decoded.
-
-    Raises:
-        ValueError: naming the images that cannot, unless they are skipped, or if a context has no others.
-    """
-    encoded = dataset.cast_column("image", Image(decode=False))
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        defects = dict(zip(rows, pool.map(lambda row: _defect(encoded[row]["image"]), rows)))
-    broken = {row: defect for row, defect in defects.items() if defect}
-    if not broken:
-        return rows
-    message = f"{len(broken)} of {len(rows)} images cannot be read: " + listed(
-        [f"{_name(encoded[row], row)} ({defect})" for row, defect in broken.items()]
-    )
-    if not skip_unreadable:
-        raise ValueError(
-            f"{message}. Repair or remove them, or pass `skip_unreadable=True` (`--skip_unreadable`) to leave them"
-            " out."
-        )
-    readable = [row for row in rows if row not in broken]
-    contexts = list(dataset["context"])
-    emptied = sorted({contexts[row] for row in broken} - {contexts[row] for row in readable})
-    if emptied:
-        raise ValueError(f"{message}. No image is left in the contexts {emptied}; add readable ones.")
-    warnings.warn(f"{message}. They are left out.", stacklevel=3)
-    return readable
-
-
-def _defect(image: dict[str, Any] | None) -> str | None:
-    """Why an encoded image cannot be decoded; `None` if it can."""
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
-        decode_image(image)
-    except ValueError as error:
-        return str(error)
-    return None
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return PIL.ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # damaged EXIF data raise many types, and the picture is fine
+        return image
 
 
-def _name(example: dict[str, Any], row: int) -> str:
-    return (example["image"] or {}).get("path") or f"row {row}, context {example['context']!r}"
+def _is_deep(image: PIL.Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
+
+
+def _grey(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey picture of more than 8 bits with 8, and with its alpha channel if one value of it is transparent."""
+    values = np.asarray(image)
+    grey = _float_levels(values) if image.mode == "F" else _integer_levels(image, values)
+    picture = PIL.Image.fromarray(grey.astype(np.uint8))
+    if "transparency" in image.info:
+        picture.putalpha(PIL.Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+    return picture
+
+
+def _integer_levels(image: PIL.Image.Image, values: np.ndarray) -> np.ndarray:
+    tags = getattr(image, "tag_v2", {})
+    if image.mode != "I":
+        return values >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)
+    if image.format in ("PNG", "PPM"):  # Pillow holds their 16 bits in 32
+        return values.clip(0, 2**16 - 1) >> 8
+    if values.min() < 0 and tags and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
+        values = values.view(np.uint32)
+    if values.min() < 0:
+        raise ValueError(_no_range(values))
+    bits = next(bits for bits in _INTEGER_BITS if int(values.max()) < 2**bits)
+    return values >> (bits - 8)
+
+
+def _float_levels(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    for top in _FLOAT_RANGES:
+        if -_TOLERANCE * top <= low and high <= (1 + _TOLERANCE) * top:
+            return np.rint((values / top).clip(0, 1) * 255)
+    raise ValueError(_no_range(values))
+
+
+def _no_range(values: np.ndarray) -> str:
+    return f"its values from {values.min():g} to {values.max():g} are in no usual range; save it with 8 or 16 bits"
+
+
+def _from_lab(image: PIL.Image.Image) -> PIL.Image.Image:
+    lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
+    converted = PIL.ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None  # it is only where it changes the picture in place
+    return converted
+
+
+def _with_alpha(image: PIL.Image.Image) -> PIL.Image.Image:
+    return image.convert(_STRAIGHT_ALPHA.get(image.mode, image.mode)).convert("RGBA")
+
+
+def _is_opaque(image: PIL.Image.Image) -> bool:
+    if _is_deep(image):
+        return not bool((np.asarray(image) == image.info["transparency"]).any())
+    return _with_alpha(image).getchannel("A").getextrema()[0] == 255

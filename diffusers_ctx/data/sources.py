@@ -1,88 +1,18 @@
-"""Sources of images in contexts: a folder with one sub-folder per context, or a dataset with columns."""
+"""A dataset with columns of images, contexts and captions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 
+from ..context.names import normal_name
 from ..paths import existing_folder, local_or_hub, local_path
-from .contexts import listed
-from .folder_captions import check_root, read_captions
+from .encoded_images import RGBImage
 
 
 _DEFAULT_TEXT_COLUMN = "text"
-_DATA_FILES = {".parquet", ".arrow", ".tar"}  # a folder that holds one of these is `datasets.load_dataset`'s to read
-
-
-# A folder of contexts
-
-
-def is_context_root(source: Any) -> bool:
-    """Whether `source` is a folder of contexts, and not one that `datasets.load_dataset` reads."""
-    if not isinstance(source, str | Path) or not local_path(source).is_dir():
-        return False
-    return not any(path.suffix in _DATA_FILES and path.stem != "metadata" for path in local_path(source).rglob("*"))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.parts)
-
-
-def _images_among(root: Path, paths: Iterable[Path]) -> list[Path]:
-    """The image files among paths under `root`, sorted; hidden files and folders are passed over."""
-    extensions = {name for name, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in extensions and path.is_file() and not _is_hidden(path.relative_to(root))
-    )
-
-
-def context_folders(root: Path) -> list[str]:
-    """The names of the sub-folders, which are the contexts.
-
-    Raises:
-        ValueError: if images or metadata files lie outside of them.
-    """
-    stray = _images_among(root, root.iterdir())
-    if stray:
-        raise ValueError(
-            f"Images lie directly in {root}, so their context is unknown: {listed([path.name for path in stray])}. "
-            "Move each into a sub-folder named after its context, such as 'obs'."
-        )
-    check_root(root)
-    return [path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.relative_to(root))]
-
-
-def read_folders(root: Path, contexts: list[str], text_column: str) -> Dataset:
-    """The images in the sub-folders of these contexts, sorted by name, and their captions.
-
-    `datasets.load_dataset("imagefolder", data_dir=...)` is not used, also not for each context alone: it drops images
-    that a metadata file does not name, takes file names like `train_1.jpg` and `test_1.png` for splits and drops all
-    other images, and takes a caption with a comma for two columns.
-
-    Raises:
-        ValueError: if a folder has no images or a wrong metadata file; see `read_captions`.
-    """
-    columns: dict[str, list[str]] = {"image": [], "context": [], "text": []}
-    for context in contexts:
-        folder = root / context
-        images = _images_among(folder, folder.rglob("*"))
-        if not images:
-            raise ValueError(f"The folder {folder} holds no images; put the context's images there or remove it.")
-        captions = read_captions(folder, images, text_column)
-        columns["image"] += map(str, images)
-        columns["context"] += [context] * len(images)
-        columns["text"] += [captions.get(image, "") for image in images]
-    features = Features({"image": Image(mode="RGB"), "context": Value("string"), "text": Value("string")})
-    return Dataset.from_dict(columns, features=features)
-
-
-# A dataset with columns
 
 
 def load_source(
@@ -116,7 +46,7 @@ def read_columns(table: Dataset, image_column: str, context_column: str, text_co
     contexts = _context_names(table, context_column)
     texts = _texts(table, text_column) if text_column in wanted else [""] * len(table)
     images = table.select_columns(image_column).rename_columns({image_column: "image"})
-    return images.add_column("context", contexts).add_column("text", texts).cast_column("image", Image(mode="RGB"))
+    return images.add_column("context", contexts).add_column("text", texts).cast_column("image", RGBImage())
 
 
 def wanted_columns(
@@ -144,11 +74,11 @@ def wanted_columns(
 def _context_names(table: Dataset, column: str) -> list[str]:
     feature, values = table.features[column], list(table[column])
     if isinstance(feature, ClassLabel):
-        return [feature.names[value] for value in values]
+        return [normal_name(feature.names[value]) for value in values]
     for row, value in enumerate(values):
         if not isinstance(value, str):
             raise ValueError(f"Row {row} has {value!r} in the column {column!r}; give each row its context's name.")
-    return values
+    return list(map(normal_name, values))
 
 
 def _texts(table: Dataset, column: str) -> list[str]:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
-from ..paths import local_path
+from ..context.names import normal_name
 from .contexts import interventions_of, kept_contexts, listed
-from .decoding import decode_image
+from .decoding import warn_of_conversions
+from .encoded_images import RGBImage, read_image
+from .folders import ContextFolders, is_context_root
 from .shuffle_buffer import ShuffleBuffer
-from .sources import context_folders, is_context_root, load_source, read_folders, wanted_columns
+from .sources import load_source, wanted_columns
 from .stream_rows import ContextRows, Row, in_epoch, matching
 
 
@@ -40,6 +42,7 @@ class ImageStream:
         text_column: its column of captions, if it has one.
         contexts: its contexts, if they are known before it is read.
         has_names: whether its rows hold only the names of files, so that passing over images costs nothing.
+        converted: the kinds of conversions to RGB that were said.
     """
 
     rows: IterableDataset
@@ -48,6 +51,7 @@ class ImageStream:
     text_column: str | None
     contexts: list[str] | None
     has_names: bool = False
+    converted: set[str] = field(default_factory=set)
 
     def context_of(self, row: Row) -> str:
         """The name of a row's context.
@@ -62,7 +66,7 @@ class ImageStream:
             raise ValueError(
                 f"A row has {value!r} in the column {self.context_column!r}; give each row its context's name."
             )
-        return value
+        return normal_name(value)
 
     def text_of(self, row: Row) -> str:
         """A row's caption, empty where there is none."""
@@ -78,6 +82,8 @@ def open_stream(
     name: str | None = None,
     split: str = "train",
     cache_dir: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    obs_context: str = "obs",
     seed: int = 0,
 ) -> ImageStream:
     """Opens a folder of contexts or a dataset and checks its columns, without reading an image.
@@ -92,22 +98,24 @@ def open_stream(
         name: the configuration of a dataset, where it has several.
         split: the split of a dataset.
         cache_dir: where `datasets.load_dataset` caches.
+        output_dir: where a run writes; it is no context, should it lie in the folder of contexts.
+        obs_context: the observational context's name, by which a folder of contexts is known.
         seed: seed of a folder's order.
 
     Raises:
         FileNotFoundError: if `source` is neither a folder nor a dataset that can be found.
         ValueError: if a column is missing or holds something else, or images lie outside their contexts.
     """
-    if is_context_root(source):
-        folders = sorted(context_folders(local_path(source)))
-        files = read_folders(local_path(source), folders, text_column).shuffle(seed=seed)
+    if is_context_root(source, obs_context):
+        folders = ContextFolders(source, output_dir)
+        files = folders.read(folders.contexts, text_column).shuffle(seed=seed)
         rows = files.to_iterable_dataset(num_shards=min(_FOLDER_SHARDS, len(files)))
         rows = rows.cast_column("image", Image(decode=False))
-        return ImageStream(rows, "image", "context", "text", folders, has_names=True)
+        return ImageStream(rows, "image", "context", "text", folders.contexts, has_names=True)
     rows = load_source(source, name, split, cache_dir, streaming=True)
     columns = wanted_columns(rows, image_column, context_column, text_column)
     named = rows.features[context_column]
-    contexts = list(named.names) if isinstance(named, ClassLabel) else None
+    contexts = list(map(normal_name, named.names)) if isinstance(named, ClassLabel) else None
     for column in columns[1 if contexts is None else 2 :]:
         if rows.features[column] not in (Value("string"), Value("large_string")):
             raise ValueError(f"The column {column!r} holds {rows.features[column]}; it should hold text.")
@@ -146,7 +154,8 @@ def take_images(
     if stream.contexts is not None:
         wanted = allowed = kept_contexts(stream.contexts, concepts, obs_context)
     elif concepts:
-        wanted, allowed = [obs_context, *dict.fromkeys(concepts)], None
+        concepts = list(map(normal_name, concepts))
+        wanted, allowed = [normal_name(obs_context), *dict.fromkeys(concepts)], None
     else:
         raise ValueError(
             f"The column {stream.context_column!r} holds text, so which contexts there are is not known before all of"
@@ -155,6 +164,7 @@ def take_images(
     taken: list[Row] = []
     counts: Counter[str] = Counter()
     broken: list[str] = []
+    converted: list[str] = []
 
     def lacking() -> list[str]:
         return [context for context in wanted if counts[context] < images_per_context]
@@ -170,7 +180,7 @@ def take_images(
         for row in matching(rows, is_wanted, lambda: f"any of {lacking()}"):
             context, image = stream.context_of(row), row[stream.image_column]
             try:
-                decode_image(image)
+                converted += read_image(image)[1]
             except ValueError as error:
                 broken.append(_describe(image, context, error))
                 if not skip_unreadable:
@@ -183,11 +193,13 @@ def take_images(
                 break
     if broken:
         warnings.warn(f"Images that cannot be read are left out: {listed(broken)}.", stacklevel=2)
+    warn_of_conversions(converted)
+    stream.converted.update(converted)
     empty = [context for context in allowed or () if not counts[context]]
     if empty:
         raise ValueError(f"The stream has no images of the contexts {empty}; add some, or leave out their concepts.")
     kept_contexts(counts, concepts, obs_context)
-    features = Features({"image": Image(mode="RGB"), "context": Value("string"), "text": Value("string")})
+    features = Features({"image": RGBImage(), "context": Value("string"), "text": Value("string")})
     return Dataset.from_list(taken, features=features)
 
 
@@ -247,7 +259,7 @@ class ContextStream:
             row = next(self._buffer)
             image = row[self.stream.image_column]
             try:
-                decoded = decode_image(image)
+                decoded, converted = read_image(image)
             except ValueError as error:
                 description = _describe(image, self.context, error)
                 if not self.skip_unreadable:
@@ -255,6 +267,9 @@ class ContextStream:
                 logger.warning(f"An image cannot be read and is passed over: {description}.")
                 continue
             self._epoch_has_images = True
+            if new := set(converted) - self.stream.converted:
+                self.stream.converted.update(new)
+                logger.warning(f"Images of the stream are converted to RGB: some {', '.join(sorted(new))}.")
             return decoded, self.stream.text_of(row)
 
     def fill(self) -> None:

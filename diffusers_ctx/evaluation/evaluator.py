@@ -114,6 +114,7 @@ class Evaluator:
             obs_context=module.obs_context,
             text_column=config.caption_column,
             skip_unreadable=config.skip_unreadable,
+            output_dir=self.output_dir,
         )
         return HeldOutImages(
             dataset,

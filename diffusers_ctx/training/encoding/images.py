@@ -29,6 +29,7 @@ def load_images(config: TrainingConfig) -> datasets.Dataset:
         obs_context=data.obs_context,
         concepts=data.concepts,
         skip_unreadable=data.skip_unreadable,
+        output_dir=config.output.output_dir,
         max_samples_per_context=data.max_train_samples,
         seed=config.optimization.seed,
     )

@@ -30,7 +30,12 @@ _ENCODED_AT_ONCE = 16
 
 def open_images(config: TrainingConfig) -> ImageStream:
     """The stream of a run's images; see [`~data.streaming.open_stream`]."""
-    return open_stream(**config.data.source_options(), seed=config.optimization.seed)
+    return open_stream(
+        **config.data.source_options(),
+        output_dir=config.output.output_dir,
+        obs_context=config.data.obs_context,
+        seed=config.optimization.seed,
+    )
 
 
 def take_concept_images(stream: ImageStream, config: TrainingConfig, show_progress: bool) -> datasets.Dataset:
