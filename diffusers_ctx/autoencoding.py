@@ -13,7 +13,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import ImageOps
 from PIL.Image import Image
 
-from .data.decoding import square_crop
+from .data.decoding import conversions, square_crop, warn_of_conversions
 
 
 def native_resolution(pipeline: Any) -> int:
@@ -45,6 +45,8 @@ def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, res
             return entry.float() / 255
         return square_crop(ImageOps.exif_transpose(entry), resolution) if isinstance(entry, Image) else entry
 
+    pictures = [entry for entry in (image if isinstance(image, list) else [image]) if isinstance(entry, Image)]
+    warn_of_conversions((kind for picture in pictures for kind in conversions(picture)), stacklevel=3)
     return image_processor.preprocess([fit(entry) for entry in image] if isinstance(image, list) else fit(image))
 
 

@@ -8,6 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 
+from .names import normal_name
+
 
 # One prompt's interventions: names (full strength), or names with strengths in [0, 1].
 Interventions = Sequence[str] | Mapping[str, float] | None
@@ -53,14 +55,22 @@ def _has_rows(interventions: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _mask_row(interventions: Any, concepts: Sequence[str], obs_context: str | None) -> list[float]:
-    strengths = _strengths(interventions, obs_context)
+    strengths = _by_normal_name(_strengths(interventions, obs_context))
+    concepts = [normal_name(concept) for concept in concepts]
     unknown = [name for name in strengths if name not in concepts]
     if unknown:
-        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {list(concepts)}.")
+        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {concepts}.")
     for name, strength in strengths.items():
         if not (isinstance(strength, Real | torch.Tensor) and 0 <= float(strength) <= 1):
             raise ValueError(f"The strength of '{name}' is {strength!r}; strengths are numbers in [0, 1].")
     return [float(strengths.get(name, 0.0)) for name in concepts]
+
+
+def _by_normal_name(strengths: dict[str, Any]) -> dict[str, Any]:
+    named = {normal_name(name) if isinstance(name, str) else name: value for name, value in strengths.items()}
+    if len(named) < len(strengths):
+        raise ValueError(f"`interventions` names a concept twice: {list(strengths)}.")
+    return named
 
 
 def _strengths(interventions: Any, obs_context: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from .captions import CaptionLikelihood
 from .causal import ReducedForm, Structural, upcast_half
 from .layers import ExpressiveLayers, MechanismLayer, ReadOut
+from .names import normal_name
 from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
 
 
@@ -87,6 +88,8 @@ class ContextModule(ModelMixin, ConfigMixin):
         caption_dim: int | None = None,
     ):
         super().__init__()
+        concepts, obs_context = [normal_name(concept) for concept in concepts], normal_name(obs_context)
+        self.register_to_config(concepts=concepts, obs_context=obs_context)
         _check_concepts(concepts, obs_context)
         if posterior_type == "inverse" and expressive_depth > 0:
             raise ValueError(
@@ -314,6 +317,7 @@ def _edges(
     """Node indices of the named edges, with the default edges of hidden factors that the graph does not mention."""
     hidden = _hidden_names(num_hidden_factors, concepts)
     nodes = [*concepts, *hidden]
+    graph = [(normal_name(cause), normal_name(effect)) for cause, effect in graph]
     unknown = sorted({name for edge in graph for name in edge} - set(nodes))
     if unknown:
         raise ValueError(f"`graph` names {unknown}; the nodes are {nodes}.")

@@ -22,6 +22,7 @@ _FLOAT_RANGES = (1.0, 255.0, 65535.0)
 _TOLERANCE = 0.01  # resampling overshoots the range of floats a little
 
 _ANIMATED = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # a second frame of others is a preview or a layer
+_SIXTEEN_BITS = {"PNG", "PPM"}  # also where Pillow holds them in 32
 _STRAIGHT_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 
 TRANSPARENT = "with transparent parts (laid over white)"
@@ -56,7 +57,7 @@ def conversions(image: PIL.Image.Image) -> list[str]:
     found = []
     if image.format in _ANIMATED and getattr(image, "is_animated", False):
         found.append(ANIMATED)
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
         found.append(DEEP)
     if image.has_transparency_data and not _is_opaque(image):
         found.append(TRANSPARENT)
@@ -111,7 +112,7 @@ def _integer_levels(image: PIL.Image.Image, values: np.ndarray) -> np.ndarray:
     tags = getattr(image, "tag_v2", {})
     if image.mode != "I":
         return values >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)
-    if image.format in ("PNG", "PPM"):  # Pillow holds their 16 bits in 32
+    if image.format in _SIXTEEN_BITS:
         return values.clip(0, 2**16 - 1) >> 8
     if values.min() < 0 and tags and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
         values = values.view(np.uint32)

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..adapter_format import Injection, Mode
+from ..context.names import normal_name
 from ..paths import expand_home
 
 
@@ -157,6 +158,11 @@ class DataConfig(OptionGroup):
         256, "With streaming, the size of each context's shuffle buffer, in images.", at_least=1
     )
     cache_dir: str | None = _path(None, "Folder for downloads and encoded images; by default the Hub's cache.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.obs_context = normal_name(self.obs_context)
+        self.concepts = self.concepts and [normal_name(concept) for concept in self.concepts]
 
     def source_options(self) -> dict[str, Any]:
         """Keyword arguments that name the images, for `load_context_dataset` and `open_stream`."""

@@ -151,8 +151,8 @@ def encode_images(
     if cache_dir is None:
         latents = encode()
     else:
-        # with the names of what is kept: other versions of this function kept other things
-        settings = [_KEPT, vars(transform), random_flip, vae.config.scaling_factor]
+        # with the names of what is kept, and how RGB is made: other versions of this function did other things
+        settings = [_KEPT, "RGB over white", vars(transform), random_flip, vae.config.scaling_factor]
         if image_features is not None:
             settings.append(image_features.digest())
         key = content_key(vae, dataset, *settings)
