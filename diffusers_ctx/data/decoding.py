@@ -124,10 +124,10 @@ def _integer_levels(image: PIL.Image.Image, values: np.ndarray) -> np.ndarray:
 
 def _float_levels(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    for top in _FLOAT_RANGES:
-        if -_TOLERANCE * top <= low and high <= (1 + _TOLERANCE) * top:
-            return np.rint((values / top).clip(0, 1) * 255)
-    raise ValueError(_no_range(values))
+    top = next((top for top in _FLOAT_RANGES if high <= (1 + _TOLERANCE) * top), None)
+    if top is None or low < -_TOLERANCE * top:
+        raise ValueError(_no_range(values))
+    return np.rint((values / top).clip(0, 1) * 255)
 
 
 def _no_range(values: np.ndarray) -> str:

@@ -117,7 +117,7 @@ def scan_folder(folder: Path, root: Path, output_dir: Path | None = None) -> Fol
             elif not _is_of_user(path, output_dir, found):
                 continue
             elif path.resolve() in followed:
-                found.passed_over.append(("link to a folder that is read already", path))
+                found.passed_over.append(("link to what is read already", path))
             else:
                 followed.add(path.resolve())
                 pending.append(path)
@@ -151,7 +151,10 @@ def warn_of_passed_over(root: Path, passed_over: list[tuple[str, Path]], stackle
     if not passed_over:
         return
     counts, examples = Counter(kind for kind, _ in passed_over), dict(reversed(passed_over))
-    kinds = [f"{count} {kind} ({_shown(examples[kind].relative_to(root))})" for kind, count in counts.most_common()]
+    kinds = [
+        f"{count} {_plural(kind, count)} ({_shown(examples[kind].relative_to(root))})"
+        for kind, count in counts.most_common()
+    ]
     warnings.warn(f"Passed over in {root}: {listed(kinds)}.{_hint(set(counts))}", stacklevel=stacklevel + 1)
 
 
@@ -190,6 +193,14 @@ def _is_of_user(folder: Path, output_dir: Path | None, found: FolderScan) -> boo
 
 def _mixed(output_dir: Path) -> str:
     return f"`output_dir` {output_dir} holds the images to train on; give what the run writes a folder of its own."
+
+
+def _plural(kind: str, count: int) -> str:
+    if count == 1 or kind.startswith("."):
+        return kind
+    for noun in ("file", "folder", "link"):
+        kind = kind.replace(noun, f"{noun}s")
+    return kind
 
 
 def _hint(kinds: set[str]) -> str:

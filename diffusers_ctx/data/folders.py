@@ -27,7 +27,7 @@ def is_context_root(source: Any, obs_context: str = "obs") -> bool:
     if not isinstance(source, str | Path) or not local_path(source).is_dir():
         return False
     root = local_path(source)
-    data = next((path for path in sorted(root.rglob("*")) if _is_data(path)), None)
+    data = next((path for path in root.rglob("*") if _is_data(path)), None)
     if data is None:
         return True
     with_images = [normal_name(folder.name) for folder in scan_root(root)[0] if scan_folder(folder, root).images]
