@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ctx.context import Interventions, embed_captions
+from diffusers_ctx.context import Interventions, any_interventions, embed_captions
 
+from .callbacks import callback_inputs, keeping_images
 from .conditioning import Conditioner
 from .counterfactual import CounterfactualMixin
 from .guidance import context_guidance
@@ -79,7 +80,8 @@ class CompositionMixin(CounterfactualMixin):
         arguments |= arguments.pop("kwargs", {})
         return_dict, arguments["return_dict"] = arguments["return_dict"], True
         if self.context_module is None:
-            if interventions or exogenous_noise is not None or match_prompt or context_guidance_scale != 1:
+            is_asked = exogenous_noise is not None or match_prompt or context_guidance_scale != 1
+            if is_asked or any_interventions(interventions):
                 self._require_context_module()
             return _with_noise(plain_call(**arguments), None, return_dict)
         if arguments["ip_adapter_image"] is not None or arguments["ip_adapter_image_embeds"] is not None:
@@ -97,7 +99,12 @@ class CompositionMixin(CounterfactualMixin):
             captions = self._captions_of(prompt, prompt_embeds).repeat_interleave(images_per_prompt, dim=0)
         noise = self._prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
         tokens = self._context_tokens(noise, mask)
+        if arguments["callback_on_step_end"] is not None:
+            names = callback_inputs(arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"])
+            arguments["callback_on_step_end_tensor_inputs"] = names
+            arguments["callback_on_step_end"] = keeping_images(arguments["callback_on_step_end"], len(mask))
         with ExitStack() as stack:
+            stack.enter_context(self._scaled_for_call((arguments["cross_attention_kwargs"] or {}).get("scale", 1.0)))
             if context_guidance_scale != 1:
                 observational = self._context_tokens(noise, torch.zeros_like(mask))
                 stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
@@ -111,9 +118,9 @@ class CompositionMixin(CounterfactualMixin):
             return super().prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
             )
-        # context tokens have a row per image already: unlike image prompts, each image has noise of its own
-        copies = 2 if do_classifier_free_guidance else 1
-        return [torch.cat([tokens] * copies) for tokens in ip_adapter_image_embeds]
+        # context tokens have a row per image already: unlike image prompts, each image has noise of its own;
+        # the UNet repeats them for guidance, which a callback can end or begin
+        return list(ip_adapter_image_embeds)
 
     def _prepare_exogenous_noise(
         self,

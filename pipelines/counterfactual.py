@@ -16,12 +16,10 @@ from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
 from diffusers_ctx.autoencoding import decode_latents, encode_pixels, to_pixels
 from diffusers_ctx.context import GaussianPosterior, Interventions
 
+from .callbacks import StepCallback, callback_inputs, keeping_images
 from .conditioning import Conditioner
 from .inversion import Model, denoise, evenly_spaced_timesteps, invert
 from .outputs import ComposablePipelineOutput
-
-
-StepCallback = Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class CounterfactualMixin(ContextAdapterLoaderMixin):
@@ -52,7 +50,8 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
             ValueError: if no adapter is loaded, a concept is unknown, or the posterior's image encoder is missing.
         """
         pixels = self._preprocess(image)
-        noise = self._posterior(pixels, self._encode_images(pixels), factual_interventions).mean
+        mask = self._mask(factual_interventions, len(pixels))
+        noise = self._posterior(pixels, self._encode_images(pixels), mask).mean
         self.maybe_free_model_hooks()
         return noise
 
@@ -102,14 +101,16 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         """
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be 1 or more.")
-        unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
+        names = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        unknown = set(names) - {"latents"}
         if unknown:
             raise ValueError(f"Callbacks of counterfactuals are given `latents`, and no {sorted(unknown)}.")
         pixels = self._preprocess(image)
+        factual_mask, mask = (self._mask(given, len(pixels)) for given in (factual_interventions, interventions))
         if isinstance(generator, list) and len(generator) != len(pixels):
             raise ValueError(f"`generator` has {len(generator)} entries for {len(pixels)} images.")
         latents = self._encode_images(pixels)
-        posterior = self._posterior(pixels, latents, factual_interventions)
+        posterior = self._posterior(pixels, latents, factual_mask)
         noise = posterior.mean
         if generator is not None:
             noise = posterior.at(randn_tensor(noise.shape, generator, noise.device, noise.dtype))
@@ -120,25 +121,25 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
         geometry = conditioner.full_image_geometry(latents).repeat(len(texts) // len(latents), 1)
         conditions = conditioner.unet_kwargs(conditioner.encode_captions(texts), geometry)
 
-        def model_under(context: Interventions | Sequence[Interventions]) -> Model:
-            tokens = self._context_tokens(noise, self._mask(context, len(latents)))
-            return self._guided_model(conditions, tokens, guidance_scale)
+        def model_under(context: torch.Tensor) -> Model:
+            return self._guided_model(conditions, self._context_tokens(noise, context), guidance_scale)
 
         def on_step(step: int, timestep: int, sample: torch.Tensor) -> torch.Tensor:
             if callback_on_step_end is None:
                 return sample
-            given = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
-            return (callback_on_step_end(self, step, timestep, given) or {}).get("latents", sample)
+            callback = keeping_images(callback_on_step_end, len(sample))
+            return callback(self, step, timestep, dict.fromkeys(names, sample)).get("latents", sample)
 
         # the noise schedule alone, whichever scheduler samples: not every class computes all of them
         alphas = DDIMScheduler.from_config(self.scheduler.config).alphas_cumprod.to(latents.device)
         timesteps = evenly_spaced_timesteps(self.scheduler.config.num_train_timesteps, num_inference_steps)
         schedule = (alphas, timesteps, self.scheduler.config.prediction_type)
         # in single precision, or generation would not undo the inversion
-        diffusion_noise = invert(model_under(factual_interventions), latents.float(), *schedule)
-        self._interrupt = False  # callbacks may set it, as in a call
+        diffusion_noise = invert(model_under(factual_mask), latents.float(), *schedule)
+        self._num_timesteps, self._interrupt = num_inference_steps, False  # callbacks use them, as in a call
         is_interrupted = lambda: self._interrupt  # noqa: E731
-        predicted = denoise(model_under(interventions), diffusion_noise, *schedule, on_step, is_interrupted)
+        with self._scaled_for_call():
+            predicted = denoise(model_under(mask), diffusion_noise, *schedule, on_step, is_interrupted)
         images = predicted.to(latents.dtype)
         if output_type != "latent":
             decoded = decode_latents(self.vae, images)
@@ -177,7 +178,7 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
     def _guided_model(self, conditions: dict[str, Any], tokens: torch.Tensor, guidance_scale: float) -> Model:
         """The UNet under a context's tokens; with guidance, the unconditional half of `conditions` comes first."""
         copies = 2 if guidance_scale > 1 else 1  # of the context, which guidance leaves alone
-        kwargs = add_context_tokens(conditions, torch.cat([tokens] * copies))
+        kwargs = add_context_tokens(conditions, tokens)
 
         def model(x: torch.Tensor, t: int) -> torch.Tensor:
             predicted = self.unet(torch.cat([x] * copies).to(tokens.dtype), t, **kwargs, return_dict=False)[0]
@@ -188,11 +189,8 @@ class CounterfactualMixin(ContextAdapterLoaderMixin):
 
         return model
 
-    def _posterior(
-        self, pixels: torch.Tensor, latents: torch.Tensor, factual: Interventions | Sequence[Interventions]
-    ) -> GaussianPosterior:
-        """The posterior of the exogenous noise of images that arose under factual interventions."""
-        mask = self._mask(factual, len(latents))
+    def _posterior(self, pixels: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        """The posterior of the exogenous noise of images that arose under the factual interventions of a mask."""
         inputs = self._posterior_input(pixels, latents)
         with self._context_module_on_device() as (module, device):
             return module.posterior(inputs.to(device), mask.to(device))

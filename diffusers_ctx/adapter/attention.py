@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
@@ -51,15 +52,17 @@ class AttachedAdapter:
         plain_scheduler: the pipeline's scheduler without the adapter, if the adapter has its own noise schedule.
         prediction_type: what the UNet predicts with the adapter, in that case.
         trained_full: whether the whole UNet was trained together with the adapter.
-        has_lora: whether the adapter came with LoRAs.
+        lora_models: names of the components that the adapter came with LoRAs for.
         scale: the adapter's scale: 1 as trained, 0 the plain model.
+        call_scale: what multiplies it in the call that is running.
     """
 
     plain_scheduler: Any = None
     prediction_type: str | None = None
     trained_full: bool = False
-    has_lora: bool = False
+    lora_models: frozenset[str] = frozenset()
     scale: float = 1.0
+    call_scale: float = 1.0
 
 
 class ContextProjection(nn.Module):
@@ -197,7 +200,10 @@ def attached_adapter(unet: UNet2DConditionModel) -> AttachedAdapter:
 
 
 def add_context_tokens(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of the UNet's call: those given, and context tokens (B, N, T, token_dim)."""
+    """Keyword arguments of the UNet's call: those given, and context tokens (B, N, T, token_dim).
+
+    The UNet takes samples of B rows or, as under guidance, a multiple of it; the tokens are repeated to fit.
+    """
     return conditions | {"added_cond_kwargs": conditions.get("added_cond_kwargs", {}) | {"image_embeds": [tokens]}}
 
 
@@ -236,11 +242,23 @@ def set_token_scale(unet: UNet2DConditionModel, scale: float) -> None:
         processor.scale = [float(scale)]
 
 
-def token_scale(unet: UNet2DConditionModel) -> float:
-    """The scale that `set_token_scale` has set."""
+def token_scales(unet: UNet2DConditionModel) -> set[float]:
+    """The scales that the layers have: one, unless something other than `set_token_scale` has set them."""
     if injection_of(unet) == "prompt":
-        return float(unet.encoder_hid_proj.is_on)
-    return next(iter(_cross_attention_processors(unet).values())).scale[0]
+        return {float(unet.encoder_hid_proj.is_on)}
+    return {float(processor.scale[0]) for processor in _cross_attention_processors(unet).values()}
+
+
+def check_projections(unet: UNet2DConditionModel) -> None:
+    """Checks that LoRAs act on the attention layers.
+
+    Raises:
+        ValueError: if `fuse_qkv_projections` has copied the weights that they would act on.
+    """
+    if any(isinstance(processor, FusedAttnProcessor2_0) for processor in unet.attn_processors.values()):
+        raise ValueError(
+            "The adapter's LoRA does not act on fused attention projections; call `unfuse_qkv_projections()` first."
+        )
 
 
 def injection_of(unet: UNet2DConditionModel) -> Injection:
@@ -251,17 +269,35 @@ def injection_of(unet: UNet2DConditionModel) -> Injection:
 def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: str) -> None:
     unet.encoder_hid_proj = projection
     unet.config.encoder_hid_dim_type = kind
-    _projections(unet)[0].guard = unet.register_forward_pre_hook(_require_tokens, with_kwargs=True)
+    _projections(unet)[0].guard = unet.register_forward_pre_hook(_fit_tokens, with_kwargs=True)
 
 
-def _require_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Fails early, with a fix, when a plain pipeline runs a UNet that carries an adapter."""
-    added = args[_ADDED_CONDITIONS] if len(args) > _ADDED_CONDITIONS else kwargs.get("added_cond_kwargs")
-    if has_context_module(unet) and "image_embeds" not in (added or {}):
+def _fit_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    """Repeats the tokens to the rows of a call: guidance doubles these, and may begin or end while images are made.
+
+    Fails early, with a fix, when a plain pipeline runs a UNet that carries an adapter.
+    """
+    is_positional = len(args) > _ADDED_CONDITIONS
+    added = (args[_ADDED_CONDITIONS] if is_positional else kwargs.get("added_cond_kwargs")) or {}
+    if not has_context_module(unet):
+        return None
+    if "image_embeds" not in added:
         raise ValueError(
             "This UNet has a context adapter, and the pipeline passes no context tokens; use `ComposablePipeline` or"
             " `ComposableXLPipeline`, or call `unload_context_adapter()` first."
         )
+    tokens, rows = added["image_embeds"][0], len(args[0] if args else kwargs["sample"])
+    if len(tokens) == rows:
+        return None
+    if rows % len(tokens):
+        raise ValueError(
+            f"There are context tokens for {len(tokens)} images, and the UNet is given {rows} samples; pass the tokens"
+            " of each image once."
+        )
+    added = added | {"image_embeds": [tokens.repeat(rows // len(tokens), 1, 1, 1)]}
+    if is_positional:
+        return (*args[:_ADDED_CONDITIONS], added, *args[_ADDED_CONDITIONS + 1 :]), kwargs
+    return args, kwargs | {"added_cond_kwargs": added}
 
 
 def _projections(unet: UNet2DConditionModel) -> list[ContextProjection]:

@@ -31,6 +31,7 @@ from .attention import (
     attach_context_module,
     attached_adapter,
     attached_context_module,
+    check_projections,
     check_unoccupied,
     context_module_detached,
     detach_context_module,
@@ -113,6 +114,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         config = validate_adapter_folder(folder)
         check_unoccupied(self.unet)
         check_base(config, self.unet, self.scheduler.config.prediction_type)
+        if config["mode"] == "lora":
+            check_projections(self.unet)
         if self._context_lora_models:
             raise ValueError(
                 f"A LoRA named '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')` first."
@@ -231,9 +234,23 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         self._check_no_context_adapter()
         super().unload_ip_adapter()  # type: ignore[misc]
 
+    def set_ip_adapter_scale(self, scale: float | dict | list[float | dict]) -> None:
+        """Sets the scale of an IP-Adapter as in diffusers, or with a context adapter that one's, LoRAs and all.
+
+        `IPAdapterScaleCutoffCallback` calls it.
+
+        Raises:
+            ValueError: if the context adapter cannot have the scale, see `set_context_scale`.
+        """
+        if has_context_module(self.unet):
+            self.set_context_scale(scale)  # type: ignore[arg-type]
+        else:
+            super().set_ip_adapter_scale(scale)  # type: ignore[misc]
+
     def set_context_scale(self, scale: float) -> None:
         """Sets the adapter's scale, of its context tokens and its LoRAs alike: 1 as trained, 0 the plain model.
 
+        A callback that sets it does so for the rest of its call, which ends with the scale that it began with.
         `set_adapters(["context", ...], [scale, ...])` sets the same scale. A UNet that was trained as a whole (mode
         `full`) stays as trained.
 
@@ -314,7 +331,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """The context module, with its weights on the pipeline's device, and that device."""
         module, device = self._require_context_module(), self._execution_device
         check_no_disk_offload(self.unet)
-        self._warn_of_inactive_lora()
+        self._warn_of_halves()
         with on_device(module, device):
             yield module, device
 
@@ -329,7 +346,9 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         if module is None:
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
         check_scheduler(self)
-        if attached_adapter(self.unet).has_lora and not self._context_lora_models:
+        if self._context_lora_models:
+            check_projections(self.unet)
+        if not attached_adapter(self.unet).lora_models <= set(self._context_lora_models):
             raise RuntimeError(
                 "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."

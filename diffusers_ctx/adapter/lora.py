@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,16 +20,19 @@ from transformers import PreTrainedModel
 from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
 from .attention import (
     attached_adapter,
+    check_projections,
     check_token_scale,
     has_context_module,
     set_token_scale,
-    token_scale,
+    token_scales,
 )
 from .offloading import move_to
 
 
 LORA_ADAPTER = "context"  # PEFT's name of the adapter's own LoRA
 
+# what errors of torch and PEFT say where a LoRA is for other layers
+_MISFIT = ("size mismatch", "not found in the base model")
 _LORA_LOADED = "_hf_peft_config_loaded"  # marks models of diffusers and transformers that have a LoRA
 
 
@@ -171,38 +175,78 @@ class ContextLoraMixin:
         """Gives tokens and LoRAs the adapter's scale; where its LoRAs are disabled, its tokens are too."""
         if not has_context_module(self.unet):
             return
-        scale, layers = attached_adapter(self.unet).scale, self._context_lora_layers
-        set_token_scale(self.unet, 0.0 if any(layer.disable_adapters for layer in layers) else scale)
-        for layer in layers:
-            layer.set_scale(LORA_ADAPTER, scale)
+        set_token_scale(self.unet, self._expected_scale * attached_adapter(self.unet).call_scale)
+        for layer in self._context_lora_layers:
+            if LORA_ADAPTER not in layer.merged_adapters:  # whose scale says what `unfuse_lora` has to take out
+                layer.set_scale(LORA_ADAPTER, attached_adapter(self.unet).scale)
+
+    @property
+    def _expected_scale(self) -> float:
+        """The scale that tokens and LoRAs of the adapter have between calls."""
+        is_disabled = any(layer.disable_adapters for layer in self._context_lora_layers)
+        return 0.0 if is_disabled else attached_adapter(self.unet).scale
+
+    @contextmanager
+    def _scaled_for_call(self, lora_scale: float = 1.0) -> Iterator[None]:
+        """While it is open, an adapter with LoRAs has its tokens weighed as a call weighs LoRAs.
+
+        The scale that callbacks set meanwhile ends with it.
+
+        Raises:
+            ValueError: if the adapter cannot have that scale.
+        """
+        adapter = attached_adapter(self.unet)
+        scale = adapter.scale
+        if self._context_lora_models and lora_scale != 1:
+            self._check_context_scale(scale * lora_scale)
+            adapter.call_scale = float(lora_scale)
+            self._apply_context_scale()
+        try:
+            yield
+        finally:
+            if (adapter.scale, adapter.call_scale) != (scale, 1.0):
+                adapter.scale, adapter.call_scale = scale, 1.0
+                self._apply_context_scale()  # also the LoRA: weighed by 0, diffusers gives it back a scale of 1
 
     def _check_unfused(self) -> None:
         if any(LORA_ADAPTER in layer.merged_adapters for layer in self._context_lora_layers):
             raise ValueError("The context adapter's LoRA has been fused into the weights; call `unfuse_lora()` first.")
 
-    def _warn_of_inactive_lora(self) -> None:
-        """Warns if the adapter's LoRA is off and its tokens are not, as methods of the models themselves can do."""
+    def _warn_of_halves(self) -> None:
+        """Warns if the adapter's tokens and LoRAs do not act as one, as methods of the models themselves can do."""
         layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
-        if token_scale(self.unet) == 0 or all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+        tokens, expected = token_scales(self.unet), self._expected_scale
+        if tokens != {0.0} and not all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+            message = (
+                "The context adapter's own LoRA is not active, so interventions do not do what was learned; call"
+                f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act.'
+            )
+        elif tokens != {expected}:
+            message = f"The scale of the context adapter's tokens was set to {sorted(tokens)} and not by this pipeline;"
+            message += f" call `pipe.set_context_scale({expected:g})`."
+        elif any(not math.isclose(_weight(layer), expected, abs_tol=1e-6) for layer in layers) and expected:
+            message = (
+                f"The weight of the context adapter's LoRA is not {expected:g}, that of its tokens; call"
+                f" `pipe.set_context_scale({expected:g})`, between `unfuse_lora()` and `fuse_lora()` if it is fused."
+            )
+        else:
             return
-        warnings.warn(
-            "The context adapter's own LoRA is not active, so interventions do not do what was learned; call"
-            f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act.',
-            stacklevel=2,  # where it comes from makes no difference: it is shown once
-        )
+        warnings.warn(message, stacklevel=2)  # where it comes from makes no difference: it is shown once
 
     def _load_context_lora(self, folder: Path) -> None:
         active = {name: _active_loras(model) for name, model in self._lora_models.items()}
+        file = folder / LORA_WEIGHTS_NAME
         try:
             self._read_context_lora(folder)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
-            raise AdapterError(
-                f"{folder / LORA_WEIGHTS_NAME} does not fit the base model ({error}); save or download the adapter"
-                " again."
-            ) from error
+            if any(sign in str(error) for sign in _MISFIT):
+                raise AdapterError(
+                    f"{file} does not fit the base model ({error}); load the one that the adapter was trained on."
+                ) from error
+            raise AdapterError(f"{file} cannot be loaded ({type(error).__name__}: {error}).") from error
         for name, model in self._context_lora_models.items():
             model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
-        attached_adapter(self.unet).has_lora = True
+        attached_adapter(self.unet).lora_models = frozenset(self._context_lora_models)
 
     def _read_context_lora(self, folder: Path) -> None:
         """Does what `load_lora_weights` does, without its warning for every model that the file has nothing for."""
@@ -211,7 +255,7 @@ class ContextLoraMixin:
         )
         trained = {key.partition(".")[0] for key in state}
         if not trained <= set(self._lora_models):
-            raise ValueError(f"it is for {sorted(trained)}, and the models are {sorted(self._lora_models)}")
+            raise ValueError(f"layers of {sorted(trained)} not found in the base model's {sorted(self._lora_models)}")
         options: dict[str, Any] = {"network_alphas": alphas, "metadata": metadata, "adapter_name": LORA_ADAPTER}
         options |= {"_pipeline": self, "low_cpu_mem_usage": True}
         if "unet" in trained:
@@ -263,6 +307,13 @@ def _loras_of(model: nn.Module) -> dict[str, Any]:
 def _active_loras(model: nn.Module) -> list[str]:
     layers = _lora_layers(model)
     return list(layers[0].active_adapters) if layers else []
+
+
+def _weight(layer: BaseTunerLayer) -> float:
+    """The weight of the adapter's LoRA in a layer, 1 as trained."""
+    rank = layer.r[LORA_ADAPTER]
+    as_trained = layer.lora_alpha[LORA_ADAPTER] / (rank**0.5 if layer.use_rslora.get(LORA_ADAPTER) else rank)
+    return layer.scaling[LORA_ADAPTER] / as_trained
 
 
 def _acting_loras(layer: BaseTunerLayer) -> list[str]:

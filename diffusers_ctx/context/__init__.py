@@ -1,6 +1,6 @@
 from .captions import CaptionLikelihood, embed_captions
 from .causal import ReducedForm, Structural
-from .interventions import Interventions, intervention_mask
+from .interventions import Interventions, any_interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
 from .posterior import GaussianPosterior
 
@@ -12,6 +12,7 @@ __all__ = [
     "Interventions",
     "ReducedForm",
     "Structural",
+    "any_interventions",
     "embed_captions",
     "intervention_mask",
     "inverse_mechanisms",
