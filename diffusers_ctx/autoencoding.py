@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from PIL import ImageOps
 from PIL.Image import Image
 
 from .data.decoding import conversions, square_crop, warn_of_conversions
+
+
+_NUMBERS = "biuf"  # kinds of data types of arrays
+_ROUNDING = 1e-2  # of values in half precision, and of those that resampling leaves beyond white
 
 
 def native_resolution(pipeline: Any) -> int:
@@ -35,19 +38,57 @@ def native_resolution(pipeline: Any) -> int:
 def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] of one image or several.
 
-    PIL images are resized and cropped to `resolution`, as in training; arrays and tensors keep their size.
+    PIL images are resized and cropped to `resolution`, as in training. Arrays (H, W), (H, W, C) or (B, H, W, C) and
+    tensors (H, W), (C, H, W) or (B, C, H, W), of 1 or 3 channels, keep their size. Integers lie in 0 to 255, and
+    floating-point values in [0, 1]; as everywhere in diffusers, [-1, 1] is deprecated.
+
+    Raises:
+        ValueError: for anything else, for images of different kinds or sizes, or for none.
     """
+    entries = list(image) if isinstance(image, list | tuple) else [image]
+    if entries and all(isinstance(entry, Image) for entry in entries):
+        warn_of_conversions((kind for entry in entries for kind in conversions(entry)), stacklevel=3)
+        return image_processor.preprocess([square_crop(entry, resolution) for entry in entries])
+    batches = [_as_batch(entry) for entry in entries]
+    shapes = {batch.shape[1:] for batch in batches}
+    if len(shapes) != 1:
+        raise ValueError(f"`image` holds images of {len(shapes)} sizes; give at least one, and all of one size.")
+    return image_processor.preprocess(np.concatenate(batches))
 
-    def fit(entry: Any) -> Any:
-        if isinstance(entry, np.ndarray) and np.issubdtype(entry.dtype, np.integer):
-            return entry.astype(np.float32) / 255
-        if isinstance(entry, torch.Tensor) and not entry.is_floating_point():
-            return entry.float() / 255
-        return square_crop(ImageOps.exif_transpose(entry), resolution) if isinstance(entry, Image) else entry
 
-    pictures = [entry for entry in (image if isinstance(image, list) else [image]) if isinstance(entry, Image)]
-    warn_of_conversions((kind for picture in pictures for kind in conversions(picture)), stacklevel=3)
-    return image_processor.preprocess([fit(entry) for entry in image] if isinstance(image, list) else fit(image))
+def _as_batch(entry: Any) -> np.ndarray:
+    """An array or a tensor as images (B, H, W, 3) with values in [0, 1], or [-1, 1] if it has such."""
+    if isinstance(entry, torch.Tensor):
+        tensor = entry.detach().cpu()
+        array = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        channels, layout = -3, "tensors are (H, W), (C, H, W) or (B, C, H, W)"
+    elif isinstance(entry, np.ndarray):
+        array, channels, layout = entry, -1, "arrays are (H, W), (H, W, C) or (B, H, W, C)"
+    else:
+        kind = type(entry).__name__
+        raise ValueError(f"`image` holds a {kind}; give PIL images alone, or arrays or tensors of one size.")
+    if array.ndim == 2:
+        array = np.expand_dims(array, channels)
+    is_image = array.ndim in (3, 4) and array.size and array.shape[channels] in (1, 3)
+    if not is_image or array.dtype.kind not in _NUMBERS:
+        raise ValueError(
+            f"`image` has the shape {tuple(entry.shape)} of {entry.dtype}; {layout}, with 1 or 3 channels."
+        )
+    array = array[None] if array.ndim == 3 else array
+    array = _in_unit_range(np.moveaxis(array, channels, -1))
+    return np.broadcast_to(array, (*array.shape[:-1], 3))
+
+
+def _in_unit_range(array: np.ndarray) -> np.ndarray:
+    """Values as floats, integers from 0 to 255 divided by 255."""
+    is_integer = np.issubdtype(array.dtype, np.integer)
+    low, high = array.min(), array.max()
+    fits = (0 <= low and high <= 255) if is_integer else (-1 - _ROUNDING <= low and high <= 1 + _ROUNDING)
+    if not fits:  # nor do those that are not finite
+        raise ValueError(
+            f"`image` has values from {low} to {high}; integers lie in 0 to 255, and floating-point values in [0, 1]."
+        )
+    return array.astype(np.float32) / 255 if is_integer else array.astype(np.float32)
 
 
 @torch.no_grad()

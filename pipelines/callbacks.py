@@ -31,8 +31,8 @@ def keeping_images(callback: StepCallback, num_images: int) -> StepCallback:
         latents, prompt = returned.get("latents"), returned.get("prompt_embeds")
         if latents is not None and len(latents) != num_images:
             raise ValueError(
-                f"The callback returned latents of {len(latents)} images, and {num_images} are being made; each has its"
-                " context, so their number must stay."
+                f"The callback returned latents of {len(latents)} images, and {num_images} are being made; each has"
+                " its context, so their number must stay."
             )
         if prompt is not None and len(prompt) != (rows := num_images * (1 + pipeline.do_classifier_free_guidance)):
             raise ValueError(

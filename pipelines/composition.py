@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 
 from diffusers_ctx.context import Interventions, any_interventions, embed_captions
 
@@ -36,6 +41,7 @@ class CompositionMixin(CounterfactualMixin):
             bases = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline))
             cls._plain_class = next(base for base in bases if base is not cls)
             cls.__call__ = _with_signature_of(cls._plain_class.__call__)  # type: ignore[method-assign]
+        _tell_auto_pipelines(cls, cls._plain_class)
 
     @torch.no_grad()
     def __call__(
@@ -217,6 +223,17 @@ def _with_signature_of(plain_call: Any) -> Any:
     signature = ours.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
     vars(__call__)["__signature__"] = signature
     return __call__
+
+
+def _tell_auto_pipelines(cls: type[CompositionMixin], plain_class: type[DiffusionPipeline]) -> None:
+    """Lets diffusers' `AutoPipelineFor....from_pipe` make from a pipeline of `cls` what it makes of a plain one.
+
+    For text to image that is `cls` itself.
+    """
+    tasks = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
+    models = [model for model, kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if kind is plain_class]
+    for task in tasks if models else ():
+        task[cls.__name__] = cls if task is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else task[models[0]]
 
 
 def _with_noise(

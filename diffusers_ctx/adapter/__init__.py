@@ -6,7 +6,7 @@ from .attention import (
     context_attention_layers,
 )
 from .loader import ContextAdapterLoaderMixin
-from .lora import LORA_ADAPTER, lora_detached
+from .lora_layers import LORA_ADAPTER, lora_detached
 from .scheduler import set_context_scheduler
 
 

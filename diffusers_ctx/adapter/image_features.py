@@ -16,7 +16,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..fingerprint import fingerprint
 from ..paths import local_or_hub, local_path
 from .attention import context_module_detached
-from .lora import lora_detached
+from .lora_layers import lora_detached
 
 
 _TIMESTEP = 0  # that of a clean image

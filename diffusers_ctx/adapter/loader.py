@@ -37,7 +37,8 @@ from .attention import (
     detach_context_module,
     has_context_module,
 )
-from .lora import LORA_ADAPTER, ContextLoraMixin, lora_detached
+from .lora import ContextLoraMixin
+from .lora_layers import LORA_ADAPTER, check_unfused, lora_detached, other_loras, save_loras_of_text_encoders
 from .offloading import check_no_disk_offload, on_device
 from .scheduler import check_scheduler, plain_scheduler, set_context_scheduler
 from .weights import adapter_config, check_base, load_attention, read_attention, save_attention
@@ -181,8 +182,9 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Saves the plain pipeline, which stock diffusers loads.
 
-        `save_context_adapter` saves the adapter and `save_lora_weights` LoRAs. A UNet that was trained as a whole is
-        saved with the noise schedule of training.
+        `save_context_adapter` saves the adapter. The active LoRA of a text encoder is saved beside its weights, as in
+        diffusers; `save_lora_weights` saves others. A UNet that was trained as a whole is saved with the noise
+        schedule of training.
 
         Raises:
             ValueError: if LoRAs are fused into the weights.
@@ -192,6 +194,13 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             logger.warning(
                 "The pipeline is saved without its context adapter; call `save_context_adapter` or"
                 " `push_context_adapter` for that as well."
+            )
+        for model in self._lora_models.values():
+            check_unfused(model)
+        left_out = other_loras(self.unet) | save_loras_of_text_encoders(self.text_encoders, Path(save_directory))
+        if left_out:
+            logger.warning(
+                f"The pipeline is saved without the LoRAs {sorted(left_out)}; call `save_lora_weights` for them."
             )
         with ExitStack() as stack:
             stack.enter_context(plain_scheduler(self))

@@ -14,51 +14,21 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
 from .attention import (
     attached_adapter,
-    check_projections,
     check_token_scale,
     has_context_module,
     set_token_scale,
     token_scales,
 )
-from .offloading import move_to
+from .lora_layers import LORA_ADAPTER, acting_loras, active_loras, lora_layers, lora_weight, loras_of
 
-
-LORA_ADAPTER = "context"  # PEFT's name of the adapter's own LoRA
 
 # what errors of torch and PEFT say where a LoRA is for other layers
 _MISFIT = ("size mismatch", "not found in the base model")
-_LORA_LOADED = "_hf_peft_config_loaded"  # marks models of diffusers and transformers that have a LoRA
-
-
-@contextmanager
-def lora_detached(model: nn.Module) -> Iterator[None]:
-    """While it is open, `model` has no LoRA layers, and its weights the names of the base model.
-
-    Raises:
-        ValueError: if LoRAs are fused into the weights.
-    """
-    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    if any(layer.merged for layer in tuned.values()):
-        raise ValueError(
-            "LoRAs are fused into the weights, and those of the base model are needed: call `unfuse_lora()` first."
-        )
-    loaded = getattr(model, _LORA_LOADED, False)
-    for name, layer in tuned.items():
-        model.set_submodule(name, layer.get_base_layer())
-    setattr(model, _LORA_LOADED, False)  # otherwise text encoders would save the LoRA instead of their weights
-    try:
-        yield
-    finally:
-        setattr(model, _LORA_LOADED, loaded)
-        for name, layer in tuned.items():
-            model.set_submodule(name, layer)
-            move_to(layer, layer.get_base_layer().weight.device)
 
 
 class ContextLoraMixin:
@@ -89,11 +59,11 @@ class ContextLoraMixin:
     def load_lora_weights(self, *args, **kwargs) -> None:
         """Loads a LoRA as in diffusers, which switches off the others of its models; the context adapter's own stays
         active, with its weight."""
-        active = [model for model in self._context_lora_models.values() if LORA_ADAPTER in _active_loras(model)]
+        active = [model for model in self._context_lora_models.values() if LORA_ADAPTER in active_loras(model)]
         super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
         for model in active:
-            if LORA_ADAPTER not in _active_loras(model):
-                model.set_adapter([*_active_loras(model), LORA_ADAPTER])
+            if LORA_ADAPTER not in active_loras(model):
+                model.set_adapter([*active_loras(model), LORA_ADAPTER])
 
     def unload_lora_weights(self) -> None:
         """Removes all LoRAs, as in diffusers; an adapter that came with one has to be loaded again.
@@ -216,15 +186,17 @@ class ContextLoraMixin:
         """Warns if the adapter's tokens and LoRAs do not act as one, as methods of the models themselves can do."""
         layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
         tokens, expected = token_scales(self.unet), self._expected_scale
-        if tokens != {0.0} and not all(LORA_ADAPTER in _acting_loras(layer) for layer in layers):
+        if tokens != {0.0} and not all(LORA_ADAPTER in acting_loras(layer) for layer in layers):
             message = (
                 "The context adapter's own LoRA is not active, so interventions do not do what was learned; call"
                 f' `pipe.set_adapters(["{LORA_ADAPTER}", ...])` with the names of all LoRAs that are to act.'
             )
         elif tokens != {expected}:
-            message = f"The scale of the context adapter's tokens was set to {sorted(tokens)} and not by this pipeline;"
+            message = (
+                f"The scale of the context adapter's tokens was set to {sorted(tokens)} and not by this pipeline;"
+            )
             message += f" call `pipe.set_context_scale({expected:g})`."
-        elif any(not math.isclose(_weight(layer), expected, abs_tol=1e-6) for layer in layers) and expected:
+        elif any(not math.isclose(lora_weight(layer), expected, abs_tol=1e-6) for layer in layers) and expected:
             message = (
                 f"The weight of the context adapter's LoRA is not {expected:g}, that of its tokens; call"
                 f" `pipe.set_context_scale({expected:g})`, between `unfuse_lora()` and `fuse_lora()` if it is fused."
@@ -234,7 +206,7 @@ class ContextLoraMixin:
         warnings.warn(message, stacklevel=2)  # where it comes from makes no difference: it is shown once
 
     def _load_context_lora(self, folder: Path) -> None:
-        active = {name: _active_loras(model) for name, model in self._lora_models.items()}
+        active = {name: active_loras(model) for name, model in self._lora_models.items()}
         file = folder / LORA_WEIGHTS_NAME
         try:
             self._read_context_lora(folder)
@@ -277,7 +249,7 @@ class ContextLoraMixin:
     def _delete_context_lora(self) -> None:
         for model in self._context_lora_models.values():
             delete_adapter_layers(model, LORA_ADAPTER)
-            if not _loras_of(model):
+            if not loras_of(model):
                 recurse_remove_peft_layers(model)  # deleting the last one has left its empty layers behind
 
     @property
@@ -288,37 +260,13 @@ class ContextLoraMixin:
     @property
     def _context_lora_models(self) -> dict[str, Any]:
         """The models that have the adapter's own LoRA."""
-        return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in _loras_of(model)}
+        return {name: model for name, model in self._lora_models.items() if LORA_ADAPTER in loras_of(model)}
 
     @property
     def _context_lora_layers(self) -> list[BaseTunerLayer]:
         """All LoRA layers of those models."""
-        return [layer for model in self._context_lora_models.values() for layer in _lora_layers(model)]
+        return [layer for model in self._context_lora_models.values() for layer in lora_layers(model)]
 
     @property
     def _all_lora_layers(self) -> list[BaseTunerLayer]:
-        return [layer for model in self._lora_models.values() for layer in _lora_layers(model)]
-
-
-def _loras_of(model: nn.Module) -> dict[str, Any]:
-    return getattr(model, "peft_config", {})
-
-
-def _active_loras(model: nn.Module) -> list[str]:
-    layers = _lora_layers(model)
-    return list(layers[0].active_adapters) if layers else []
-
-
-def _weight(layer: BaseTunerLayer) -> float:
-    """The weight of the adapter's LoRA in a layer, 1 as trained."""
-    rank = layer.r[LORA_ADAPTER]
-    as_trained = layer.lora_alpha[LORA_ADAPTER] / (rank**0.5 if layer.use_rslora.get(LORA_ADAPTER) else rank)
-    return layer.scaling[LORA_ADAPTER] / as_trained
-
-
-def _acting_loras(layer: BaseTunerLayer) -> list[str]:
-    return layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters)
-
-
-def _lora_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        return [layer for model in self._lora_models.values() for layer in lora_layers(model)]

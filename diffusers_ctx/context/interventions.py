@@ -74,22 +74,15 @@ def _has_rows(interventions: Any) -> TypeGuard[list[Any]]:
 
 
 def _mask_row(interventions: Any, concepts: Sequence[str], obs_context: str | None) -> list[float]:
-    strengths = _by_normal_name(_strengths(interventions, obs_context))
-    concepts = [normal_name(concept) for concept in concepts]
-    unknown = [name for name in strengths if name not in concepts]
+    strengths = _strengths(interventions, obs_context)
+    known = [normal_name(name) for name in concepts]
+    unknown = [name for name in strengths if name not in known]
     if unknown:
-        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {concepts}.")
+        raise ValueError(f"Unknown concepts {unknown}; this adapter knows {list(concepts)}.")
     for name, strength in strengths.items():
         if not (_is_number(strength) and 0 <= float(strength) <= 1):
             raise ValueError(f"The strength of '{name}' is {strength!r}; strengths are numbers in [0, 1].")
-    return [float(strengths.get(name, 0.0)) for name in concepts]
-
-
-def _by_normal_name(strengths: dict[str, Any]) -> dict[str, Any]:
-    named = {normal_name(name) if isinstance(name, str) else name: value for name, value in strengths.items()}
-    if len(named) < len(strengths):
-        raise ValueError(f"`interventions` names a concept twice: {list(strengths)}.")
-    return named
+    return [float(strengths.get(name, 0.0)) for name in known]
 
 
 def _strengths(interventions: Any, obs_context: str | None) -> dict[str, Any]:
@@ -98,17 +91,15 @@ def _strengths(interventions: Any, obs_context: str | None) -> dict[str, Any]:
         names = [name.strip() for name in interventions.split("+")]
         _refuse_observational(names, obs_context)
         raise ValueError(f"`interventions` is a list or a mapping of concepts; write {names}.")
-    if isinstance(interventions, Mapping):
-        strengths = dict(interventions)
-    elif interventions is None or isinstance(interventions, list):
-        names = interventions or []
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`interventions` is a list or a mapping of concepts for each prompt, and not {names}.")
-        strengths = dict.fromkeys(names, 1.0)
-        if len(strengths) < len(names):
-            raise ValueError(f"`interventions` names a concept twice: {names}.")
-    else:
+    if not isinstance(interventions, Mapping | list | None):
         raise ValueError(f"`interventions` is a list or a mapping of concepts, and not {interventions!r}.")
+    names = list(interventions or ())
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`interventions` is a list or a mapping of concepts for each prompt, and not {names}.")
+    values = interventions.values() if isinstance(interventions, Mapping) else [1.0] * len(names)
+    strengths = dict(zip(map(normal_name, names), values))
+    if len(strengths) < len(names):
+        raise ValueError(f"`interventions` names a concept twice: {names}.")
     _refuse_observational(strengths, obs_context)
     return strengths
 
@@ -118,7 +109,7 @@ def _is_number(strength: Any) -> bool:
 
 
 def _refuse_observational(names: Iterable[str], obs_context: str | None) -> None:
-    if obs_context is not None and obs_context in names:
+    if obs_context is not None and normal_name(obs_context) in map(normal_name, names):
         raise ValueError(
             f"'{obs_context}' is the context without interventions, not a concept; write [] or None for it."
         )
