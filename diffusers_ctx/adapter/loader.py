@@ -158,6 +158,9 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """
         module, adapter = self._require_context_module(), attached_adapter(self.unet)
         check_no_disk_offload(self.unet)
+        if adapter.lora_models - set(self._lora_models):
+            missing = sorted(adapter.lora_models - set(self._lora_models))
+            raise RuntimeError(f"The context adapter has a LoRA of {missing}, which this pipeline is without.")
         mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
         folder = local_path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -357,7 +360,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         check_scheduler(self)
         if self._context_lora_models:
             check_projections(self.unet)
-        if not attached_adapter(self.unet).lora_models <= set(self._context_lora_models):
+        if attached_adapter(self.unet).lora_models & set(self._lora_models) - set(self._context_lora_models):
             raise RuntimeError(
                 "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."
