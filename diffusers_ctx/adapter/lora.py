@@ -211,9 +211,10 @@ class ContextLoraMixin:
         try:
             self._read_context_lora(folder)
         except Exception as error:  # diffusers and PEFT raise many types, and name no file
-            if any(sign in str(error) for sign in _MISFIT):
+            misfits = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in _MISFIT)]
+            if misfits:
                 raise AdapterError(
-                    f"{file} does not fit the base model ({error}); load the one that the adapter was trained on."
+                    f"{file} does not fit the base model ({misfits[0]}); load the one that the adapter was trained on."
                 ) from error
             raise AdapterError(f"{file} cannot be loaded ({type(error).__name__}: {error}).") from error
         for name, model in self._context_lora_models.items():

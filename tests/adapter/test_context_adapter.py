@@ -293,11 +293,16 @@ def test_a_compiled_unet_loads_saves_and_unloads(plain_pipeline, fresh_pipeline,
 
 @pytest.mark.parametrize("lora", [None, "style", LORA_ADAPTER])
 def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, caplog, lora):
-    """Without the layers of a LoRA, whose names a plain model does not know."""
+    """Without the UNet's layers of a LoRA, whose names a plain model does not know, but with the user's own of the
+    text encoder, which transformers loads."""
     expected = sample(plain_pipeline)
+    if lora == "style":
+        add_lora(plain_pipeline, lora, "text_encoder", ("q_proj", "v_proj"))
+        expected = sample(plain_pipeline)
     attach_random_module(plain_pipeline)
     if lora is not None:
         add_lora(plain_pipeline, lora)
+    if lora == LORA_ADAPTER:
         add_lora(plain_pipeline, lora, "text_encoder", ("q_proj", "v_proj"))
     adapted = sample(plain_pipeline, interventions=["snow"])
     plain_pipeline.save_pretrained(str(tmp_path))
@@ -306,6 +311,11 @@ def test_save_pretrained_writes_the_plain_pipeline(plain_pipeline, tmp_path, cap
     stock = DiffusionPipeline.from_pretrained(str(tmp_path))
     assert type(stock) is StableDiffusionPipeline
     np.testing.assert_array_equal(sample(stock), expected)
+    assert ("saved without the LoRAs ['style']; call `save_lora_weights`" in caplog.text) == (lora == "style")
+    if lora == "style":  # saved over it without one, it has none
+        plain_pipeline.text_encoder.delete_adapter("style")
+        plain_pipeline.save_pretrained(str(tmp_path))
+        assert not list((tmp_path / "text_encoder").glob("adapter*"))
 
 
 def test_replaced_processors_are_noticed(plain_pipeline):
@@ -410,6 +420,20 @@ def broken_lora(folder: Path) -> None:
     safetensors.torch.save_file({"foreign": torch.ones(1)}, folder / "pytorch_lora_weights.safetensors")
 
 
+def lora_of_wider_layers(folder: Path) -> None:
+    broken_lora(folder)
+    state = {"lora_A.weight": torch.ones(2, 7), "lora_B.weight": torch.ones(7, 2)}
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {f"{layer}.{name}": weight for name, weight in state.items()}
+    safetensors.torch.save_file(state, folder / "pytorch_lora_weights.safetensors")
+
+
+def lora_of_other_layers(folder: Path) -> None:
+    broken_lora(folder)
+    state = {"unet.nowhere.lora_A.weight": torch.ones(2, 8), "unet.nowhere.lora_B.weight": torch.ones(8, 2)}
+    safetensors.torch.save_file(state, folder / "pytorch_lora_weights.safetensors")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -420,7 +444,9 @@ def broken_lora(folder: Path) -> None:
         (no_module, "context_module"),
         (other_module_weights, "saved by another version"),
         (newer_format, "upgrade"),
-        (broken_lora, "pytorch_lora_weights.safetensors"),
+        (broken_lora, r"pytorch_lora_weights.safetensors does not fit .*layers of \['foreign'\] not found"),
+        (lora_of_wider_layers, "does not fit the base model.*size mismatch"),
+        (lora_of_other_layers, "does not fit the base model.*not found"),
     ],
 )
 def test_unfit_adapters_leave_the_pipeline_as_it_was(saved_adapter, spoil, message):

@@ -12,6 +12,7 @@ from diffusers_ctx.autoencoding import to_pixels
 
 RGB = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 FLOAT = (RGB / 255).astype(np.float32)
+BYTES = torch.tensor(RGB).permute(2, 0, 1)
 TENSOR = torch.tensor(FLOAT).permute(2, 0, 1)
 EXPECTED = 2 * TENSOR[None] - 1
 GREY = RGB[..., :1]
@@ -48,7 +49,7 @@ def test_grey_is_grey_in_all_channels(image):
 
 
 def test_a_mask_is_black_and_white():
-    for image in (RGB > 127, torch.tensor(RGB > 127).permute(2, 0, 1)):
+    for image in (RGB > 127, BYTES > 127):
         assert torch.equal(pixels(image), (EXPECTED > 0) * 2.0 - 1)
 
 
