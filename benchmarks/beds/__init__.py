@@ -1,0 +1,1 @@
+"""Test beds: data sets of contexts, whose compositions and counterfactuals have a truth."""
