@@ -200,7 +200,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             )
         for model in self._lora_models.values():
             check_unfused(model)
-        left_out = other_loras(self.unet) | save_loras_of_text_encoders(self.text_encoders, Path(save_directory))
+        left_out = other_loras(self.unet) | save_loras_of_text_encoders(self.text_encoders, folder)
         if left_out:
             logger.warning(
                 f"The pipeline is saved without the LoRAs {sorted(left_out)}; call `save_lora_weights` for them."
