@@ -24,7 +24,7 @@ from .conftest import SCRIPT, create_trainer, flags, load_trainer, make_options
 from .test_training_script import weights_of
 
 
-STEPS = 60
+STEPS = 30
 
 
 def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
@@ -36,7 +36,7 @@ def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
         gradient_accumulation_steps=2,
         unfreeze_after=0.5,
         lr_scheduler="cosine",
-        checkpointing_steps=7,
+        checkpointing_steps=4,
         checkpoints_total_limit=2,
         use_ema=True,
         cache_latents=True,
@@ -77,7 +77,7 @@ def undisturbed(base_model, photos, tmp_path_factory) -> dict[str, torch.Tensor]
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(base_model, photos, undisturbed, tmp_path, number):
     options = options_of(base_model, photos, tmp_path / "adapter")
     process = start(options)
-    wait_for(lambda: (tmp_path / "adapter" / "checkpoint-7").exists(), process)
+    wait_for(lambda: (tmp_path / "adapter" / "checkpoint-4").exists(), process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
@@ -140,9 +140,9 @@ def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment)
     folder = tmp_path / "adapter"
     process = start(options_of(base_model, photos, folder))
     if moment == "while a checkpoint is written":
-        wait_for(lambda: (folder / "unfinished-checkpoint-21").exists(), process)
+        wait_for(lambda: (folder / "unfinished-checkpoint-12").exists(), process)
     elif moment == "between two":
-        wait_for(lambda: (folder / "checkpoint-21").exists(), process)
+        wait_for(lambda: (folder / "checkpoint-12").exists(), process)
         time.sleep(0.1)
     elif moment == "after the concepts are learned":
         wait_for((folder / "checkpoint-0").exists, process)
@@ -251,7 +251,7 @@ def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
         "max_train_steps": 400,
     }
     process = start_two(options)
-    wait_for((tmp_path / "adapter" / "checkpoint-7").exists, process)
+    wait_for((tmp_path / "adapter" / "checkpoint-4").exists, process)
     process.terminate()  # the launcher passes it on
     output, _ = process.communicate(timeout=120)
     (step,) = re.findall(r"Stopped by a signal after step (\d+)", output)
