@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from ..adapter_format import Injection, Mode
 from ..context.names import normal_name
-from ..paths import expand_home
+from ..options import OptionGroup, option, path_option
 
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -24,140 +22,74 @@ PosteriorEncoder = Literal["vae", "unet", "clip"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """The range of a number. It must be finite, too, unless it may be infinite."""
-
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    infinite: bool = False
-
-    def broken_by(self, value: float) -> str | None:
-        """What the value must be and is not; `None` if nothing is wrong. NaN is in no range."""
-        inside = (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
-        if not inside:
-            return str(self)
-        return None if self.infinite or math.isfinite(value) else "finite"
-
-    def __str__(self) -> str:
-        if self.above is not None:
-            return f"above {self.above}"
-        if self.below is not None:
-            return f"in [{self.at_least}, {self.below})"
-        return f"{self.at_least} or more" if self.at_most is None else f"in [{self.at_least}, {self.at_most}]"
-
-
-def _option(default: Any, help: str, **bounds: Any) -> Any:
-    return field(default=default, metadata={"help": help, "bounds": Bounds(**bounds)})
-
-
-def _path(default: Any, help: str) -> Any:
-    """An option that is or may be a path."""
-    return field(default=default, metadata={"help": help, "is_path": True})
-
-
-def kind_of(annotation: Any) -> Any:
-    """The type of an option from its annotation, without the `None` of an option that may be left open."""
-    arguments = get_args(annotation)
-    return next(kind for kind in arguments if kind is not NoneType) if NoneType in arguments else annotation
-
-
-class OptionGroup:
-    """Options that are checked as soon as they are given, in Python as on the command line. `~` in paths is expanded.
-
-    Raises:
-        ValueError: if an option is none of its choices or outside of its bounds, or a path names an unknown home.
-    """
-
-    def __post_init__(self) -> None:
-        annotations = get_type_hints(type(self))
-        for option in fields(self):  # type: ignore[arg-type]
-            value, kind = getattr(self, option.name), kind_of(annotations[option.name])
-            if value is None:
-                continue
-            if option.metadata.get("is_path"):
-                setattr(self, option.name, expand_home(value))
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"`{option.name}` is {value!r}; choose one of {list(get_args(kind))}.")
-            if kind in (int, float) and (wanted := option.metadata["bounds"].broken_by(value)):
-                raise ValueError(f"`{option.name}` is {value}; it must be {wanted}.")
-
-
 @dataclass
 class ModelConfig(OptionGroup):
     """The base model and what of it learns."""
 
-    pretrained_model_name_or_path: str = _path(MISSING, "Local folder or Hub id of a Stable Diffusion.")
-    revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
-    variant: str | None = _option(None, "Variant of the model files, such as fp16.")
-    mode: Mode = _option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
-    rank: int = _option(16, "Rank of the LoRA.", at_least=1)
-    train_text_encoder: bool = _option(False, "In mode lora, learn a LoRA of the text encoders too.")
-    injection: Injection = _option(
+    pretrained_model_name_or_path: str = path_option(MISSING, "Local folder or Hub id of a Stable Diffusion.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    variant: str | None = option(None, "Variant of the model files, such as fp16.")
+    mode: Mode = option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
+    rank: int = option(16, "Rank of the LoRA.", at_least=1)
+    train_text_encoder: bool = option(False, "In mode lora, learn a LoRA of the text encoders too.")
+    injection: Injection = option(
         "cross_attention",
         "How context tokens reach the UNet: through attention layers of their own (cross_attention) or appended to the"
         " prompt (prompt).",
     )
-    unfreeze_after: float | None = _option(
+    unfreeze_after: float | None = option(
         None,
         "In modes lora and full, the share of training before the UNet learns too. By default 0.2, or 0 if the UNet"
         " has to learn another noise schedule.",
         at_least=0,
         below=1,
     )
-    enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers' attention (CUDA only).")
-    prediction_type: PredictionType | None = _option(
+    enable_xformers_memory_efficient_attention: bool = option(False, "Use xformers' attention (CUDA only).")
+    prediction_type: PredictionType | None = option(
         None, "What the UNet learns to predict; by default what the base model predicts."
     )
-    rescale_betas_zero_snr: bool = _option(False, "Train with zero terminal SNR: the last timestep is pure noise.")
-    gradient_checkpointing: bool = _option(False, "Save memory by computing activations twice.")
+    rescale_betas_zero_snr: bool = option(False, "Train with zero terminal SNR: the last timestep is pure noise.")
+    gradient_checkpointing: bool = option(False, "Save memory by computing activations twice.")
 
 
 @dataclass
 class DataConfig(OptionGroup):
     """The images and how they are read."""
 
-    train_data_dir: str | None = _path(None, "Folder with one sub-folder of images per context.")
-    dataset_name: str | None = _path(None, "Dataset on the Hub or on disk, instead of a folder.")
-    dataset_config_name: str | None = _option(None, "The dataset's configuration, if it has several.")
-    dataset_split: str = _option("train", "The dataset's split.")
-    image_column: str = _option("image", "The dataset's column of images.")
-    context_column: str = _option("context", "The dataset's column of context names.")
-    caption_column: str = _option("text", "The column of captions, in datasets and in metadata files.")
-    obs_context: str = _option("obs", "Name of the observational context.")
-    concepts: list[str] | None = _option(
+    train_data_dir: str | None = path_option(None, "Folder with one sub-folder of images per context.")
+    dataset_name: str | None = path_option(None, "Dataset on the Hub or on disk, instead of a folder.")
+    dataset_config_name: str | None = option(None, "The dataset's configuration, if it has several.")
+    dataset_split: str = option("train", "The dataset's split.")
+    image_column: str = option("image", "The dataset's column of images.")
+    context_column: str = option("context", "The dataset's column of context names.")
+    caption_column: str = option("text", "The column of captions, in datasets and in metadata files.")
+    obs_context: str = option("obs", "Name of the observational context.")
+    concepts: list[str] | None = option(
         None, "Concepts to learn, in order; by default all that the contexts intervene on."
     )
-    max_train_samples: int | None = _option(None, "Use at most this many images of each context.", at_least=1)
-    validation_images: int = _option(0, "Images per context held out for validation.", at_least=0)
-    skip_unreadable: bool = _option(False, "Leave out images that cannot be read, instead of stopping.")
-    resolution: int | None = _option(
+    max_train_samples: int | None = option(None, "Use at most this many images of each context.", at_least=1)
+    validation_images: int = option(0, "Images per context held out for validation.", at_least=0)
+    skip_unreadable: bool = option(False, "Leave out images that cannot be read, instead of stopping.")
+    resolution: int | None = option(
         None, "Height and width to resize and crop images to; by default the model's own.", at_least=1
     )
-    center_crop: bool = _option(False, "Crop the centre; by default each image is cropped at its own random place.")
-    random_flip: bool = _option(False, "Flip images left to right at random.")
-    proportion_empty_prompts: float = _option(
+    center_crop: bool = option(False, "Crop the centre; by default each image is cropped at its own random place.")
+    random_flip: bool = option(False, "Flip images left to right at random.")
+    proportion_empty_prompts: float = option(
         0.1, "Share of captions dropped, for classifier-free guidance.", at_least=0, at_most=1
     )
-    cache_latents: bool = _option(
+    cache_latents: bool = option(
         False, "Keep encoded images on disk, and encoded captions unless text encoders learn; each is encoded once."
     )
-    dataloader_num_workers: int = _option(0, "Image-loading workers; 0 loads in the main process.", at_least=0)
-    streaming: bool = _option(False, "Read images as they are needed, for collections that do not fit on the disk.")
-    streaming_concept_images: int = _option(
+    dataloader_num_workers: int = option(0, "Image-loading workers; 0 loads in the main process.", at_least=0)
+    streaming: bool = option(False, "Read images as they are needed, for collections that do not fit on the disk.")
+    streaming_concept_images: int = option(
         1000, "With streaming, the images per context that the concepts are learned on.", at_least=1
     )
-    streaming_shuffle_buffer: int = _option(
+    streaming_shuffle_buffer: int = option(
         256, "With streaming, the size of each context's shuffle buffer, in images.", at_least=1
     )
-    cache_dir: str | None = _path(None, "Folder for downloads and encoded images; by default the Hub's cache.")
+    cache_dir: str | None = path_option(None, "Folder for downloads and encoded images; by default the Hub's cache.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,50 +113,50 @@ class DataConfig(OptionGroup):
 class ContextConfig(OptionGroup):
     """The context module and how it learns the concepts."""
 
-    causal_form: CausalForm = _option(
+    causal_form: CausalForm = option(
         "structural", "Causal layer: a structural causal model (structural) or the paper's form (reduced_form)."
     )
-    graph: list[str] | None = _option(None, "Edges `cause->effect` of a known graph; by default the graph is learned.")
-    num_hidden_factors: int = _option(4, "Factors that no context intervenes on.", at_least=0)
-    noise_dim: int = _option(1, "Dimensions of each concept's exogenous noise.", at_least=1)
-    tokens_per_concept: int = _option(1, "Tokens that each concept gives to the UNet.", at_least=1)
-    posterior_type: PosteriorType = _option(
+    graph: list[str] | None = option(None, "Edges `cause->effect` of a known graph; by default the graph is learned.")
+    num_hidden_factors: int = option(4, "Factors that no context intervenes on.", at_least=0)
+    noise_dim: int = option(1, "Dimensions of each concept's exogenous noise.", at_least=1)
+    tokens_per_concept: int = option(1, "Tokens that each concept gives to the UNet.", at_least=1)
+    posterior_type: PosteriorType = option(
         "inverse", "Posterior of the exogenous noise: the mechanisms inverted (inverse), or a network (amortized)."
     )
-    posterior_encoder: PosteriorEncoder | None = _option(
+    posterior_encoder: PosteriorEncoder | None = option(
         None,
         "Input of the posterior: latents (vae), or features of the UNet (unet) or of a CLIP image encoder (clip). By"
         " default unet, or clip if its model is named; vae in mode full, with streaming, and for a UNet without a"
         " middle block.",
     )
-    posterior_encoder_model: str | None = _path(
+    posterior_encoder_model: str | None = path_option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."
     )
-    expressive_depth: int = _option(
+    expressive_depth: int = option(
         0, "Layers between mechanism and causal layer; more than 0 needs an amortized posterior.", at_least=0
     )
-    kl_weight: float = _option(1.0, "Weight β of the KL divergence, relative to the likelihood.", at_least=0)
-    kl_warmup_steps: int = _option(100, "Steps over which β grows from zero.", at_least=1)
-    contrastive_weight: float = _option(30.0, "Weight of the contrastive loss between contexts.", at_least=0)
-    matching_weight: float = _option(
+    kl_weight: float = option(1.0, "Weight β of the KL divergence, relative to the likelihood.", at_least=0)
+    kl_warmup_steps: int = option(100, "Steps over which β grows from zero.", at_least=1)
+    contrastive_weight: float = option(30.0, "Weight of the contrastive loss between contexts.", at_least=0)
+    matching_weight: float = option(
         50.0, "Weight of prior matching: the distance of each context's noise to its prior.", at_least=0
     )
-    generation_weight: float = _option(
+    generation_weight: float = option(
         500.0, "Weight of the distance between each context's images and decoded samples of the prior.", at_least=0
     )
-    acyclicity_weight: float = _option(10.0, "Weight of the penalty on cycles of a learned graph.", at_least=0)
-    sparsity_weight: float = _option(
+    acyclicity_weight: float = option(10.0, "Weight of the penalty on cycles of a learned graph.", at_least=0)
+    sparsity_weight: float = option(
         0.0,
         "Weight of the group lasso on the edges of the causal layer; the causal fit of a learned graph adds 0.03.",
         at_least=0,
     )
-    concept_steps: int = _option(
+    concept_steps: int = option(
         1500,
         "Steps in which the concepts are learned with a light decoder, before the UNet.",
         at_least=2,  # one for the code and one for all terms
     )
-    concept_batch_size: int = _option(336, "Images per such step, all contexts together.", at_least=1)
-    concept_learning_rate: float = _option(
+    concept_batch_size: int = option(336, "Images per such step, all contexts together.", at_least=1)
+    concept_learning_rate: float = option(
         3e-3,
         "Peak learning rate of these steps; at their end, mechanisms and graph learn ten times as fast.",
         above=0,
@@ -235,58 +167,58 @@ class ContextConfig(OptionGroup):
 class OptimizationConfig(OptionGroup):
     """How the adapter is trained with the diffusion loss."""
 
-    seed: int = _option(
+    seed: int = option(
         0, "Seed of all random numbers, except for the choice of held-out images.", at_least=0, at_most=2**32 - 1
     )
-    train_batch_size: int = _option(16, "Images per step and process.", at_least=1)
-    gradient_accumulation_steps: int = _option(1, "Batches per optimizer step.", at_least=1)
-    num_train_epochs: int = _option(100, "Epochs, unless max_train_steps is given.", at_least=1)
-    max_train_steps: int | None = _option(None, "Optimizer steps.", at_least=1)
-    learning_rate: float = _option(1e-4, "Peak learning rate.", above=0)
-    scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
-    lr_scheduler: Schedule = _option("constant", "The learning-rate schedule.")
-    lr_warmup_steps: int | None = _option(
+    train_batch_size: int = option(16, "Images per step and process.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", at_least=1)
+    num_train_epochs: int = option(100, "Epochs, unless max_train_steps is given.", at_least=1)
+    max_train_steps: int | None = option(None, "Optimizer steps.", at_least=1)
+    learning_rate: float = option(1e-4, "Peak learning rate.", above=0)
+    scale_lr: bool = option(False, "Multiply the learning rate by processes, accumulation and batch size.")
+    lr_scheduler: Schedule = option("constant", "The learning-rate schedule.")
+    lr_warmup_steps: int | None = option(
         None, "Warm-up steps of the schedule, by default 500; the schedule constant has none.", at_least=0
     )
-    snr_gamma: float | None = _option(None, "γ of min-SNR weighting; 5.0 is usual.", above=0)
-    timestep_sampling: TimestepSampling = _option("uniform", "Distribution of the timesteps.")
-    noise_offset: float = _option(0.0, "Standard deviation of an offset of the noise per image and channel.")
-    optimizer: Optimizer = _option(
+    snr_gamma: float | None = option(None, "γ of min-SNR weighting; 5.0 is usual.", above=0)
+    timestep_sampling: TimestepSampling = option("uniform", "Distribution of the timesteps.")
+    noise_offset: float = option(0.0, "Standard deviation of an offset of the noise per image and channel.")
+    optimizer: Optimizer = option(
         "adamw", "The optimizer; adamw_8bit needs the package bitsandbytes, prodigy needs prodigyopt."
     )
-    adam_beta1: float = _option(0.9, "β1 of the optimizer.", at_least=0, below=1)
-    adam_beta2: float = _option(0.999, "β2 of the optimizer.", at_least=0, below=1)
-    adam_weight_decay: float = _option(1e-2, "Weight decay of the optimizer.", at_least=0)
-    adam_epsilon: float = _option(1e-8, "ε of the optimizer.", above=0)
-    max_grad_norm: float = _option(1.0, "Norm to clip gradients to; `inf` does not clip them.", above=0, infinite=True)
-    use_ema: bool = _option(False, "Validate with and save an exponential moving average of the learned weights.")
-    ema_decay: float = _option(0.9999, "Decay of the average after its warm-up.", at_least=0, at_most=1)
-    mixed_precision: MixedPrecision | None = _option(None, "Mixed precision; by default Accelerate's setting.")
-    allow_tf32: bool = _option(False, "Allow TF32 on Ampere GPUs.")
+    adam_beta1: float = option(0.9, "β1 of the optimizer.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "β2 of the optimizer.", at_least=0, below=1)
+    adam_weight_decay: float = option(1e-2, "Weight decay of the optimizer.", at_least=0)
+    adam_epsilon: float = option(1e-8, "ε of the optimizer.", above=0)
+    max_grad_norm: float = option(1.0, "Norm to clip gradients to; `inf` does not clip them.", above=0, infinite=True)
+    use_ema: bool = option(False, "Validate with and save an exponential moving average of the learned weights.")
+    ema_decay: float = option(0.9999, "Decay of the average after its warm-up.", at_least=0, at_most=1)
+    mixed_precision: MixedPrecision | None = option(None, "Mixed precision; by default Accelerate's setting.")
+    allow_tf32: bool = option(False, "Allow TF32 on Ampere GPUs.")
 
 
 @dataclass
 class OutputConfig(OptionGroup):
     """Where the run writes, and what it logs and validates."""
 
-    output_dir: str = _path("context-adapter", "Folder for the adapter, its checkpoints and logs.")
-    logging_dir: str = _path("logs", "Folder for the trackers; a relative one lies within output_dir.")
-    report_to: str = _option("tensorboard", "Name of an installed tracker, `all` or `none`.")
-    checkpointing_steps: int = _option(
+    output_dir: str = path_option("context-adapter", "Folder for the adapter, its checkpoints and logs.")
+    logging_dir: str = path_option("logs", "Folder for the trackers; a relative one lies within output_dir.")
+    report_to: str = option("tensorboard", "Name of an installed tracker, `all` or `none`.")
+    checkpointing_steps: int = option(
         500, "Steps between checkpoints; there is always one before the first step and one after the last.", at_least=1
     )
-    checkpoints_total_limit: int | None = _option(None, "Keep at most this many checkpoints.", at_least=1)
-    resume_from_checkpoint: str | None = _path(None, "A checkpoint's folder, or `latest`.")
-    validation_prompt: str | None = _option(None, "Prompt of the validation images; without one, none are drawn.")
-    validation_interventions: list[str] | None = _option(
+    checkpoints_total_limit: int | None = option(None, "Keep at most this many checkpoints.", at_least=1)
+    resume_from_checkpoint: str | None = path_option(None, "A checkpoint's folder, or `latest`.")
+    validation_prompt: str | None = option(None, "Prompt of the validation images; without one, none are drawn.")
+    validation_interventions: list[str] | None = option(
         None, "Compositions to draw in a validation besides the single contexts, such as `night+snow`."
     )
-    validation_steps: int = _option(500, "Steps between validations.", at_least=1)
-    num_validation_images: int = _option(4, "Images per context in a validation.", at_least=1)
-    validation_guidance_scale: float = _option(7.5, "Classifier-free guidance of the validation images.")
-    push_to_hub: bool = _option(False, "Push the adapter to the Hub when training has finished.")
-    hub_token: str | None = _option(None, "Token with write access; by default that of `hf auth login`.")
-    hub_model_id: str | None = _option(None, "Repository to push to; by default the name of output_dir.")
+    validation_steps: int = option(500, "Steps between validations.", at_least=1)
+    num_validation_images: int = option(4, "Images per context in a validation.", at_least=1)
+    validation_guidance_scale: float = option(7.5, "Classifier-free guidance of the validation images.")
+    push_to_hub: bool = option(False, "Push the adapter to the Hub when training has finished.")
+    hub_token: str | None = option(None, "Token with write access; by default that of `hf auth login`.")
+    hub_model_id: str | None = option(None, "Repository to push to; by default the name of output_dir.")
 
 
 @dataclass

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
+from ..options import OptionParser, kind_of
 from ..paths import local_path
-from .config import GROUPS, TrainingConfig, kind_of
+from .config import GROUPS, TrainingConfig
 
 
 _KINDS: dict[Any, str] = {
@@ -24,17 +24,6 @@ _KINDS: dict[Any, str] = {
     str: "text, in quotes if it looks like something else",
     list[str]: "a list of texts",
 }
-
-
-class OptionParser(HfArgumentParser):
-    """Parses flags into the config groups; `--help` lists their choices."""
-
-    def __init__(self) -> None:
-        super().__init__(GROUPS)
-
-    def add_argument(self, *names: str, bounds: Any = None, is_path: bool = False, **options: Any) -> Any:
-        """See `argparse`. The groups check bounds and expand paths themselves."""
-        return super().add_argument(*names, **options)
 
 
 def parse_training_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
@@ -48,7 +37,7 @@ def parse_training_config(arguments: Sequence[str] | None = None) -> TrainingCon
             its choices or outside of its bounds.
         OSError: if the file cannot be read.
     """
-    parser = OptionParser()
+    parser = OptionParser(GROUPS)
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-") or not arguments[0].endswith((".json", ".yaml", ".yml")):
         return TrainingConfig(*parser.parse_args_into_dataclasses(arguments))

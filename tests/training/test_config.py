@@ -9,6 +9,7 @@ import pytest
 from diffusers.optimization import SchedulerType
 
 from diffusers_ctx import training
+from diffusers_ctx.options import OptionParser
 from diffusers_ctx.training import (
     ContextConfig,
     DataConfig,
@@ -19,7 +20,6 @@ from diffusers_ctx.training import (
     parse_training_config,
 )
 from diffusers_ctx.training.config import GROUPS, Schedule
-from diffusers_ctx.training.config_file import OptionParser
 from diffusers_ctx.training.run.record import flatten_options
 
 
@@ -46,7 +46,7 @@ def group_with(**options):
 
 @pytest.mark.parametrize(("name", "choices"), CHOICES.items())
 def test_choices_are_listed_by_help_and_held_to_on_the_command_line_and_in_python(name, choices, capsys):
-    shown = " ".join(OptionParser().format_help().split())
+    shown = " ".join(OptionParser(GROUPS).format_help().split())
     assert f"--{name} {{{choices}}}" in shown
     for choice in choices.split(","):
         assert flatten_options(parse_training_config([*PLAIN, f"--{name}", choice]))[name] == choice
