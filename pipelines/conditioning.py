@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from diffusers_ctx.adapter import lora_detached
 from diffusers_ctx.adapter.image_features import UNetFeatures
+from diffusers_ctx.adapter.text_encoders import text_encoders_of
 from diffusers_ctx.context import embed_captions
 
 
@@ -35,7 +36,7 @@ class Conditioner(ABC):
     @property
     def text_encoders(self) -> dict[str, PreTrainedModel]:
         """The text encoders by component name."""
-        return self.pipeline.text_encoders
+        return text_encoders_of(self.pipeline.components)
 
     @abstractmethod
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ctx.adapter import ContextAdapterLoaderMixin, add_context_tokens
+from diffusers_ctx.adapter import ContextAdapterMixin, add_context_tokens
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
 from diffusers_ctx.autoencoding import decode_latents, encode_pixels, to_pixels
 from diffusers_ctx.context import GaussianPosterior, Interventions
@@ -22,7 +22,7 @@ from .inversion import Model, denoise, evenly_spaced_timesteps, invert
 from .outputs import ComposablePipelineOutput
 
 
-class CounterfactualMixin(ContextAdapterLoaderMixin):
+class CounterfactualMixin(ContextAdapterMixin):
     """Gives a pipeline with a context adapter what goes from images back to noise."""
 
     vae: AutoencoderKL

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .conditioning import Conditioner
+
 
 _WARNINGS = ("input was truncated because CLIP", "Token indices sequence length is longer")  # diffusers, transformers
 
@@ -21,7 +23,7 @@ def describe_truncated(pipeline: Any, captions: Sequence[str], what: str = "capt
     """
     captions = [caption for caption in captions if caption]
     distinct = sorted(set(captions))
-    names = [name.replace("text_encoder", "tokenizer") for name in pipeline.text_encoders]
+    names = [name.replace("text_encoder", "tokenizer") for name in Conditioner.of(pipeline).text_encoders]
     limit = min(pipeline.components[name].model_max_length for name in names)
     too_long: set[str] = set()
     with truncation_unsaid(pipeline):

@@ -5,14 +5,14 @@ from .attention import (
     attached_context_module,
     context_attention_layers,
 )
-from .loader import ContextAdapterLoaderMixin
 from .lora_layers import LORA_ADAPTER, lora_detached
+from .saving import ContextAdapterMixin
 from .scheduler import set_context_scheduler
 
 
 __all__ = [
     "LORA_ADAPTER",
-    "ContextAdapterLoaderMixin",
+    "ContextAdapterMixin",
     "add_context_tokens",
     "attach_context_module",
     "attached_adapter",

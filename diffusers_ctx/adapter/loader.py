@@ -1,31 +1,19 @@
-"""Loading, saving and pushing context adapters, for pipelines with a UNet."""
+"""Loading context adapters, for pipelines with a UNet."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo
 
-from ..adapter_format import (
-    CONFIG_NAME,
-    LORA_WEIGHTS_NAME,
-    MODULE_FOLDER,
-    AdapterError,
-    Mode,
-    public_name,
-    validate_adapter_folder,
-)
+from ..adapter_format import MODULE_FOLDER, AdapterError, validate_adapter_folder
 from ..context import ContextModule, Interventions, intervention_mask
-from ..hub import push_adapter_folder, render_model_card, resolve_adapter_folder, save_model_card
+from ..hub import resolve_adapter_folder
 from ..paths import local_or_hub, local_path
 from .attention import (
     attach_context_module,
@@ -33,22 +21,21 @@ from .attention import (
     attached_context_module,
     check_projections,
     check_unoccupied,
-    context_module_detached,
     detach_context_module,
     has_context_module,
 )
 from .lora import ContextLoraMixin
-from .lora_layers import LORA_ADAPTER, check_unfused, lora_detached, other_loras, save_loras_of_text_encoders
+from .lora_layers import LORA_ADAPTER
 from .offloading import check_no_disk_offload, on_device
-from .scheduler import check_scheduler, plain_scheduler, set_context_scheduler
-from .weights import adapter_config, check_base, load_attention, read_attention, save_attention
+from .scheduler import check_scheduler, set_context_scheduler
+from .weights import check_base, load_attention, read_attention
 
 
 logger = logging.get_logger(__name__)
 
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):
-    """Gives a pipeline with a `unet` and a `scheduler` the methods of a context adapter."""
+    """Gives a pipeline with a `unet` and a `scheduler` a context adapter: loads it, sets its scale and unloads it."""
 
     scheduler: Any
     config: Any
@@ -140,78 +127,6 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
                 f" '{pretrained_model_name_or_path}' as well."
             )
 
-    def save_context_adapter(
-        self, save_directory: str | os.PathLike, *, mode: Mode | None = None, card: dict[str, Any] | None = None
-    ) -> Path:
-        """Saves the loaded adapter, with its LoRA if it has one, and a model card.
-
-        With an adapter of mode `full`, save the pipeline too, by `save_pretrained`.
-
-        Args:
-            save_directory: folder to write to; created if missing.
-            mode: how the adapter was trained; by default inferred from what is loaded.
-            card: further arguments of [`~hub.render_model_card`], such as `results` and `training`.
-
-        Raises:
-            ValueError: if no adapter is loaded, or its weights are offloaded to disk.
-            RuntimeError: if a part of it has been removed or replaced since it was loaded.
-        """
-        module, adapter = self._require_context_module(), attached_adapter(self.unet)
-        check_no_disk_offload(self.unet)
-        if adapter.lora_models - set(self._lora_models):
-            missing = sorted(adapter.lora_models - set(self._lora_models))
-            raise RuntimeError(f"The context adapter has a LoRA of {missing}, which this pipeline is without.")
-        mode = mode or ("full" if adapter.trained_full else "lora" if self._context_lora_models else "frozen")
-        folder = local_path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = adapter_config(
-            module,
-            self.unet,
-            self.scheduler,
-            # in mode full, the pipeline that is saved with the adapter has the schedule of training
-            plain_scheduler=(None if mode == "full" else adapter.plain_scheduler) or self.scheduler,
-            base_model=public_name(self.config.get("_name_or_path")),
-            mode=mode,
-        )
-        module.save_pretrained(str(folder / MODULE_FOLDER))
-        save_attention(self.unet, folder)
-        (folder / LORA_WEIGHTS_NAME).unlink(missing_ok=True)  # of an adapter that was here before
-        if self._context_lora_models:
-            self._save_context_lora(folder)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        save_model_card(render_model_card(config, **(card or {})), folder)
-        return folder
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Saves the plain pipeline, which stock diffusers loads.
-
-        `save_context_adapter` saves the adapter. The active LoRA of a text encoder is saved beside its weights, as in
-        diffusers; `save_lora_weights` saves others. A UNet that was trained as a whole is saved with the noise
-        schedule of training.
-
-        Raises:
-            ValueError: if LoRAs are fused into the weights.
-        """
-        folder = local_path(save_directory)
-        if has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
-            logger.warning(
-                "The pipeline is saved without its context adapter; call `save_context_adapter` or"
-                " `push_context_adapter` for that as well."
-            )
-        for model in self._lora_models.values():
-            check_unfused(model)
-        left_out = other_loras(self.unet) | save_loras_of_text_encoders(self.text_encoders, folder)
-        if left_out:
-            logger.warning(
-                f"The pipeline is saved without the LoRAs {sorted(left_out)}; call `save_lora_weights` for them."
-            )
-        with ExitStack() as stack:
-            stack.enter_context(plain_scheduler(self))
-            stack.enter_context(context_module_detached(self.unet))
-            for model in self._lora_models.values():
-                stack.enter_context(lora_detached(model))
-            super().save_pretrained(str(folder), **kwargs)  # type: ignore[misc]
-
     def unload_context_adapter(self) -> None:
         """Removes the adapter and its LoRAs, which leaves the plain pipeline; without an adapter, does nothing.
 
@@ -275,51 +190,6 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         self._check_context_scale(scale)
         attached_adapter(self.unet).scale = float(scale)
         self._apply_context_scale()
-
-    def push_context_adapter(
-        self,
-        repo_id: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        commit_message: str = "Upload context adapter",
-        create_pr: bool = False,
-        card: dict[str, Any] | None = None,
-    ) -> CommitInfo:
-        """Saves the loaded adapter, in mode `full` with its pipeline, and pushes it to the Hub.
-
-        Args:
-            repo_id: repository to push to; created if missing.
-            token: token with write access; the one of `hf auth login` by default.
-            private: whether a new repository is private.
-            commit_message: message of the commit.
-            create_pr: whether to open a pull request.
-            card: further arguments of the model card, see `save_context_adapter`.
-
-        Raises:
-            ValueError: if no adapter is loaded.
-            LocalTokenNotFoundError: if there is no token.
-            PermissionError, ConnectionError: if the Hub does not accept the token, refuses the adapter, or cannot be
-                reached. What was saved stays on disk then; the message says where, and how to complete the push.
-        """
-        with ExitStack() as stack:
-            folder = mkdtemp(prefix="context-adapter-")
-            stack.callback(shutil.rmtree, folder)
-            self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
-            if attached_adapter(self.unet).trained_full:
-                self.save_pretrained(folder)
-            try:
-                return push_adapter_folder(
-                    folder,
-                    repo_id,
-                    token=token,
-                    private=private,
-                    commit_message=commit_message,
-                    create_pr=create_pr,
-                )
-            except (PermissionError, ConnectionError):
-                stack.pop_all()
-                raise
 
     def _check_no_context_adapter(self) -> None:
         if has_context_module(self.unet):

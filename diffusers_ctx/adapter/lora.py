@@ -14,7 +14,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from transformers import PreTrainedModel
 
 from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
 from .attention import (
@@ -25,6 +24,7 @@ from .attention import (
     token_scales,
 )
 from .lora_layers import LORA_ADAPTER, acting_loras, active_loras, lora_layers, lora_weight, loras_of
+from .text_encoders import text_encoders_of
 
 
 # what errors of torch and PEFT say where a LoRA is for other layers
@@ -46,15 +46,6 @@ class ContextLoraMixin:
     load_lora_into_unet: Callable[..., None]
     load_lora_into_text_encoder: Callable[..., None]
     save_lora_weights: Callable[..., None]
-
-    @property
-    def text_encoders(self) -> dict[str, PreTrainedModel]:
-        """The text encoders by component name."""
-        return {
-            name: model
-            for name, model in self.components.items()
-            if name.startswith("text_encoder") and model is not None
-        }
 
     def load_lora_weights(self, *args, **kwargs) -> None:
         """Loads a LoRA as in diffusers, which switches off the others of its models; the context adapter's own stays
@@ -233,7 +224,7 @@ class ContextLoraMixin:
         options |= {"_pipeline": self, "low_cpu_mem_usage": True}
         if "unet" in trained:
             self.load_lora_into_unet(state, unet=self.unet, **options)
-        for name, model in self.text_encoders.items():
+        for name, model in text_encoders_of(self.components).items():
             if name in trained:
                 self.load_lora_into_text_encoder(state, text_encoder=model, prefix=name, **options)
 
@@ -256,7 +247,7 @@ class ContextLoraMixin:
     @property
     def _lora_models(self) -> dict[str, Any]:
         """The models that can have a LoRA, by component name."""
-        return {"unet": self.unet} | self.text_encoders
+        return {"unet": self.unet} | text_encoders_of(self.components)
 
     @property
     def _context_lora_models(self) -> dict[str, Any]:

@@ -291,7 +291,7 @@ class ContextTrainer:
             self.resolution,
             self.max_train_steps,
             self._train_images,
-            [pipeline.unet, pipeline.vae, *pipeline.text_encoders.values()],
+            [pipeline.unet, pipeline.vae, *Conditioner.of(pipeline).text_encoders.values()],
         )
         name = self.config.output.resume_from_checkpoint
         self.checkpoint = choose_checkpoint(

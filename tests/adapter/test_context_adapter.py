@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from peft import LoraConfig
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers, loader
+from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, context_attention_layers, saving
 from diffusers_ctx.adapter_format import AdapterError, validate_adapter_folder
 from diffusers_ctx.hub import push
 from diffusers_ctx.hub.push import files_to_push
@@ -139,7 +139,7 @@ def test_a_loaded_adapter_of_mode_full_is_pushed_with_its_pipeline(
 ):
     attach_random_module(plain_pipeline)
     fresh_pipeline.load_context_adapter(plain_pipeline.save_context_adapter(tmp_path / "full", mode="full"))
-    monkeypatch.setattr(loader, "push_adapter_folder", lambda folder, repo_id, **options: files_to_push(folder))
+    monkeypatch.setattr(saving, "push_adapter_folder", lambda folder, repo_id, **options: files_to_push(folder))
     files = fresh_pipeline.push_context_adapter("user/adapter")
     assert {"model_index.json", "unet/config.json", "context_adapter.safetensors", "README.md"} <= set(files)
 

@@ -29,7 +29,7 @@ def pipeline(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_captions_are_told_as_without_a_cache(pipeline, tmp_path, dtype):
-    for encoder in pipeline.text_encoders.values():
+    for encoder in Conditioner.of(pipeline).text_encoders.values():
         encoder.to(dtype)
     cache = CaptionCache(pipeline, CAPTIONS, tmp_path)
     asked = [CAPTIONS[2], "", "", CAPTIONS[1]]
@@ -56,7 +56,7 @@ def test_each_is_encoded_once_for_all_runs_with_the_same_captions_and_encoders(p
     assert len(encoded) == 1 and all(torch.equal(again[name], first[name]) for name in first)
 
     with torch.no_grad():
-        for encoder in pipeline.text_encoders.values():
+        for encoder in Conditioner.of(pipeline).text_encoders.values():
             for weight in encoder.parameters():
                 weight.mul_(1.5)
     changed = CaptionCache(pipeline, CAPTIONS, tmp_path)(CAPTIONS)

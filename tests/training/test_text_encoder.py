@@ -8,8 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
+from transformers import PreTrainedModel
 
 from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
+from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
 from .conftest import SCRIPT, XL_SCRIPT, flags, launch_script, make_options
@@ -46,6 +48,10 @@ def sample(pipeline, **arguments) -> np.ndarray:
     return pipeline("a street number 3", **options | arguments).images
 
 
+def text_encoders(pipeline) -> dict[str, PreTrainedModel]:
+    return Conditioner.of(pipeline).text_encoders
+
+
 def trained_at(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the text encoders."""
     weights = safetensors.torch.load_file(output_dir / f"checkpoint-{step}" / "trained.safetensors")
@@ -53,7 +59,7 @@ def trained_at(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_the_lora_learns_and_all_else_in_the_text_encoders_stays(base, photos, tmp_path):
-    before = {name: model.state_dict() for name, model in load_pipeline(base).text_encoders.items()}
+    before = {name: model.state_dict() for name, model in text_encoders(load_pipeline(base)).items()}
     pipeline = train(base, photos, tmp_path, checkpointing_steps=1, use_ema=True)
     states = [trained_at(tmp_path, step) for step in range(1, 5)]
     assert all(".lora_" in name and any(part in name for part in PROJECTIONS) for name in states[0])
@@ -61,7 +67,7 @@ def test_the_lora_learns_and_all_else_in_the_text_encoders_stays(base, photos, t
     idle = {name for name in states[0] if ".text_encoder." in name and "layers.1." in name}
     assert moved(states[0], states[1]) == set()  # it is unfrozen with the UNet's LoRA, at half of training
     assert moved(states[1], states[3]) == states[0].keys() - idle
-    for name, model in pipeline.text_encoders.items():
+    for name, model in text_encoders(pipeline).items():
         after = {key.replace(".base_layer", ""): weight for key, weight in model.state_dict().items()}
         assert len(after) > len(before[name])
         assert all(torch.equal(after[key], weight) for key, weight in before[name].items())
@@ -70,17 +76,17 @@ def test_the_lora_learns_and_all_else_in_the_text_encoders_stays(base, photos, t
 def test_the_saved_adapter_gives_the_images_of_the_pipeline_that_trained(base, photos, tmp_path):
     expected = sample(train(base, photos, tmp_path, unfreeze_after=0.0, learning_rate=1e-2), interventions=["snow"])
     fresh = load_pipeline(base)
-    states = {name: model.state_dict() for name, model in load_pipeline(base).text_encoders.items()}
+    states = {name: model.state_dict() for name, model in text_encoders(load_pipeline(base)).items()}
     plain = sample(fresh)
     fresh.load_context_adapter(tmp_path)
     np.testing.assert_allclose(sample(fresh, interventions=["snow"]), expected, atol=1e-5)
     with_text_lora = sample(fresh, interventions=["snow"])
-    for model in fresh.text_encoders.values():
+    for model in text_encoders(fresh).values():
         model.disable_adapters()
     assert np.abs(sample(fresh, interventions=["snow"]) - with_text_lora).max() > 1e-4
 
     fresh.unload_context_adapter()
-    for name, model in fresh.text_encoders.items():
+    for name, model in text_encoders(fresh).items():
         after = model.state_dict()
         assert after.keys() == states[name].keys()
         assert all(torch.equal(after[key], weight) for key, weight in states[name].items())
@@ -92,7 +98,7 @@ def test_the_saved_adapter_gives_the_images_of_the_pipeline_that_trained(base, p
 def test_the_weights_are_a_lora_of_diffusers_and_name_no_folder(base, photos, tmp_path):
     pipeline = train(base, photos, tmp_path / "adapter")
     parts = {key.split(".")[0] for key in safetensors.torch.load_file(tmp_path / "adapter" / LORA_WEIGHTS)}
-    assert parts == {"unet", *pipeline.text_encoders}
+    assert parts == {"unet", *text_encoders(pipeline)}
     assert str(base).encode() not in (tmp_path / "adapter" / LORA_WEIGHTS).read_bytes()
     stock = DiffusionPipeline.from_pretrained(base)
     stock.load_lora_weights(str(tmp_path / "adapter"))
@@ -113,7 +119,7 @@ def test_gradient_checkpointing_changes_no_result(base, photos, tmp_path):
     for checkpointing in (False, True):
         changes = {"gradient_checkpointing": checkpointing, "adam_epsilon": 1e-3}
         pipeline = train(base, photos, tmp_path / str(checkpointing), **changes)
-        assert all(model.is_gradient_checkpointing == checkpointing for model in pipeline.text_encoders.values())
+        assert all(model.is_gradient_checkpointing == checkpointing for model in text_encoders(pipeline).values())
     expected, got = (weights_of(tmp_path / name) for name in ("False", "True"))
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, atol=2e-6, rtol=1e-4)
@@ -121,7 +127,7 @@ def test_gradient_checkpointing_changes_no_result(base, photos, tmp_path):
 
 def test_in_half_precision_the_lora_is_not_rounded(base, photos, tmp_path):
     pipeline = train(base, photos, tmp_path, mixed_precision="bf16", validation_images=1, validation_steps=2)
-    for model in pipeline.text_encoders.values():
+    for model in text_encoders(pipeline).values():
         kinds = {".lora_" in name: weight.dtype for name, weight in model.named_parameters()}
         assert kinds == {True: torch.float32, False: torch.bfloat16}
     lora = safetensors.torch.load_file(tmp_path / LORA_WEIGHTS)

@@ -21,8 +21,8 @@ class CaptionEncoder(nn.Module):
 
     def __init__(self, pipeline: CompositionMixin):
         super().__init__()
-        self.text_encoders = nn.ModuleDict(pipeline.text_encoders)
         self._conditioner = Conditioner.of(pipeline)
+        self.text_encoders = nn.ModuleDict(self._conditioner.text_encoders)
 
     @torch.compiler.disable  # tokenizers cannot be compiled
     def forward(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:

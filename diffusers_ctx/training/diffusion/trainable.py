@@ -20,7 +20,7 @@ from ...adapter import (
     context_attention_layers,
 )
 from ...context import ContextModule
-from ...pipelines import CompositionMixin
+from ...pipelines import CompositionMixin, Conditioner
 from ..config import ModelConfig
 
 
@@ -32,14 +32,14 @@ def prepare_backbone(
     pipeline: CompositionMixin, context_module: ContextModule, model: ModelConfig, accelerator: Accelerator
 ) -> None:
     """Moves the models to their device and type, and attaches the context module."""
-    unet = pipeline.unet
+    unet, text_encoders = pipeline.unet, Conditioner.of(pipeline).text_encoders.values()
     pipeline.to(accelerator.device)
     pipeline.vae.requires_grad_(False)
-    for text_encoder in pipeline.text_encoders.values():
+    for text_encoder in text_encoders:
         text_encoder.requires_grad_(False)
     if model.mode != "full":  # there the UNet learns, and all of the pipeline is saved
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        for module in (unet, *pipeline.text_encoders.values()):
+        for module in (unet, *text_encoders):
             module.to(torch.empty(0, device=accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
     attach_context_module(unet, context_module, model.injection)
     attached_adapter(unet).trained_full = model.mode == "full"
@@ -57,7 +57,7 @@ def prepare_backbone(
 
 def learning_text_encoders(pipeline: CompositionMixin, model: ModelConfig) -> list[PreTrainedModel]:
     """The text encoders that learn a LoRA."""
-    return list(pipeline.text_encoders.values()) if model.train_text_encoder else []
+    return list(Conditioner.of(pipeline).text_encoders.values()) if model.train_text_encoder else []
 
 
 def prepare_mode(

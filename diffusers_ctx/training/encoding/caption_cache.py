@@ -104,7 +104,7 @@ def _content_key(pipeline: CompositionMixin, captions: list[str], shapes: dict[s
     """The fingerprint of the captions, their tokens, the text encoders, and the shapes of what they return."""
     zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     parts: list[Any] = [type(pipeline).__name__, zeros, captions, shapes]
-    for name, encoder in pipeline.text_encoders.items():
+    for name, encoder in Conditioner.of(pipeline).text_encoders.items():
         tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
         parts += [encoder.config.to_json_string(), tokens, encoder]
