@@ -35,6 +35,11 @@ def native_resolution(pipeline: Any) -> int:
     return sides.pop() * pipeline.vae_scale_factor
 
 
+def latent_size(vae: AutoencoderKL, resolution: int) -> int:
+    """Height and width of the latents of images whose height and width is `resolution`, in pixels."""
+    return resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] of one image or several.
 
@@ -103,7 +108,7 @@ def encode_pixels(
         device: where the autoencoder computes, if offloading keeps its weights elsewhere.
     """
     dtype, scale = vae.dtype, vae.config.scaling_factor
-    with in_range(vae):
+    with _in_range(vae):
         encoded = vae.encode(pixels.to(device or vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -115,12 +120,12 @@ def encode_pixels(
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w), in a precision that the VAE can take."""
-    with in_range(vae), torch.autocast(latents.device.type, enabled=False):
+    with _in_range(vae), torch.autocast(latents.device.type, enabled=False):
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
 
 
 @contextmanager
-def in_range(vae: AutoencoderKL) -> Iterator[None]:
+def _in_range(vae: AutoencoderKL) -> Iterator[None]:
     """A VAE that overflows in half precision is in single precision within the `with` block."""
     dtype = vae.dtype
     overflows = dtype == torch.float16 and vae.config.force_upcast

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from ..autoencoding import in_range
+from ..autoencoding import decode_latents, encode_pixels
 from ..paths import local_or_hub, local_path
 from .images import to_uint8
 
@@ -24,7 +24,8 @@ def latent_features(vae: AutoencoderKL, batch_size: int = 16) -> Features:
         vae: the autoencoder, on the device to work on.
         batch_size: images encoded at once.
     """
-    return _in_batches(lambda images: _encode(vae, images).flatten(1), batch_size)
+    scale = vae.config.scaling_factor
+    return _in_batches(lambda images: (_scaled_latents(vae, images) / scale).flatten(1), batch_size)
 
 
 def clip_features(
@@ -56,18 +57,15 @@ def clip_features(
     return _in_batches(embed, batch_size)
 
 
-@torch.no_grad()
 def autoencode(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """An autoencoder's reconstruction of images (n, H, W, 3) uint8."""
-    with in_range(vae):
-        decoded = vae.decode(_encode(vae, images)).sample.float().cpu().permute(0, 2, 3, 1)
+    decoded = decode_latents(vae, _scaled_latents(vae, images)).float().cpu().permute(0, 2, 3, 1)
     return to_uint8((decoded / 2 + 0.5).clamp(0, 1).numpy())
 
 
-def _encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    pixels = torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1
-    with in_range(vae):
-        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+def _scaled_latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
+    mean, _ = encode_pixels(vae, torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1)
+    return mean
 
 
 def _in_batches(extract: Callable[[np.ndarray], torch.Tensor], batch_size: int) -> Features:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...adapter.image_features import ImageFeatures
-from ...autoencoding import encode_pixels
+from ...autoencoding import encode_pixels, latent_size
 from ...data import ContextBalancedSampler
 from ..run.keyed_noise import KeyedNoise
 from .batch import Batch, noise_of_batch
@@ -164,7 +164,7 @@ def encode_images(
 
 def _shapes(vae: AutoencoderKL, resolution: int, image_features: ImageFeatures | None) -> dict[str, tuple[int, ...]]:
     """The shapes of what is kept of a view of an image."""
-    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = latent_size(vae, resolution)
     latent = (vae.config.latent_channels, side, side)
     shapes: dict[str, tuple[int, ...]] = {"mean": latent, "std": latent, "geometry": (6,)}
     if image_features is not None:

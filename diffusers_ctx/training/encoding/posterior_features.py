@@ -7,6 +7,7 @@ from typing import Any
 
 from ...adapter.image_features import ClipFeatures, ImageFeatures
 from ...adapter_format import public_name
+from ...autoencoding import latent_size
 from ...pipelines import CompositionMixin, Conditioner
 from ..config import ContextConfig, PosteriorEncoder, TrainingConfig
 
@@ -60,13 +61,13 @@ def posterior_input(
     options: ContextConfig, pipeline: CompositionMixin, features: ImageFeatures | None, resolution: int
 ) -> dict[str, Any]:
     """Keyword arguments of the context module: the shape of its posterior's input for images of a resolution."""
-    latent_size = resolution // pipeline.vae_scale_factor
-    latents = {"posterior_in_channels": pipeline.vae.config.latent_channels, "posterior_sample_size": latent_size}
+    side = latent_size(pipeline.vae, resolution)
+    latents = {"posterior_in_channels": pipeline.vae.config.latent_channels, "posterior_sample_size": side}
     if features is None:
         return latents
     return latents | {
         "posterior_in_channels": features.channels,
-        "posterior_feature_size": features.size(latent_size),
+        "posterior_feature_size": features.size(side),
         "posterior_encoder": options.posterior_encoder,
         "posterior_encoder_model": public_name(options.posterior_encoder_model),
     }

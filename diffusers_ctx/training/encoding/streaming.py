@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 
-from ...autoencoding import encode_pixels
+from ...autoencoding import encode_pixels, latent_size
 from ...data import context_mask
 from ...data.streaming import ContextStream, ImageStream, open_stream, take_images
 from ...keyed_random import keyed_seed
@@ -70,7 +70,7 @@ class StreamedImages:
 
     def encode(self, vae: AutoencoderKL, random: KeyedNoise) -> Batch:
         """What `ContextLatents.batch` draws of the same images, encoded by the autoencoder now."""
-        size, side = len(self.pixels), self.pixels.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+        size, side = len(self.pixels), latent_size(vae, self.pixels.shape[-1])
         noise, flip = random.normal(size, vae.config.latent_channels, side, side), random.uniform(size)
         views = (flip * len(self.geometry)).long()
         pixels = torch.where(views.bool()[:, None, None, None], self.pixels.flip(-1), self.pixels)
