@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter.image_features import ImageFeatures
@@ -16,7 +15,7 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.encoding.latents import ContextLatents
 
-from .context_adapter import ContextAdapter, adapter_sampler, load_pipeline
+from .context_adapter import ContextAdapter, TrainingRun, adapter_sampler, load_pipeline
 from .setting import Sampler, Setting
 
 
@@ -92,16 +91,8 @@ class Oracle(Ablation):
         """The noise of each image's nodes, (n, N)."""
         return given_noise(setting, contexts)
 
-    def learn_concepts(
-        self,
-        setting: Setting,
-        accelerator: Accelerator,
-        pipeline: ComposablePipeline,
-        module: ContextModule,
-        latents: ContextLatents,
-        config: TrainingConfig,
-    ) -> None:
-        set_mechanisms(module, setting)
+    def learn_concepts(self, run: TrainingRun) -> None:
+        set_mechanisms(run.module, run.setting)
 
 
 @dataclass(frozen=True)
@@ -112,16 +103,8 @@ class LabelsOnly(Oracle):
         return torch.zeros(len(contexts), len(quad.CONCEPTS) + self.context.num_hidden_factors)
 
     @torch.no_grad()
-    def learn_concepts(
-        self,
-        setting: Setting,
-        accelerator: Accelerator,
-        pipeline: ComposablePipeline,
-        module: ContextModule,
-        latents: ContextLatents,
-        config: TrainingConfig,
-    ) -> None:
-        module.mechanism.bias_do.fill_(1)
+    def learn_concepts(self, run: TrainingRun) -> None:
+        run.module.mechanism.bias_do.fill_(1)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, setting.base)

@@ -40,6 +40,27 @@ _LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
 @dataclass(frozen=True)
+class TrainingRun:
+    """A training, ready to learn.
+
+    Attributes:
+        setting: that of all methods.
+        config: the library's options.
+        accelerator: the processes.
+        pipeline: the base, with the module attached.
+        module: the context module.
+        latents: the images, encoded.
+    """
+
+    setting: Setting
+    config: TrainingConfig
+    accelerator: Accelerator
+    pipeline: ComposablePipeline
+    module: ContextModule
+    latents: ContextLatents
+
+
+@dataclass(frozen=True)
 class ContextAdapter:
     """A context adapter.
 
@@ -70,9 +91,10 @@ class ContextAdapter:
             set_context_scheduler(pipeline, schedule)
         start_trackers(accelerator, {})
         latents = self.encode(setting, features)
-        self.learn_concepts(setting, accelerator, pipeline, module, latents, config)
+        run = TrainingRun(setting, config, accelerator, pipeline, module, latents)
+        self.learn_concepts(run)
         set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
-        self._learn_adapter(accelerator, pipeline, latents, config)
+        _learn_adapter(run)
         pipeline.save_context_adapter(folder, mode=self.mode)
         if self.mode == "full":  # the adapter belongs to the UNet that learned with it
             pipeline.save_pretrained(folder)
@@ -117,44 +139,33 @@ class ContextAdapter:
 
         return replace(latents, features=setting.shared(f"features-{features.digest()}", compute))
 
-    def learn_concepts(
-        self,
-        setting: Setting,
-        accelerator: Accelerator,
-        pipeline: ComposablePipeline,
-        module: ContextModule,
-        latents: ContextLatents,
-        config: TrainingConfig,
-    ) -> None:
+    def learn_concepts(self, run: TrainingRun) -> None:
         """Learns the concepts, or takes those of a method that differs in nothing that they depend on."""
+        module, context = run.module, run.config.context
 
         def compute() -> dict[str, torch.Tensor]:
-            stage = ConceptStage(
-                accelerator,
-                module,
-                latents,
-                config.context,
-                setting.seed,
-                encode_captions=Conditioner.of(pipeline).encode_captions,
-            )
-            stage.run()
+            encode_captions = Conditioner.of(run.pipeline).encode_captions
+            ConceptStage(
+                run.accelerator, module, run.latents, context, run.setting.seed, encode_captions=encode_captions
+            ).run()
             return module.state_dict()
 
         options = {name: value for name, value in module.config.items() if not name.startswith("_")}
-        features_from = None if config.context.posterior_encoder == "vae" else setting.base
+        features_from = None if context.posterior_encoder == "vae" else run.setting.base
         code = learning_code_fingerprint(Path(diffusers_ctx.__file__).parent)
-        key = fingerprint(type(self).__name__, options, asdict(config.context), features_from, code)
-        module.load_state_dict(setting.shared(f"concepts-{key}", compute))
+        key = fingerprint(type(self).__name__, options, asdict(context), features_from, code)
+        module.load_state_dict(run.setting.shared(f"concepts-{key}", compute))
 
-    def _learn_adapter(
-        self, accelerator: Accelerator, pipeline: ComposablePipeline, latents: ContextLatents, config: TrainingConfig
-    ) -> None:
-        options = config.optimization
-        batches = LatentBatches(latents, options.train_batch_size, options.seed)
-        stage = DiffusionStage(accelerator, pipeline, batches, config, options.max_train_steps, options.learning_rate)
-        for metrics in tqdm(stage.steps(), total=options.max_train_steps, desc="Training"):
-            track_step(accelerator, metrics, stage.step)
-        stage.finish()
+
+def _learn_adapter(run: TrainingRun) -> None:
+    options = run.config.optimization
+    batches = LatentBatches(run.latents, options.train_batch_size, options.seed)
+    stage = DiffusionStage(
+        run.accelerator, run.pipeline, batches, run.config, options.max_train_steps, options.learning_rate
+    )
+    for metrics in tqdm(stage.steps(), total=options.max_train_steps, desc="Training"):
+        track_step(run.accelerator, metrics, stage.step)
+    stage.finish()
 
 
 def learning_code_fingerprint(package: Path) -> str:
