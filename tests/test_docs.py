@@ -66,12 +66,14 @@ def facts() -> dict[str, list[str]]:
     independent = run("ours", variant="independent")["contexts"]
     gap = {name: over_seeds(name, lambda c: mean(c, 2) - mean(c, 1)) for name, _ in results.METHODS.values()}
     drifts = {name: over_seeds(name, drift) for name, _ in results.METHODS.values()}
+    ratios = [drift(row["contexts"]) / drift(row["contexts"], "drift_real") for row in ours]
     drift_of_ours = [drift(row["contexts"]) for row in ours]
     raw = {count: mean(shipped["contexts"], count, "swd") for count in (1, 2, 3)}
     minutes = [row["seconds"] / 60 for row in ours]
     adapters = {
         name: load("full_size_h100.json")[name]["lora"]["learned_parameters"] for name in ("sd15-tf32", "sdxl-bf16")
     }
+    step = load("full_size_h100.json")["sd15-tf32"]["lora"]["median_ms"] / 1000
     weights = {name: case["optimizer_parameters"] for name, case in load("train_step.json")["cases"].items()}
     epsilon = {
         name: row["contexts"]["quad4"]["debiased"] for name, row in load("epsilon_base.json")["methods"].items()
@@ -103,8 +105,10 @@ def facts() -> dict[str, list[str]]:
     gigabytes = f"{4 * adapters['sdxl-bf16'] / 1e9:.1f} GB in float32"
     return {
         "README.md": [
+            f"5,000 steps of SD 1.5 take about {5000 * step / 60:.0f} minutes on one H100",
+            f"took {min(minutes):.0f} to {max(minutes):.0f} minutes of a CPU core",
             f"an adapter has {adapters['sd15-tf32'] / 1e6:.1f} M weights for SD 1.5 and"
-            f" {adapters['sdxl-bf16'] / 1e6:.0f} M for SDXL ({gigabytes})"
+            f" {adapters['sdxl-bf16'] / 1e6:.0f} M for SDXL ({gigabytes})",
         ],
         "docs/training.md": [
             f"do(quad4) is at {epsilon['epsilon']:.3f} without the flags and at"
@@ -119,6 +123,7 @@ def facts() -> dict[str, list[str]]:
         ],
         "docs/results.md": [
             f"two sets of real images are at {drift(ours[0]['contexts'], 'drift_real'):.3f}",
+            f"the first row's drift of {drifts['ours']:.3f} is {min(ratios):.1f} to {max(ratios):.1f} there, by seed",
             f"the gap is {gap['ours']:.3f}. It is {gap['labels-only']:.3f} for context labels alone,"
             f" {gap['lora-per-context']:.3f} for added LoRAs and {gap['prompt-lora']:.3f} for named contexts",
             "AUROC 1.00 in three seeds",

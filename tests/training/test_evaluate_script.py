@@ -276,7 +276,10 @@ def test_a_context_with_too_few_images(refuses, own_data):
     refuses("'snow' has 3 images", own_data)
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_samples", 1), ("num_counterfactuals", -1), ("batch_size", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_samples", 1), ("num_counterfactuals", -1), ("batch_size", 0), ("guidance_scale", float("nan"))],
+)
 def test_options_out_of_range(refuses, name, value):
     refuses(f"`{name}` is {value}; it must be", **{name: value})
 
