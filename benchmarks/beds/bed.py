@@ -121,12 +121,19 @@ class Bed(ABC):
             for column, attribute in enumerate(self.attributes)
         }
 
+    def training_sample(self, context: str, n: int | None = None, seed: int = 0) -> BedSample:
+        """The images of one training folder, `n` or all; different seeds and contexts have different ones."""
+        number = list(self.contexts).index(context)
+        return self.sample(self.contexts[context], n, training_seed(seed, number))
+
     def write_folders(self, root: str | Path, n: int | None = None, seed: int = 0) -> Path:
         """Writes training images and captions, one folder per context; returns `root`."""
-        for number, (context, interventions) in enumerate(self.contexts.items()):
+        for context in self.contexts:
             folder = Path(root) / context
             folder.mkdir(parents=True, exist_ok=True)
-            sample = self.sample(interventions, n, training_seed(seed, number))
+            for earlier in folder.glob("[0-9]*.png"):  # of a larger set, they would be images without a caption
+                earlier.unlink()
+            sample = self.training_sample(context, n, seed)
             names = [f"{row:05d}.png" for row in range(len(sample))]
             for name, image in zip(names, sample.images):
                 Image.fromarray(image).save(folder / name)

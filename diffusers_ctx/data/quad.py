@@ -173,10 +173,8 @@ def write_folders(root: str | Path, n: int, seed: int = 0, dependent: bool = Tru
 
 def _sample(noise: np.ndarray, interventions: tuple[str, ...], dependent: bool) -> QuadSample:
     factors = _solve(noise, interventions, dependent) / observational_deviation(dependent)
-    unit = ndtr(factors)
-    shapes = np.rint(3 * unit[:, FACTORS.index("shape")]).astype(int)
-    captions = [_CAPTIONS[index] for index in shapes]
-    return QuadSample(_render(unit.astype(np.float32), shapes), factors, captions, noise, interventions, dependent)
+    images, captions = render(factors)
+    return QuadSample(images, factors, captions, noise, interventions, dependent)
 
 
 def _solve(noise: np.ndarray, interventions: tuple[str, ...], dependent: bool) -> np.ndarray:
@@ -200,6 +198,16 @@ def hue(unit: np.ndarray) -> np.ndarray:
     lower = np.minimum(position.astype(int), len(HUES) - 2)
     fraction = (position - lower)[..., None].astype(np.float32)
     return HUES[lower] * (1 - fraction) + HUES[lower + 1] * fraction
+
+
+def render(factors: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Images (n, 64, 64, 3) uint8 and captions of given factors (n, 8), see `QuadSample`.
+
+    Other simulators than `generate` draw with it: a factor fills its range evenly if it is standard normal.
+    """
+    unit = ndtr(factors)
+    shapes = np.rint(3 * unit[:, FACTORS.index("shape")]).astype(int)
+    return _render(unit.astype(np.float32), shapes), [_CAPTIONS[index] for index in shapes]
 
 
 def _render(unit: np.ndarray, shapes: np.ndarray) -> np.ndarray:
