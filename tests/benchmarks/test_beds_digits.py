@@ -167,6 +167,12 @@ def test_readings_of_pictures_are_near_the_truth(bed):
         assert errors["thickness"] < 0.3
 
 
+def test_errors_of_readers_are_a_row_for_each_combination(bed):
+    lines = handwriting.render_errors(bed, n=2, seed=0).splitlines()
+    assert lines[0] == "| | digit | thickness | slant | size | x | y | bulge |"
+    assert [line.split()[1] for line in lines[2:]] == [*bed.contexts, *map("+".join, bed.held_out)]
+
+
 def test_the_network_learns_classes_and_numbers():
     rng = np.random.default_rng(0)
     widths = rng.integers(2, 9, 250)
