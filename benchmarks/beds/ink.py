@@ -89,7 +89,7 @@ class Ink(HandwritingBed):
         thickness, intensity = scenes.values(known)
         drawings = [strokes.enlarge(picture) for picture in self.pictures(scenes.rows)]
         drawn = [
-            strokes.reduce(strokes.grow(drawing, value - strokes.thickness(drawing)))
+            strokes.reduce(strokes.change_thickness(drawing, value - strokes.thickness(drawing)))
             for drawing, value in zip(drawings, thickness)
         ]
         return BedSample(

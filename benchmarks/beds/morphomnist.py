@@ -240,7 +240,9 @@ class Operations:
         pictures = _grey(images)
         if "thickness" in interventions:
             widths = after["thickness"] - before["thickness"]
-            drawings = [strokes.grow(strokes.enlarge(picture), width) for picture, width in zip(pictures, widths)]
+            drawings = [
+                strokes.change_thickness(strokes.enlarge(picture), width) for picture, width in zip(pictures, widths)
+            ]
             pictures = np.stack([strokes.reduce(drawing) for drawing in drawings])
         return set_intensity(pictures, after["intensity"])[..., None].repeat(3, -1)
 
