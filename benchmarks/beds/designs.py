@@ -169,7 +169,7 @@ def main() -> None:
     args = parse_args()
     bed = Designs(args.cache_dir, args.random_tone)
     bed.write_folders(args.output / "train", args.n, args.seed)
-    bed.contact_sheet(seed=args.seed).save(args.output / "contact_sheet.png")
+    bed.contact_sheet(min(12, len(bed.captions)), args.seed).save(args.output / "contact_sheet.png")
     if args.errors:
         for context in [*bed.contexts.values(), *bed.held_out]:
             errors = bed.reading_error(bed.sample(context))
