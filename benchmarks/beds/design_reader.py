@@ -66,12 +66,12 @@ def train_reader(images: np.ndarray, labels: np.ndarray, of_colour: Sequence[int
         known = ~np.isnan(column)
         if attribute in of_colour:
             model = LogisticRegression(C=100, max_iter=500).fit(colours[known], column[known])
-            weights = np.pad(_of_each_class(model.coef_), ((0, 0), (edges.shape[1], 0)))
         else:
             model = RidgeClassifier(alpha=1).fit(both[known], column[known])
-            weights = _of_each_class(model.coef_)
-        reader.coefficients.append(weights)
-        reader.intercepts.append(_of_each_class(model.intercept_))
+        weights, bias = _of_each_class(model)
+        unused = both.shape[1] - weights.shape[1]
+        reader.coefficients.append(np.pad(weights, ((0, 0), (unused, 0))))
+        reader.intercepts.append(bias)
     return reader
 
 
@@ -82,7 +82,9 @@ def cached_reader(cache_dir: Path, images: np.ndarray, labels: np.ndarray, of_co
     if not file.exists():
         reader = train_reader(images, labels, of_colour)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        np.savez(file, reader.palette, *reader.coefficients, *reader.intercepts)
+        unfinished = file.with_suffix(".partial.npz")
+        np.savez(unfinished, reader.palette, *reader.coefficients, *reader.intercepts)
+        unfinished.replace(file)
     palette, *weights = np.load(file).values()
     return Reader(palette, weights[: labels.shape[1]], weights[labels.shape[1] :])
 
@@ -141,6 +143,9 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
         yield images[start : start + _CHUNK].astype(np.float32) / 255
 
 
-def _of_each_class(weights: np.ndarray) -> np.ndarray:
-    """Weights of each class, where scikit-learn has those of the second of two alone."""
-    return np.concatenate([-weights, weights]) if len(weights) == 1 else weights
+def _of_each_class(model: LogisticRegression | RidgeClassifier) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients and intercepts of each class, where scikit-learn has those of the second of two alone."""
+    weights, bias = model.coef_.reshape(-1, model.n_features_in_), model.intercept_.reshape(-1)
+    if len(weights) == 1:
+        return np.concatenate([-weights, weights]), np.concatenate([-bias, bias])
+    return weights, bias
