@@ -90,11 +90,13 @@ def read_package(file: Path, vendor: str) -> tuple[list[dict[str, Any]], dict[st
     names, drawings = [], {}
     with tarfile.open(file) as archive:
         for member in archive:
-            path = Path(member.name)
+            file_name, content = Path(member.name), archive.extractfile(member)
+            if content is None:  # a folder
+                continue
             if member.name == "package/emoji.json":
-                names = json.load(archive.extractfile(member))
-            elif member.isfile() and path.match(f"img/{vendor}/64/*.png"):
-                drawings[path.name] = archive.extractfile(member).read()
+                names = json.load(content)
+            elif file_name.match(f"img/{vendor}/64/*.png"):
+                drawings[file_name.name] = content.read()
     return names, drawings
 
 
