@@ -68,7 +68,7 @@ class Designs(Bed):
         )
         self._labels = np.array([_label(vendor, drawing, list(roles)) for vendor, drawing in drawings])
         self._complete = ~np.isnan(self._labels).any(1)
-        self._rows = np.empty([attribute.classes for attribute in self.attributes], int)
+        self._rows = np.empty((len(GENDERS), len(TONES), len(VENDORS), len(roles)), np.int64)
         self._rows[tuple(self._labels[self._complete].astype(int).T)] = np.flatnonzero(self._complete)
 
     def sample(
