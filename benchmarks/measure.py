@@ -33,10 +33,8 @@ from diffusers_ctx.evaluation.quad_attributes import attribute_difference
 from diffusers_ctx.evaluation.report import measure_context
 
 
-TRIPLES = (("quad1", "quad2", "quad4"), ("quad1", "quad3", "orientation"), ("quad2", "size", "orientation"))
-COMBINATIONS = {
-    "+".join(names) or "obs": names for names in (*quad.contexts().values(), *quad.HELD_OUT_PAIRS, *TRIPLES)
-}
+_ALL = (*quad.contexts().values(), *quad.HELD_OUT_PAIRS, *quad.HELD_OUT_TRIPLES)
+COMBINATIONS = {"+".join(names) or "obs": names for names in _ALL}
 REAL_SEED, REAL_B_SEED, SAMPLE_SEED = 3_000_000, 3_000_001, 5
 FLOOR_SEEDS = range(3_100_000, 3_100_008)
 READ_SAMPLES = 2000  # attributes are read off no more of them: reading takes as long as sampling

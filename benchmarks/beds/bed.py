@@ -107,6 +107,10 @@ class Bed(ABC):
         Readers learn on real images that no training set has; `reading_error` says how good they are.
         """
 
+    def unseen(self, interventions: Sequence[str], n: int | None = None, seed: int = 0) -> BedSample:
+        """Real images that readers have not learned from; see `sample`."""
+        return self.sample(interventions, n, seed, held_out=True)
+
     def reading_error(self, sample: BedSample) -> dict[str, float]:
         """How wrong readers are on real images, by attribute: share of wrong classes, or mean absolute error."""
         read = self.read(sample.images)

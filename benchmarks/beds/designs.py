@@ -1,31 +1,20 @@
 """Emoji: drawings of one role by gender, skin tone and vendor, which real images vary one at a time and together.
 
-    python benchmarks/beds/designs.py --output runs/designs --n 32
-    python benchmarks/beds/designs.py --output runs/designs-random-tone --random_tone --errors
-
-writes training images (a folder for each context, below `train`) and a contact sheet. The drawings are fetched with
-`npm pack`: Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0), from the packages emoji-datasource-google and
-emoji-datasource-twitter.
+The drawings are fetched with `npm pack`: Noto Emoji (Apache-2.0) and Twemoji (CC BY 4.0), from the packages
+emoji-datasource-google and emoji-datasource-twitter.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from beds.bed import Attribute, Bed, BedSample
 from beds.design_reader import Reader, cached_reader
 from beds.emoji import GENDERS, TONES, Drawing, decode, fetch, people, read_package
-from diffusers_ctx.paths import local_path
 
 
 VENDORS = ("google", "twitter")
@@ -87,6 +76,9 @@ class Designs(Bed):
 
     def counterfactual(self, sample: BedSample, interventions: Sequence[str]) -> BedSample:
         return self._draw(sample.scenes, interventions)
+
+    def unseen(self, interventions: Sequence[str], n: int | None = None, seed: int = 0) -> BedSample:
+        return self.sample(interventions, n, seed)  # readers learn from no context and no combination
 
     def read(self, images: np.ndarray) -> np.ndarray:
         return self.reader.read(images)
@@ -150,29 +142,3 @@ def _label(vendor: int, drawing: Drawing, roles: list[str]) -> tuple[float, ...]
     gender = GENDERS.index(drawing.gender) if drawing.gender else np.nan
     role = roles.index(drawing.role) if drawing.role in roles else np.nan
     return gender, drawing.tone, vendor, role
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=local_path, required=True, help="Folder for images and contact sheet.")
-    parser.add_argument("--n", type=int, help="Images of each context; by default one of each role.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the choice of roles, and of tones.")
-    parser.add_argument("--random_tone", action="store_true", help="Draw one of five tones, not the darkest.")
-    parser.add_argument("--errors", action="store_true", help="Print how often the reader errs on real images.")
-    parser.add_argument("--cache_dir", type=local_path, default=Path("runs/sources"), help="Of what is fetched.")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    bed = Designs(args.cache_dir, args.random_tone)
-    bed.write_folders(args.output / "train", args.n, args.seed)
-    bed.contact_sheet(min(12, len(bed.captions)), args.seed).save(args.output / "contact_sheet.png")
-    if args.errors:
-        for context in [*bed.contexts.values(), *bed.held_out]:
-            errors = bed.reading_error(bed.sample(context))
-            print("+".join(context) or "obs", *(f"{name} {error:.3f}" for name, error in errors.items()), sep="\t")
-
-
-if __name__ == "__main__":
-    main()

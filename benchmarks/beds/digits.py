@@ -1,30 +1,22 @@
 """The test bed `digits`: real handwriting, and operations on it.
 
-    python benchmarks/beds/digits.py --output runs/digits --n 700
-
 The digits are MNIST's (handwriting.py). The contexts are those of Markham et al. (CLeaR 2026, arXiv 2507.04754):
 `obs` are digits as they are, and each other context has one operation (strokes.py) of random degree.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
-
-
-if __name__ == "__main__":  # modules of benchmarks/ import each other from there
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from beds import strokes
 from beds.bed import Attribute, BedSample
 from beds.convnet import ConvReader
-from beds.handwriting import HandwritingBed, write_bed
+from beds.handwriting import HandwritingBed
 
 
 DEGREES = {  # ranges of uniform distributions
@@ -133,7 +125,3 @@ def operate(drawing: np.ndarray, interventions: Sequence[str], degrees: dict[str
         shear=degrees["shear"] if "shear" in interventions else 0.0,
         shift=(degrees["right"], degrees["down"]) if "shift" in interventions else (0.0, 0.0),
     )
-
-
-if __name__ == "__main__":
-    write_bed(Digits, __doc__)

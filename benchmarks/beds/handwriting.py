@@ -6,7 +6,6 @@ read, not installed.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import subprocess
@@ -115,32 +114,6 @@ def load(cache_dir: str | Path = CACHE_DIR) -> Handwriting:
 def pad(images: np.ndarray) -> np.ndarray:
     """Digits (n, 28, 28) as pictures (n, 32, 32)."""
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))
-
-
-def write_bed(bed: type[HandwritingBed], description: str | None) -> None:
-    """The command of a bed: writes the folders of a training set, a contact sheet and, if asked, readers' errors."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the contexts and the contact sheet")
-    parser.add_argument("--n", type=int, default=700, help="images per context, at most 2,500")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache_dir", type=Path, default=CACHE_DIR, help="for the download")
-    parser.add_argument("--readers", type=int, metavar="N", help="measure readers on N held-out images of each row")
-    args = parser.parse_args()
-    made = bed(cache_dir=args.cache_dir)
-    made.write_folders(args.output / "train", args.n, args.seed)
-    made.contact_sheet(seed=args.seed).save(args.output / "contact_sheet.png")
-    if args.readers:
-        (args.output / "readers.md").write_text(render_errors(made, args.readers, args.seed), encoding="utf-8")
-
-
-def render_errors(bed: Bed, n: int, seed: int) -> str:
-    """Readers' errors on `n` held-out images of each context and combination, as a table in Markdown."""
-    names = [attribute.name for attribute in bed.attributes]
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    for interventions in (*bed.contexts.values(), *bed.held_out):
-        errors = bed.reading_error(bed.sample(interventions, n, seed, held_out=True))
-        lines.append(f"| {'+'.join(interventions) or 'obs'} | {' | '.join(f'{errors[name]:.3f}' for name in names)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _download(folder: Path) -> None:

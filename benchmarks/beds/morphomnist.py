@@ -1,20 +1,15 @@
 """The counterfactual benchmark on MorphoMNIST of Melistas et al. (NeurIPS 2024, arXiv 2403.20287).
 
-    python benchmarks/beds/morphomnist.py --data FOLDER
-
 Measures effectiveness, composition, reversibility and minimality of a function `counterfactual(images, interventions)`
-on 10,000 test digits, whose thickness causes their intensity. The command measures two references: doing nothing, and
-the image operations themselves. The folder holds the files of `FILES`, which Melistas et al. publish (MIT; the digits
+on 10,000 test digits, whose thickness causes their intensity. Two references are doing nothing, and the image
+operations themselves. The folder holds the files of `FILES`, which Melistas et al. publish (MIT; the digits
 are MNIST's, CC BY-SA 3.0). Rivals in `PUBLISHED` are told every attribute of every image and the causal graph; a
 context adapter is told neither.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +19,6 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import expit, logit
 from sklearn.decomposition import PCA
-
-
-if __name__ == "__main__":  # modules of benchmarks/ import each other from there
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from beds import strokes
 from beds.convnet import ConvReader
@@ -297,26 +288,3 @@ def _flat(images: np.ndarray) -> np.ndarray:
 
 def _difference(images: np.ndarray, others: np.ndarray) -> float:
     return float(np.abs(images.astype(float) - others).mean())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the test digits")
-    parser.add_argument("--n", type=int, default=10_000, help="measure the first digits alone, for a quick look")
-    parser.add_argument("--output", type=Path, help="JSON file for the metrics")
-    args = parser.parse_args()
-    digits = load(args.data)
-    readers = MorphoReaders(digits)
-    digits = digits.first(args.n)
-    print("readers on the digits themselves:", errors(readers.read(digits.images), digits.values), flush=True)
-    metrics = {
-        "does nothing": evaluate(do_nothing, digits, readers),
-        "image operations": evaluate(Operations(readers), digits, readers),
-    }
-    print(render_table(metrics))
-    if args.output:
-        args.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

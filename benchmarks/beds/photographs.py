@@ -1,7 +1,5 @@
 """Real photographs; night, snow and fog by operations on them.
 
-    PYTHONPATH=benchmarks python -m beds.photographs runs/photographs --n 32
-
 A scene is a crop of a photograph and how strong each operation would be, so every counterfactual is known. Training
 folders share photographs, not crops; held-out images are of other photographs. See `photograph_sources` for what they
 are and their licences, and `weather` for the operations.
@@ -9,7 +7,6 @@ are and their licences, and `weather` for the operations.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,20 +170,3 @@ def _statistics(images: np.ndarray) -> np.ndarray:
         columns += [grey[:, third].std((1, 2)), abs(np.diff(grey[:, third], axis=2)).mean((1, 2))]
         columns += [(brightest[:, third] * (saturation[:, third] < 0.15)).mean((1, 2)), specks[:, third].std((1, 2))]
     return np.column_stack(columns)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="Folder to write the training folders and contact_sheet.png to.")
-    parser.add_argument("--n", type=int, default=100, help="Images per context.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/sources"))
-    args = parser.parse_args()
-    bed = PhotographsBed(args.cache_dir, args.resolution)
-    bed.write_folders(args.root, args.n, args.seed)
-    bed.contact_sheet(seed=args.seed).save(args.root / "contact_sheet.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,17 +7,13 @@ images, captions and readers stay quad's. In units of the observational standard
 
 and `linear` is quad itself. Training folders share no noise, be it of two contexts or of two seeds; variants of one
 seed do, so that they differ in one thing.
-
-    PYTHONPATH=benchmarks python -m beds.quad_variants constant runs/quad-constant --n 32
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -128,12 +124,7 @@ class QuadBed(Bed):
         Attribute(name, len(quad.SHAPES) if name == "shape" else None, name if name in quad.CONCEPTS else None)
         for name in quad.FACTORS
     )
-    held_out = (
-        *quad.HELD_OUT_PAIRS,
-        ("quad1", "quad2", "quad4"),
-        ("quad1", "quad3", "orientation"),
-        ("quad2", "size", "orientation"),
-    )
+    held_out = (*quad.HELD_OUT_PAIRS, *quad.HELD_OUT_TRIPLES)
     licence = "Apache-2.0: drawn by diffusers_ctx.data.quad"
 
     def __init__(self, variant: str = "linear"):
@@ -244,19 +235,3 @@ def _unequal_sizes(n: int, seed: int) -> list[int]:
     shares[1:] = np.random.default_rng((seed, 2)).permutation(shares[1:])
     edges = np.rint(np.cumsum(shares) * n).astype(int)
     return np.diff(edges, prepend=0).tolist()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=list(VARIANTS))
-    parser.add_argument("root", type=Path, help="Folder to write the training folders and contact_sheet.png to.")
-    parser.add_argument("--n", type=int, default=100, help=f"Images per context; tables have {IMAGES_PER_CONTEXT}.")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    bed = QuadBed(args.variant)
-    bed.write_folders(args.root, args.n, args.seed)
-    bed.contact_sheet(seed=args.seed).save(args.root / "contact_sheet.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -30,6 +30,11 @@ HELD_OUT_PAIRS = (
     ("quad2", "size"),
     ("quad2", "orientation"),
 )
+HELD_OUT_TRIPLES = (
+    ("quad1", "quad2", "quad4"),
+    ("quad1", "quad3", "orientation"),
+    ("quad2", "size", "orientation"),
+)
 SHAPES = ("circle", "square", "triangle", "ellipse")
 
 # (cause, effect): weight

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import write_bed
 from beds import designs, emoji
 from beds.design_reader import ORIENTATIONS, cached_reader, colour_features, distort, edge_features, train_reader
 from beds.designs import Designs
@@ -199,8 +200,10 @@ def test_without_npm_the_message_says_what_to_do(tmp_path, monkeypatch):
 
 def test_the_command_writes_folders_and_a_contact_sheet(cache, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["designs.py", "--output", str(output), "--n", "3", "--cache_dir", str(cache)])
-    designs.main()
+    monkeypatch.setattr(
+        "sys.argv", ["write_bed.py", "designs", "--output", str(output), "--n", "3", "--cache_dir", str(cache)]
+    )
+    write_bed.main()
     assert sorted(path.name for path in (output / "train").iterdir()) == ["dark", "obs", "vendor", "woman"]
     assert len(list((output / "train" / "woman").glob("*.png"))) == 3
     assert Image.open(output / "contact_sheet.png").height >= 8 * 64
@@ -262,7 +265,7 @@ SOURCES = Path(__file__).parents[2] / "runs" / "sources"
 
 @pytest.mark.skipif(
     len(list(SOURCES.glob(f"emoji-datasource-*-{emoji.VERSION}.tgz"))) < 2,
-    reason="the packages are not in runs/sources; benchmarks/beds/designs.py fetches them",
+    reason="the packages are not in runs/sources; `write_bed.py designs` fetches them",
 )
 def test_the_real_packages():
     bed = Designs(SOURCES)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import write_bed
 from beds import handwriting, strokes
 from beds.convnet import ConvReader
 from beds.digits import Digits
@@ -168,7 +169,7 @@ def test_readings_of_pictures_are_near_the_truth(bed):
 
 
 def test_errors_of_readers_are_a_row_for_each_combination(bed):
-    lines = handwriting.render_errors(bed, n=2, seed=0).splitlines()
+    lines = write_bed.render_errors(bed, n=2, seed=0).splitlines()
     assert lines[0] == "| | digit | thickness | slant | size | x | y | bulge |"
     assert [line.split()[1] for line in lines[2:]] == [*bed.contexts, *map("+".join, bed.held_out)]
 

@@ -188,7 +188,7 @@ def test_errors(bed, call, message):
         call(bed)
 
 
-@pytest.mark.skipif(not (CACHE / "photographs").exists(), reason="python -m beds.photographs fetches the photographs")
+@pytest.mark.skipif(not (CACHE / "photographs").exists(), reason="`write_bed.py photographs` fetches them")
 @pytest.mark.slow
 def test_readers_find_the_weather_of_other_photographs():
     bed = PhotographsBed(CACHE)

@@ -12,7 +12,7 @@ from diffusers_ctx import embedded_adapter
 
 def test_it_measures_axioms_and_the_distance_to_the_truth(tmp_path):
     script, output = Path(__file__).parents[2] / "benchmarks" / "counterfactual_quad.py", tmp_path / "found.json"
-    command = [sys.executable, script, embedded_adapter("quad"), "--n", "6", "--num_inference_steps", "10"]
+    command = [sys.executable, script, embedded_adapter("quad"), "--n", "12", "--num_inference_steps", "10"]
     run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())
