@@ -42,11 +42,11 @@ COLUMNS = 8
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=local_path, default=Path("runs/demo"))
-    parser.add_argument("--concept_steps", type=int, default=1000)
-    parser.add_argument("--max_train_steps", type=int, default=400)
-    parser.add_argument("--images_per_context", type=int, default=1000)
+    parser.add_argument("--concept_steps", type=int, default=700)
+    parser.add_argument("--max_train_steps", type=int, default=250)
+    parser.add_argument("--images_per_context", type=int, default=600)
     parser.add_argument(
-        "--samples_per_context", type=int, default=200, help="Images that each distance is measured on."
+        "--samples_per_context", type=int, default=100, help="Images that each distance is measured on."
     )
     parser.add_argument("--num_inference_steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
