@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000, help="Measure the first digits alone, for a quick look.")
     parser.add_argument("--output", type=local_path, help="JSON file for the metrics.")
     args = parser.parse_args()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     digits = load(args.data)
     readers = MorphoReaders(digits)
     digits = digits.first(args.n)

@@ -50,10 +50,11 @@ def render_errors(bed: Bed, n: int, seed: int) -> str:
 def main() -> None:
     args = parse_args()
     bed = create_bed(args.bed, args.cache_dir)
+    errors = render_errors(bed, args.readers, args.seed) if args.readers else ""
     bed.write_folders(args.output / "train", args.n, args.seed)
     bed.contact_sheet(min(COLUMNS, args.n or COLUMNS), args.seed).save(args.output / "contact_sheet.png")
-    if args.readers:
-        (args.output / "readers.md").write_text(render_errors(bed, args.readers, args.seed), encoding="utf-8")
+    if errors:
+        (args.output / "readers.md").write_text(errors, encoding="utf-8")
 
 
 if __name__ == "__main__":

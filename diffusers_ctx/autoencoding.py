@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, res
 
 
 def _as_batch(entry: Any) -> np.ndarray:
-    """An array or a tensor as images (B, H, W, 3) with values in [0, 1], or [-1, 1] if it has such."""
+    """An array or a tensor as images (B, H, W, 3) with values in [0, 1]."""
     if isinstance(entry, torch.Tensor):
         tensor = entry.detach().cpu()
         array = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
@@ -93,7 +94,13 @@ def _in_unit_range(array: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"`image` has values from {low} to {high}; integers lie in 0 to 255, and floating-point values in [0, 1]."
         )
-    return array.astype(np.float32) / 255 if is_integer else array.astype(np.float32)
+    if is_integer:
+        return array.astype(np.float32) / 255
+    array = array.astype(np.float32)
+    if low < -_ROUNDING:
+        warnings.warn("Images in [-1, 1] are deprecated, as in diffusers; give [0, 1].", FutureWarning, stacklevel=4)
+        array = (array + 1) / 2
+    return array.clip(0, 1)  # diffusers would take a batch with one value just below 0 for [-1, 1]
 
 
 @torch.no_grad()

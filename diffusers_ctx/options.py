@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -72,7 +73,7 @@ class OptionGroup:
             if value is None:
                 continue
             if given.metadata.get("is_path"):
-                setattr(self, given.name, expand_home(value))
+                setattr(self, given.name, expand_home(os.fspath(value)))
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"`{given.name}` is {value!r}; choose one of {list(get_args(kind))}.")
             if kind in (int, float) and (wanted := given.metadata["bounds"].broken_by(value)):

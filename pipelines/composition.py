@@ -37,9 +37,10 @@ class CompositionMixin(CounterfactualMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__call__ is CompositionMixin.__call__:
+        if not hasattr(cls, "_plain_class"):
             bases = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline))
             cls._plain_class = next(base for base in bases if base is not cls)
+        if cls.__call__ is CompositionMixin.__call__:
             cls.__call__ = _with_signature_of(cls._plain_class.__call__)  # type: ignore[method-assign]
         _tell_auto_pipelines(cls, cls._plain_class)
 
@@ -232,8 +233,9 @@ def _tell_auto_pipelines(cls: type[CompositionMixin], plain_class: type[Diffusio
     """
     tasks = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
     models = [model for model, kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if kind is plain_class]
-    for task in tasks if models else ():
-        task[cls.__name__] = cls if task is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else task[models[0]]
+    for task in tasks:
+        if models and models[0] in task:
+            task[cls.__name__] = cls if task is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else task[models[0]]
 
 
 def _with_noise(

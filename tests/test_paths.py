@@ -70,6 +70,10 @@ def test_every_path_of_an_evaluation_may_begin_at_home(home):
     assert [getattr(config, name) for name in names] == [f"{home}/{name}" for name in names]
 
 
+def test_paths_are_texts_in_a_config(home):
+    assert EvaluationConfig(output_dir=Path("~/results")).output_dir == f"{home}/results"
+
+
 def test_an_unknown_home_is_refused():
     with pytest.raises(ValueError, match=r"'~nobody-of-that-name/x' names no user's home folder"):
         parse_training_config(["--pretrained_model_name_or_path=a/b", "--train_data_dir=~nobody-of-that-name/x"])

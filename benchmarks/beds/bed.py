@@ -117,7 +117,7 @@ class Bed(ABC):
         return {
             attribute.name: float(
                 np.nanmean(
-                    read[:, column] != sample.attributes[:, column]
+                    (read[:, column] != sample.attributes[:, column])[~np.isnan(sample.attributes[:, column])]
                     if attribute.classes
                     else np.abs(read[:, column] - sample.attributes[:, column])
                 )

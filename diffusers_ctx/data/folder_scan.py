@@ -59,7 +59,9 @@ _RUNS = (
     (".training.lock",),
     ("checkpoint-*/options.json",),
     ("settings.json", "samples"),
+    ("latents-*.safetensors",),
 )
+_RUN = "folder of a run or model"
 
 
 @dataclass
@@ -111,7 +113,8 @@ def scan_folder(folder: Path, root: Path, output_dir: Path | None = None) -> Fol
     followed = {root.resolve(), *root.resolve().parents, folder.resolve()}
     pending = [folder]
     while pending:
-        for path in sorted(pending.pop().iterdir()):
+        # a folder before links to it, which are known by its name
+        for path in sorted(pending.pop().iterdir(), key=lambda path: (path.is_symlink(), path)):
             if not path.is_dir():
                 found.add(path)
             elif not _is_of_user(path, output_dir, found):
@@ -139,7 +142,7 @@ def scan_root(root: Path, output_dir: Path | None = None) -> tuple[list[Path], F
     for path in sorted(root.iterdir()):
         if not path.is_dir():
             beside.add(path)
-        elif _is_of_user(path, output_dir, beside):
+        elif _is_of_user(path, output_dir, beside) and not _holds_runs(path, root, output_dir, beside):
             folders.append(path)
     beside.passed_over = [(kind, path) for kind, path in beside.passed_over if kind not in _DOCUMENTS]
     check_names(folders)
@@ -180,7 +183,7 @@ def _is_of_user(folder: Path, output_dir: Path | None, found: FolderScan) -> boo
     if name.startswith(".") or name in _LEFTOVER_FOLDERS:
         return False
     if is_run:
-        kind = "folder of a run or model"
+        kind = _RUN
     elif name.strip("_") in _THUMBNAILS:
         kind = "folder of thumbnails"
     elif name.startswith("__"):
@@ -189,6 +192,16 @@ def _is_of_user(folder: Path, output_dir: Path | None, found: FolderScan) -> boo
         return True
     found.passed_over.append((kind, folder))
     return False
+
+
+def _holds_runs(folder: Path, root: Path, output_dir: Path | None, found: FolderScan) -> bool:
+    """Whether a folder has no images but those of runs, or the output of this one to be; notes that in `found`."""
+    below = scan_folder(folder, root, output_dir)
+    is_parent = output_dir is not None and folder.resolve() in output_dir.resolve().parents
+    if below.images or not (is_parent or any(kind == _RUN for kind, _ in below.passed_over)):
+        return False
+    found.passed_over.append((_RUN, folder))
+    return True
 
 
 def _mixed(output_dir: Path) -> str:

@@ -157,6 +157,15 @@ def test_linked_folders_are_followed_once(photos, tmp_path):
     assert said == f"Passed over in {photos}: 3 links to what is read already (night/all)."
 
 
+def test_a_linked_folder_has_its_own_name(photos):
+    picture(photos / "night" / "roll" / "r.png")
+    (photos / "night" / "a_link").symlink_to(photos / "night" / "roll", target_is_directory=True)
+    (photos / "night" / "metadata.csv").write_text(CSV + "roll/r.png,d\n")
+    dataset, (said,) = load(photos)
+    assert texts_in(dataset, "night") == ["a", "b", "c", "d"]
+    assert said == f"Passed over in {photos}: 1 link to what is read already (night/a_link)."
+
+
 def test_what_other_programs_leave_is_no_photo(photos):
     for folder in (".thumbnails", "@eaDir", "__MACOSX", ".ipynb_checkpoints", ".picasaoriginals", "#recycle"):
         picture(photos / "night" / folder / "0.png")
@@ -213,6 +222,18 @@ def test_the_folder_of_this_run_is_no_context(photos):
     dataset, said = load(photos, output_dir=photos / "run")
     assert len(dataset) == 6 and said == []
     assert open_stream(photos, output_dir=str(photos / "run")).contexts == ["night", "obs"]
+
+
+def test_a_folder_of_runs_is_no_context(photos):
+    (photos / "runs" / "a").mkdir(parents=True)
+    (photos / "cache").mkdir()
+    (photos / "cache" / "latents-0.safetensors").write_bytes(b"x")
+    dataset, (said,) = load(photos, output_dir=photos / "runs" / "a")
+    assert set(dataset["context"]) == {"night", "obs"}
+    assert said == f"Passed over in {photos}: 2 folders of a run or model (cache)."
+    picture(photos / "runs" / "a" / "validation" / "step-500.png")  # and as the next run finds it
+    (photos / "runs" / "a" / "training_config.json").write_text("{}")
+    assert set(load(photos, output_dir=photos / "runs" / "b")[0]["context"]) == {"night", "obs"}
 
 
 @pytest.mark.parametrize("place", ["", "night"])

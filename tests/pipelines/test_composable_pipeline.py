@@ -25,7 +25,7 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
-from diffusers_ctx.pipelines import Conditioner
+from diffusers_ctx.pipelines import CompositionMixin, Conditioner
 from diffusers_ctx.pipelines.guidance import context_guidance
 from diffusers_ctx.training.encoding.images import ImageTransform
 
@@ -80,6 +80,11 @@ def test_subclasses_keep_their_own_call():
     class Quiet(ComposablePipeline):
         pass
 
+    class Own(CompositionMixin, StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    assert Own._plain_class is StableDiffusionPipeline
     assert Louder.__call__ is Loud.__call__ and Quiet.__call__ is ComposablePipeline.__call__
 
 

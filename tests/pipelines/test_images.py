@@ -63,6 +63,14 @@ def test_the_range_that_diffusers_deprecates():
         torch.testing.assert_close(pixels(2 * FLOAT - 1), EXPECTED)
 
 
+def test_resampling_that_undershoots_leaves_the_range_and_other_images_alone():
+    under, deprecated = FLOAT.copy(), 2 * FLOAT - 1
+    under.flat[0] = -0.004
+    torch.testing.assert_close(pixels(under)[0, :, 1:], EXPECTED[0, :, 1:])
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.testing.assert_close(pixels([FLOAT, deprecated]), EXPECTED.repeat(2, 1, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

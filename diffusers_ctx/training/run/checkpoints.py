@@ -231,7 +231,8 @@ def _check_whole(checkpoint: Path) -> None:
     defect = _defect(checkpoint)
     if defect is None:
         return
-    earlier = [x for x in list_checkpoints(checkpoint.parent) if checkpoint_step(x) < checkpoint_step(checkpoint)]
+    before = [x for x in list_checkpoints(checkpoint.parent) if checkpoint_step(x) < checkpoint_step(checkpoint)]
+    earlier = [x for x in before if _defect(x) is None]
     fix = f"resume from the one before it with `--resume_from_checkpoint {earlier[-1]}`" if earlier else "train anew"
     raise ValueError(f"{defect}: it was copied in part, or written by another version; copy it again, or {fix}.")
 
