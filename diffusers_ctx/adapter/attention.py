@@ -123,6 +123,9 @@ def attach_context_module(
         name: _context_processor(unet, name, processor, context_module) if _is_cross_attention(name) else processor
         for name, processor in unet.attn_processors.items()
     }
+    if fused_from := getattr(unet, "original_attn_processors", None):  # `unfuse_qkv_projections` sets these
+        ours = {name: processor for name, processor in processors.items() if _is_cross_attention(name)}
+        unet.original_attn_processors = fused_from | ours
     unet.set_attn_processor(processors)
     _place_projection(unet, MultiIPAdapterImageProjection([ContextProjection(context_module)]), "ip_image_proj")
 
@@ -156,13 +159,15 @@ def context_module_detached(unet: UNet2DConditionModel) -> Iterator[None]:
     """While it is open, `unet` is the plain model; afterwards it carries its context module again, if it had one."""
     processors, projection = unet.attn_processors, unet.encoder_hid_proj
     kind = unet.config.encoder_hid_dim_type
-    attached = has_context_module(unet)
+    attached, fused_from = has_context_module(unet), getattr(unet, "original_attn_processors", None)
     detach_context_module(unet)
     try:
         yield
     finally:
         if attached:
             unet.set_attn_processor(dict(processors))
+            if fused_from:
+                unet.original_attn_processors = fused_from
             _place_projection(unet, projection, kind)
             for part in (projection, *_context_processors(unet)):
                 move_to(part, unet.conv_in.weight.device)

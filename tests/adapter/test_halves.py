@@ -117,6 +117,16 @@ def test_an_adapter_without_loras_acts_on_fused_projections(tmp_path):
     pipeline.fuse_qkv_projections()
     pipeline.load_context_adapter(trained.save_context_adapter(tmp_path))
     np.testing.assert_allclose(sample(pipeline), sample(trained), atol=1e-5)
+    pipeline.unfuse_qkv_projections()
+    np.testing.assert_allclose(sample(pipeline), sample(trained), atol=1e-5)
+
+
+def test_an_adapter_outlives_fusing_saving_and_unfusing(pipeline, tmp_path):
+    expected = sample(pipeline)
+    pipeline.fuse_qkv_projections()
+    pipeline.save_pretrained(tmp_path)
+    pipeline.unfuse_qkv_projections()
+    np.testing.assert_allclose(sample(pipeline), expected, atol=1e-5)
 
 
 # what other pipelines and the models themselves set
