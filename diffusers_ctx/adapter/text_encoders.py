@@ -11,7 +11,7 @@ import safetensors.torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
-from .lora_layers import active_loras, other_loras
+from .lora_layers import acting_loras, lora_layers, other_loras
 
 
 _PEFT_PREFIX = "base_model.model."  # of the names of weights in PEFT's files
@@ -33,7 +33,8 @@ def save_loras_of_text_encoders(text_encoders: dict[str, PreTrainedModel], folde
     left_out: set[str] = set()
     for component, model in text_encoders.items():
         loras = other_loras(model)
-        active = [name for name in active_loras(model) if name in loras]
+        layers = lora_layers(model)
+        active = [name for name in acting_loras(layers[0]) if name in loras] if layers else []
         (folder / component).mkdir(parents=True, exist_ok=True)
         for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             (folder / component / file).unlink(missing_ok=True)

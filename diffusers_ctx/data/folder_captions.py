@@ -38,7 +38,7 @@ def read_captions(folder: Path, found: FolderScan, text_column: str) -> dict[Pat
     captions = _captions_beside(texts, found)
     _check_one_each(metadata)
     for file in metadata:
-        rows = _captions_in(file, found.images, text_column)
+        rows = _captions_in(file, found, text_column)
         if repeated := sorted(path.name for path in rows.keys() & captions.keys()):
             raise ValueError(
                 f"{file} names images that have a caption elsewhere: {listed(repeated)}; keep one of each."
@@ -104,8 +104,8 @@ def _captions_beside(texts: list[Path], found: FolderScan) -> dict[Path, str]:
     return captions
 
 
-def _captions_in(file: Path, images: list[Path], text_column: str) -> dict[Path, str]:
-    """Captions from a metadata file, which names images relative to its own folder."""
+def _captions_in(file: Path, found: FolderScan, text_column: str) -> dict[Path, str]:
+    """Captions from a metadata file, which names images relative to its own folder; not of files passed over."""
     entries = _read_metadata(file)
     lacking = [name for name in ("file_name", text_column) if any(name not in entry for entry in entries)]
     if lacking:
@@ -117,16 +117,18 @@ def _captions_in(file: Path, images: list[Path], text_column: str) -> dict[Path,
         name, caption = entry["file_name"], entry[text_column]
         if not isinstance(name, str) or not isinstance(caption, str | None):
             raise ValueError(f"Row {row} of {file} has the image {name!r} and the caption {caption!r}, not texts.")
-    known = {_key(image): image for image in images} | {str(image): image for image in images}
+    known = {_key(image): image for image in found.images} | {str(image): image for image in found.images}
     named = [file.parent / entry["file_name"] for entry in entries]
     named = [known.get(str(path)) or known.get(_key(path), path) for path in named]
     repeated = sorted(path.name for path, count in Counter(named).items() if count > 1)
     if repeated:
         raise ValueError(f"{file} names images more than once: {listed(repeated)}; keep one caption of each.")
-    unknown = sorted(set(named) - set(images))
+    passed_over = {_key(path) for _, path in found.passed_over}
+    unknown = sorted(path for path in set(named) - set(found.images) if _key(path) not in passed_over)
     if unknown:
         raise ValueError(f"{file} names images that are not there: {listed(list(map(str, unknown)))}; correct it.")
-    return {path: entry[text_column] or "" for path, entry in zip(named, entries)}
+    captions = {path: entry[text_column] or "" for path, entry in zip(named, entries)}
+    return {path: captions[path] for path in found.images if path in captions}
 
 
 def _key(path: Path) -> str:

@@ -105,7 +105,7 @@ def create_repository(repo_id: str, *, token: str | None = None, private: bool |
         ConnectionError: if the Hub cannot be reached, or refuses the repository.
     """
     api = _api(token)
-    with _push_errors(repo_id, f"Push to {repo_id} again while online."):
+    with _push_errors(repo_id, f"Nothing was pushed to {repo_id}; try again."):
         name = _create(api, repo_id, private)
         if "write" in inspect.signature(api.auth_check).parameters:  # older versions cannot ask
             api.auth_check(name, write=True)  # an existing repository may be read-only for this token

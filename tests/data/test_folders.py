@@ -143,6 +143,14 @@ def test_a_context_of_photos_that_cannot_be_read_says_which(photos):
         load_context_dataset(photos)
 
 
+def test_captions_of_pictures_that_cannot_be_read_do_not_stop_the_rest(photos):
+    (photos / "night" / "IMG_0.HEIC").write_bytes(b"x")
+    (photos / "night" / "metadata.csv").write_text(CSV + "IMG_0.HEIC,d\n")
+    dataset, (said,) = load(photos)
+    assert texts_in(dataset, "night") == ["a", "b", "c"]
+    assert "1 .heic (night/IMG_0.HEIC)" in said and "`pip install pillow-heif` reads HEIC" in said
+
+
 def test_linked_folders_are_followed_once(photos, tmp_path):
     for index in range(10):
         picture(tmp_path / "elsewhere" / f"e{index}.png")

@@ -173,7 +173,7 @@ def test_a_hub_that_is_not_reached_is_one_clear_error(hub, adapter, tmp_path):
         push, create = call(hub, tmp_path / "home", *calls, **variables)
         assert push["error"] == create["error"] == "ConnectionError"
         assert f"All is saved in {adapter}; complete the push with" in push["message"]
-        assert f"Push to {REPO} again while online" in create["message"]
+        assert f"Nothing was pushed to {REPO}; try again" in create["message"]
 
 
 REFUSALS = {
