@@ -130,22 +130,27 @@ def scan_folder(folder: Path, root: Path, output_dir: Path | None = None) -> Fol
     return found
 
 
-def scan_root(root: Path, output_dir: Path | None = None) -> tuple[list[Path], FolderScan]:
-    """The contexts' folders, and what lies beside them; see `scan_folder`.
+def scan_root(root: Path, output_dir: Path | None = None) -> tuple[dict[Path, FolderScan], FolderScan]:
+    """The contexts' folders with what is in them, and what lies beside them; see `scan_folder`.
 
     Raises:
         ValueError: if the name of a folder is no UTF-8, or `output_dir` is `root` or a folder of images.
     """
     if output_dir is not None and output_dir.resolve() == root.resolve():
         raise ValueError(_mixed(output_dir))
-    folders, beside = [], FolderScan()
+    folders: dict[Path, FolderScan] = {}
+    beside = FolderScan()
     for path in sorted(root.iterdir()):
         if not path.is_dir():
             beside.add(path)
-        elif _is_of_user(path, output_dir, beside) and not _holds_runs(path, root, output_dir, beside):
-            folders.append(path)
+        elif _is_of_user(path, output_dir, beside):
+            found = scan_folder(path, root, output_dir)
+            if _holds_runs(path, found, output_dir):
+                beside.passed_over.append((_RUN, path))
+            else:
+                folders[path] = found
     beside.passed_over = [(kind, path) for kind, path in beside.passed_over if kind not in _DOCUMENTS]
-    check_names(folders)
+    check_names(list(folders))
     return folders, beside
 
 
@@ -194,14 +199,10 @@ def _is_of_user(folder: Path, output_dir: Path | None, found: FolderScan) -> boo
     return False
 
 
-def _holds_runs(folder: Path, root: Path, output_dir: Path | None, found: FolderScan) -> bool:
-    """Whether a folder has no images but those of runs, or the output of this one to be; notes that in `found`."""
-    below = scan_folder(folder, root, output_dir)
+def _holds_runs(folder: Path, found: FolderScan, output_dir: Path | None) -> bool:
+    """Whether a folder has no images but those of runs, or the output of this one to be."""
     is_parent = output_dir is not None and folder.resolve() in output_dir.resolve().parents
-    if below.images or not (is_parent or any(kind == _RUN for kind, _ in below.passed_over)):
-        return False
-    found.passed_over.append((_RUN, folder))
-    return True
+    return not found.images and (is_parent or any(kind == _RUN for kind, _ in found.passed_over))
 
 
 def _mixed(output_dir: Path) -> str:

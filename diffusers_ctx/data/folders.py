@@ -13,7 +13,7 @@ from ..paths import local_path
 from .contexts import listed
 from .encoded_images import RGBImage
 from .folder_captions import check_root, read_captions
-from .folder_scan import METADATA, scan_folder, scan_root, warn_of_passed_over
+from .folder_scan import METADATA, scan_root, warn_of_passed_over
 
 
 _DATA_FILES = {".parquet", ".arrow", ".tar"}  # the formats of `datasets.load_dataset`
@@ -30,7 +30,7 @@ def is_context_root(source: Any, obs_context: str = "obs") -> bool:
     data = next((path for path in root.rglob("*") if _is_data(path)), None)
     if data is None:
         return True
-    with_images = [normal_name(folder.name) for folder in scan_root(root)[0] if scan_folder(folder, root).images]
+    with_images = [normal_name(folder.name) for folder, found in scan_root(root)[0].items() if found.images]
     if with_images and normal_name(obs_context) not in with_images:
         warnings.warn(
             f"{root} is read as a dataset because of {data.relative_to(root)}, and not as folders of contexts: it has"
@@ -58,8 +58,7 @@ class ContextFolders:
 
     def __init__(self, root: str | Path, output_dir: str | Path | None = None):
         self.root = root = local_path(root)
-        self.output_dir = None if output_dir is None else local_path(output_dir)
-        folders, self._beside = scan_root(root, self.output_dir)
+        self._found, self._beside = scan_root(root, None if output_dir is None else local_path(output_dir))
         if self._beside.images:
             raise ValueError(
                 f"Images lie directly in {root}, so their context is unknown:"
@@ -68,7 +67,7 @@ class ContextFolders:
             )
         check_root(self._beside.captions)
         self.folders: dict[str, Path] = {}
-        for folder in folders:
+        for folder in self._found:
             if self.folders.setdefault(name := normal_name(folder.name), folder) != folder:
                 raise ValueError(f"Two folders in {root} have the name {name!r}, in two Unicode forms; merge them.")
 
@@ -91,7 +90,7 @@ class ContextFolders:
         passed_over = list(self._beside.passed_over)
         for context in contexts:
             folder = self.folders[context]
-            found = scan_folder(folder, self.root, self.output_dir)
+            found = self._found[folder]
             if not found.images:
                 warn_of_passed_over(self.root, found.passed_over, stacklevel=3)
                 raise ValueError(f"The folder {folder} holds no images; put the context's images there or remove it.")
