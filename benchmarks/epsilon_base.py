@@ -25,6 +25,7 @@ from base_quad import sample_pooled
 from grids import join_tiles
 from measure import COMBINATIONS, REAL_B_SEED, REAL_SEED, SAMPLE_SEED
 from methods.context_adapter import ContextAdapter, adapter_sampler, load_pipeline
+from methods.quad_setting import QuadSetting
 from methods.setting import Method, Sampler, Setting
 from PIL import Image
 from provenance import commit, machine
@@ -40,7 +41,7 @@ from diffusers_ctx.training.config import ContextConfig
 
 RESULTS = Path(__file__).parent / "results" / "epsilon_base.json"
 MEASURED = ("obs", "quad4", "quad1", "quad1+quad4")
-BASE_SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_quad_base.py"
+BASE_SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_base.py"
 POOLED = 86  # images of each context
 DRAWN = 4  # samples of each combination
 
@@ -258,7 +259,7 @@ def main() -> None:
     work_dir = args.work_dir / f"base-seed{args.seed}-steps{args.base_steps}"
     base = work_dir / "base"
     make_base(base, args.base_steps, args.seed)
-    setting = Setting(
+    setting = QuadSetting(
         dependent=True,
         seed=args.seed,
         images_per_context=args.images_per_context,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from methods.quad_setting import QuadSetting
 from methods.registry import create_methods
-from methods.setting import Setting
 
 from diffusers_ctx.data import quad
 
@@ -33,7 +33,7 @@ def unlearned_singles(interference: dict[str, Any]) -> list[str]:
 def expected_steps(results: dict[str, Any]) -> int | None:
     """UNet steps that a method would take today with the options of its results; `None` if time decides."""
     options = results["options"]
-    setting = Setting(
+    setting = QuadSetting(
         dependent=not options["independent"],
         seed=options["seed"],
         images_per_context=options["images_per_context"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,19 +130,17 @@ class Bed(ABC):
         number = list(self.contexts).index(context)
         return self.sample(self.contexts[context], n, training_seed(seed, number))
 
+    def pooled(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Parts of images (n, R, R, 3) uint8 and captions that a base may learn from: no held-out combination."""
+        for context in self.contexts:
+            sample = self.training_sample(context)
+            yield sample.images, sample.captions
+
     def write_folders(self, root: str | Path, n: int | None = None, seed: int = 0) -> Path:
         """Writes training images and captions, one folder per context; returns `root`."""
         for context in self.contexts:
-            folder = Path(root) / context
-            folder.mkdir(parents=True, exist_ok=True)
-            for earlier in folder.glob("[0-9]*.png"):  # of a larger set, they would be images without a caption
-                earlier.unlink()
             sample = self.training_sample(context, n, seed)
-            names = [f"{row:05d}.png" for row in range(len(sample))]
-            for name, image in zip(names, sample.images):
-                Image.fromarray(image).save(folder / name)
-            with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("file_name", "text"), *zip(names, sample.captions)])
+            write_folder(Path(root) / context, sample.images, sample.captions)
         return Path(root)
 
     def contact_sheet(self, columns: int = 12, seed: int = 0) -> Image.Image:
@@ -150,6 +148,18 @@ class Bed(ABC):
         combinations = [*self.contexts.values(), *self.held_out]
         rows = [self.sample(interventions, columns, seed).images for interventions in combinations]
         return draw_grid(rows, ["+".join(interventions) or "obs" for interventions in combinations])
+
+
+def write_folder(folder: Path, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Writes images (n, R, R, 3) uint8 and their captions, in place of those written before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("[0-9]*.png"):  # of a larger set, they would be images without a caption
+        earlier.unlink()
+    names = [f"{row:05d}.png" for row in range(len(images))]
+    for name, image in zip(names, images):
+        Image.fromarray(image).save(folder / name)
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file_name", "text"), *zip(names, captions)])
 
 
 def training_seed(seed: int, context: int) -> int:

@@ -6,7 +6,7 @@ emoji-datasource-google and emoji-datasource-twitter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from beds.bed import Attribute, Bed, BedSample
 from beds.design_reader import Reader, cached_reader
-from beds.emoji import GENDERS, TONES, Drawing, decode, fetch, people, read_package
+from beds.emoji import GENDERS, TONES, Drawing, decode, fetch, people, read_package, things
 
 
 VENDORS = ("google", "twitter")
@@ -46,8 +46,8 @@ class Designs(Bed):
         woman, tone, vendor = self.concepts = ("woman", "tone" if random_tone else "dark", "vendor")
         self.held_out = ((woman, tone), (woman, vendor), (tone, vendor), (woman, tone, vendor))
         self.cache_dir = Path(cache_dir)
-        self._images, drawings = _load(self.cache_dir)
-        roles = _roles(drawings)
+        self._images, self._drawings = _load(self.cache_dir)
+        roles = _roles(self._drawings)
         self.captions = [f"a drawing of {phrase}" for phrase in roles.values()]
         self.attributes = (
             Attribute("gender", len(GENDERS), woman),
@@ -55,7 +55,7 @@ class Designs(Bed):
             Attribute("vendor", len(VENDORS), vendor),
             Attribute("role", len(roles)),
         )
-        self._labels = np.array([_label(vendor, drawing, list(roles)) for vendor, drawing in drawings])
+        self._labels = np.array([_label(vendor, drawing, list(roles)) for vendor, drawing in self._drawings])
         self._complete = ~np.isnan(self._labels).any(1)
         self._rows = np.empty((len(GENDERS), len(TONES), len(VENDORS), len(roles)), np.int64)
         self._rows[tuple(self._labels[self._complete].astype(int).T)] = np.flatnonzero(self._complete)
@@ -76,6 +76,20 @@ class Designs(Bed):
 
     def counterfactual(self, sample: BedSample, interventions: Sequence[str]) -> BedSample:
         return self._draw(sample.scenes, interventions)
+
+    def pooled(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """See [`Bed.pooled`]: people with at most one attribute of an intervention, and everything but people.
+
+        People of no named gender count as women, whom many are drawn like.
+        """
+        vendor, tone = np.array([(vendor, drawing.tone) for vendor, drawing in self._drawings]).T
+        woman = np.array([drawing.gender != "man" for _, drawing in self._drawings])
+        rows = np.flatnonzero(woman.astype(int) + (tone != DEFAULT) + (vendor > 0) < 2)
+        yield self._images[rows], [f"a drawing of {self._drawings[row][1].phrase}" for row in rows]
+        for name in VENDORS:
+            entries, files = read_package(fetch(name, self.cache_dir), name)
+            shown = [(decode(files[file]), phrase) for file, phrase in things(entries) if file in files]
+            yield np.stack([image for image, _ in shown]), [f"a drawing of {phrase}" for _, phrase in shown]
 
     def unseen(self, interventions: Sequence[str], n: int | None = None, seed: int = 0) -> BedSample:
         return self.sample(interventions, n, seed)  # readers learn from no context and no combination

@@ -117,6 +117,13 @@ def people(names: list[dict[str, Any]]) -> Iterator[Drawing]:
             yield Drawing(version["image"], role, phrase, gender, tone)
 
 
+def things(names: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The file and the name, with an article, of every emoji that shows neither people nor parts of them."""
+    for entry in names:
+        if entry["category"] not in ("People & Body", "Component") and not entry.get("skin_variations"):
+            yield entry["image"], _with_article(entry["name"].lower())
+
+
 def decode(png: bytes) -> np.ndarray:
     """A drawing on white, (64, 64, 3) uint8."""
     drawing = Image.open(io.BytesIO(png)).convert("RGBA")
@@ -144,4 +151,8 @@ def _phrase(entry: dict[str, Any]) -> str:
     name = re.sub("person: ", "person with ", name.replace("person: bald", "bald person"))
     if entry["subcategory"] in _NOUNS:
         name = re.sub(r"^person (?!with |in |wearing |feeding )", "", name)
+    return _with_article(name)
+
+
+def _with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name

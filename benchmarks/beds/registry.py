@@ -27,9 +27,9 @@ def create_bed(name: str, cache_dir: str | Path) -> Bed:
     if name.startswith("designs"):
         return Designs(cache_dir, random_tone=name == "designs-random-tone")
     if name == "digits":
-        return Digits(cache_dir)
+        return Digits(cache_dir=cache_dir)
     if name == "ink":
-        return Ink(cache_dir)
+        return Ink(cache_dir=cache_dir)
     if name == "photographs":
         return PhotographsBed(cache_dir)
     return QuadBed(name.removeprefix("quad-"))

@@ -16,9 +16,12 @@ from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.encoding.latents import ContextLatents
 
 from .context_adapter import ContextAdapter, TrainingRun, adapter_sampler, load_pipeline
+from .given_noise import GivenNoise
+from .quad_setting import QuadSetting
 from .setting import Sampler, Setting
 
 
+TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
 _HIDDEN = ("color", "shape")  # no context of the benchmark intervenes on them
 
 
@@ -61,63 +64,24 @@ class UnconditionalPosterior(Ablation):
         return UnconditionalModule.from_config(super().create_module(config, pipeline, features).config)
 
 
-class GivenNoiseModule(ContextModule):
-    """A module whose posterior reads the exogenous noise itself, (B, N, d), in place of an image."""
-
-    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
-        size = latents[0].numel()
-        return GaussianPosterior(
-            latents, latents.new_zeros(len(latents), size, size), latents.new_zeros(latents.shape[:2])
-        )
-
-
 @dataclass(frozen=True)
-class Oracle(Ablation):
-    """Is given the simulator's noise and mechanisms: the upper bound."""
+class Oracle(GivenNoise):
+    """Is given the simulator's noise and mechanisms: the upper bound on quad."""
 
-    def steps(self, setting: Setting) -> int:
-        return setting.baseline_steps  # it learns no concepts
-
-    def create_module(
-        self, config: TrainingConfig, pipeline: ComposablePipeline, features: ImageFeatures | None
-    ) -> ContextModule:
-        return GivenNoiseModule.from_config(super().create_module(config, pipeline, features).config)
-
-    def encode(self, setting: Setting, features: ImageFeatures | None) -> ContextLatents:
-        latents = super().encode(setting, features)
-        return replace(latents, features=self.noise(setting, latents.contexts)[None, ..., None])
-
-    def noise(self, setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
-        """The noise of each image's nodes, (n, N)."""
+    def noise(self, setting: QuadSetting, contexts: Sequence[str]) -> torch.Tensor:
         return given_noise(setting, contexts)
 
     def learn_concepts(self, run: TrainingRun) -> None:
         set_mechanisms(run.module, run.setting)
 
 
-@dataclass(frozen=True)
-class LabelsOnly(Oracle):
-    """Has no noise: a node's tokens say whether it was intervened on, and nothing else."""
-
-    def noise(self, setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
-        return torch.zeros(len(contexts), len(quad.CONCEPTS) + self.context.num_hidden_factors)
-
-    @torch.no_grad()
-    def learn_concepts(self, run: TrainingRun) -> None:
-        run.module.mechanism.bias_do.fill_(1)
-
-    def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_pipeline(folder, setting.base)
-        return adapter_sampler(pipeline, setting.num_inference_steps, has_noise=False)
-
-
-def given_noise(setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
+def given_noise(setting: QuadSetting, contexts: Sequence[str]) -> torch.Tensor:
     """The simulator's noise (n, 8), in the order of the oracle's nodes."""
     return setting.true_noise(contexts)[:, [quad.FACTORS.index(name) for name in (*quad.CONCEPTS, *_HIDDEN)]]
 
 
 @torch.no_grad()
-def set_mechanisms(module: ContextModule, setting: Setting) -> None:
+def set_mechanisms(module: ContextModule, setting: QuadSetting) -> None:
     """Gives a structural module with quad's own graph quad's own mechanisms, for standardized factors."""
     names = [*quad.CONCEPTS, *_HIDDEN]
     order = [quad.FACTORS.index(name) for name in names]

@@ -16,7 +16,6 @@ import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.adapter.image_features import ImageFeatures
-from diffusers_ctx.data import quad
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
@@ -34,7 +33,6 @@ from diffusers_ctx.training.run.tracking import start_trackers, track_step
 from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
 
 
-TRUE_GRAPH = tuple(f"{cause}->{effect}" for cause, effect in quad.EDGES if {cause, effect} <= set(quad.CONCEPTS))
 TRAIN_BATCH_SIZE = 64
 _LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
 
@@ -107,7 +105,11 @@ class ContextAdapter:
     def config(self, setting: Setting, folder: Path) -> TrainingConfig:
         return TrainingConfig(
             ModelConfig(setting.base, mode=self.mode, unfreeze_after=0.2 if self.mode == "full" else 0.0),
-            DataConfig(train_data_dir=str(setting.data_dir), concepts=list(quad.CONCEPTS), resolution=quad.RESOLUTION),
+            DataConfig(
+                train_data_dir=str(setting.data_dir),
+                concepts=list(setting.bed.concepts),
+                resolution=setting.resolution,
+            ),
             replace(self.context, concept_steps=setting.concept_steps),
             OptimizationConfig(
                 seed=setting.seed,
@@ -125,7 +127,7 @@ class ContextAdapter:
     def create_module(
         self, config: TrainingConfig, pipeline: ComposablePipeline, features: ImageFeatures | None
     ) -> ContextModule:
-        return create_context_module(config, pipeline, list(quad.CONCEPTS), features, quad.RESOLUTION)
+        return create_context_module(config, pipeline, config.data.concepts, features, config.data.resolution)
 
     def encode(self, setting: Setting, features: ImageFeatures | None) -> ContextLatents:
         """The latents that all methods share, with the features that the posterior reads, if any."""

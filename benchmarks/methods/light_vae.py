@@ -22,7 +22,8 @@ from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.data import ContextBalancedSampler, quad
 from diffusers_ctx.training.concepts.losses import gaussian_likelihood_loss
 
-from .setting import Sampler, Setting, in_batches
+from .quad_setting import QuadSetting
+from .setting import Sampler, in_batches
 
 
 TOKEN_DIM = 32
@@ -71,10 +72,10 @@ class LightVae:
 
     seconds: float
 
-    def steps(self, setting: Setting) -> None:
+    def steps(self, setting: QuadSetting) -> None:
         """As many as fit in the time."""
 
-    def train(self, setting: Setting, folder: Path) -> None:
+    def train(self, setting: QuadSetting, folder: Path) -> None:
         torch.manual_seed(setting.seed)
         images = [
             quad.generate(names, setting.images_per_context, setting.seed + offset, setting.dependent).images
@@ -107,7 +108,7 @@ class LightVae:
                 step += 1
                 log.add_scalar("loss", loss.item(), step)
 
-    def load(self, setting: Setting, folder: Path) -> Sampler:
+    def load(self, setting: QuadSetting, folder: Path) -> Sampler:
         module, decoder, _ = torch.load(folder / "vae.pt", weights_only=False)
 
         @torch.no_grad()

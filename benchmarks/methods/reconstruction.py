@@ -13,20 +13,21 @@ from diffusers import AutoencoderKL
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.features import autoencode
 
-from .setting import BATCH_SIZE, Sampler, Setting, device
+from .quad_setting import QuadSetting
+from .setting import BATCH_SIZE, Sampler, device
 
 
 @dataclass(frozen=True)
 class Reconstruction:
     """Held-out images of the very interventions, encoded and decoded; nothing learns."""
 
-    def steps(self, setting: Setting) -> int:
+    def steps(self, setting: QuadSetting) -> int:
         return 0
 
-    def train(self, setting: Setting, folder: Path) -> None:
+    def train(self, setting: QuadSetting, folder: Path) -> None:
         """There is nothing to train."""
 
-    def load(self, setting: Setting, folder: Path) -> Sampler:
+    def load(self, setting: QuadSetting, folder: Path) -> Sampler:
         vae = AutoencoderKL.from_pretrained(setting.base, subfolder="vae", torch_dtype=torch.float32).to(device())
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:

@@ -6,9 +6,10 @@ from typing import Any
 
 from diffusers_ctx.training.config import ContextConfig
 
-from .ablations import LabelsOnly, Oracle, Pooled, UnconditionalPosterior, oracle_graph
-from .baselines import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
-from .context_adapter import TRUE_GRAPH, ContextAdapter
+from .ablations import TRUE_GRAPH, Oracle, Pooled, UnconditionalPosterior, oracle_graph
+from .baselines import ComposableDiffusion, ConceptSliders, LoraDifference, LoraPerContext, PromptLora
+from .context_adapter import ContextAdapter
+from .given_noise import LabelsOnly
 from .light_vae import LightVae
 from .reconstruction import Reconstruction
 from .setting import Method
@@ -44,8 +45,25 @@ def create_methods(dependent: bool) -> dict[str, Method]:
         "labels-only": LabelsOnly(context=of_latents),
         "prompt-lora": PromptLora(),
         "lora-per-context": LoraPerContext(),
-        "composable-diffusion": ComposableDiffusion("prompt-lora"),
+        "composable-diffusion": ComposableDiffusion("prompt-lora", PromptLora()),
         "concept-sliders": ConceptSliders("prompt-lora"),
         "paper-vae": LightVae(_VAE_SECONDS),
         "autoencoder": Reconstruction(),
+    }
+
+
+def create_bed_methods() -> dict[str, Method]:
+    """Every method by name, for any test bed; those that compose another's weights come after it."""
+    labels, loras, names = LabelsOnly(context=ContextConfig(posterior_encoder="vae")), LoraPerContext(), PromptLora()
+    return {
+        "ours": ContextAdapter(),
+        "base-pooled": PromptLora(named=False),
+        "labels-only": labels,
+        "labels-scores": ComposableDiffusion("labels-only", labels),
+        "lora-per-context": loras,
+        "lora-difference": LoraDifference("lora-per-context"),
+        "lora-scores": ComposableDiffusion("lora-per-context", loras),
+        "prompt-lora": names,
+        "composable-diffusion": ComposableDiffusion("prompt-lora", names),
+        "concept-sliders": ConceptSliders("prompt-lora"),
     }

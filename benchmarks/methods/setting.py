@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from beds.bed import Bed
 from diffusers import AutoencoderKL
 
-from diffusers_ctx import embedded_base
-from diffusers_ctx.data import context_mask, load_context_dataset, quad
+from diffusers_ctx.data import context_mask, load_context_dataset
 from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.training.encoding.images import ImageTransform
 from diffusers_ctx.training.encoding.latents import ContextLatents, encode_images
@@ -25,12 +25,13 @@ Sampler = Callable[[Sequence[str], Sequence[str], int], np.ndarray]
 """Captions (n), interventions and a seed to n images (n, 64, 64, 3) uint8; one seed, one noise in every context."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One comparison.
 
     Attributes:
-        dependent: quad's variant.
+        bed: the images, and what is known of them.
+        base: folder of the Stable Diffusion that is trained on; those of one `work_dir` have the same autoencoder.
         seed: seed of images, weights and batches.
         images_per_context: training images of each context.
         train_steps: UNet steps of methods that learn the concepts first.
@@ -38,10 +39,11 @@ class Setting:
         baseline_steps: UNet steps of methods that learn no concepts: more, so that they take about as long.
         num_inference_steps: denoising steps of all samples.
         work_dir: folder of images, latents and weights.
-        base: folder of the Stable Diffusion that is trained on; those of one `work_dir` have the same autoencoder.
+        resolution: height and width at which images are learned and drawn, in pixels.
     """
 
-    dependent: bool
+    bed: Bed
+    base: str
     seed: int
     images_per_context: int
     train_steps: int
@@ -49,11 +51,11 @@ class Setting:
     baseline_steps: int
     num_inference_steps: int
     work_dir: Path
-    base: str = field(default_factory=embedded_base)
+    resolution: int = 64
 
     @property
     def name(self) -> str:
-        return f"{'dependent' if self.dependent else 'independent'}-seed{self.seed}-images{self.images_per_context}"
+        return f"{self.bed.name}-seed{self.seed}-images{self.images_per_context}"
 
     @property
     def folder(self) -> Path:
@@ -65,18 +67,22 @@ class Setting:
         """Folder of training images, which are written at the first call."""
         folder, done = self.folder / "data", self.folder / "data-written"
         if not done.exists():
-            quad.write_folders(folder, self.images_per_context, self.seed, self.dependent)
+            self.write_images(folder)
             done.touch()
         return folder
+
+    def write_images(self, folder: Path) -> None:
+        self.bed.write_folders(folder, self.images_per_context, self.seed)
 
     def latents(self) -> ContextLatents:
         """The training images' latents, which are encoded at the first call."""
 
         def encode() -> ContextLatents:
-            dataset = load_context_dataset(self.data_dir, concepts=list(quad.CONCEPTS))
+            concepts = list(self.bed.concepts)
+            dataset = load_context_dataset(self.data_dir, concepts=concepts)
             vae = AutoencoderKL.from_pretrained(self.base, subfolder="vae", torch_dtype=torch.float32)
-            mask = context_mask(list(dataset["context"]), list(quad.CONCEPTS))
-            transform = ImageTransform(quad.RESOLUTION, center_crop=True, seed=0)
+            mask = context_mask(list(dataset["context"]), concepts)
+            transform = ImageTransform(self.resolution, center_crop=True, seed=0)
             return encode_images(vae.requires_grad_(False).to(device()), dataset, mask, transform)
 
         return self.shared("latents", encode)
@@ -90,14 +96,6 @@ class Setting:
             torch.save(compute(), unfinished)
             unfinished.replace(file)
         return torch.load(file, weights_only=False)
-
-    def true_noise(self, contexts: Sequence[str]) -> torch.Tensor:
-        """The simulator's exogenous noise (n, 8) of the training images, in the order of their context names."""
-        drawn = {
-            name: iter(np.random.default_rng(self.seed + offset).standard_normal((self.images_per_context, 8)))
-            for offset, name in enumerate(quad.contexts())
-        }
-        return torch.tensor(np.array([next(drawn[name]) for name in contexts]), dtype=torch.float32)
 
 
 class Method(Protocol):

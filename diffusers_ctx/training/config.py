@@ -181,6 +181,12 @@ class OptimizationConfig(OptionGroup):
         None, "Warm-up steps of the schedule, by default 500; the schedule constant has none.", at_least=0
     )
     snr_gamma: float | None = option(None, "γ of min-SNR weighting; 5.0 is usual.", above=0)
+    composition_weight: float = option(
+        0.0,
+        "Weight of the composition loss: that interventions together change the prediction by the sum of what each of"
+        " them does.",
+        at_least=0,
+    )
     timestep_sampling: TimestepSampling = option("uniform", "Distribution of the timesteps.")
     noise_offset: float = option(0.0, "Standard deviation of an offset of the noise per image and channel.")
     optimizer: Optimizer = option(

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from epsilon_base import MEASURED, METHODS, Results, lightness, parse_args, render_tables
 from methods.context_adapter import load_pipeline
-from methods.setting import Setting
+from methods.quad_setting import QuadSetting
 from PIL import Image
 
 from diffusers_ctx import embedded_base
@@ -22,14 +22,14 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Setting:
+def setting(tmp_path_factory) -> QuadSetting:
     """On the small base, declared to predict the noise."""
     work_dir = tmp_path_factory.mktemp("epsilon")
     pipeline = StableDiffusionPipeline.from_pretrained(embedded_base())
     options = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **options)
     pipeline.save_pretrained(work_dir / "base")
-    return Setting(
+    return QuadSetting(
         dependent=True,
         seed=7,
         images_per_context=12,

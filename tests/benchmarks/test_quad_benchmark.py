@@ -13,22 +13,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from measure import REAL_B_SEED, REAL_SEED, measure_combination, measure_graph, measure_kernel_distance
-from methods.ablations import (
-    GivenNoiseModule,
-    LabelsOnly,
-    Oracle,
-    UnconditionalModule,
-    given_noise,
-    oracle_graph,
-    set_mechanisms,
-)
-from methods.baselines import ComposableDiffusion, ConceptSliders, LoraPerContext, PromptLora
+from methods.ablations import Oracle, UnconditionalModule, given_noise, oracle_graph, set_mechanisms
+from methods.baselines import ComposableDiffusion, ConceptSliders, LoraDifference, LoraPerContext, PromptLora
 from methods.baselines.composable_diffusion import compose
 from methods.baselines.lora import LoraTraining, load_base, plain_sampler
 from methods.baselines.prompt_lora import load_prompt_lora, name_concepts
 from methods.context_adapter import learning_code_fingerprint, load_pipeline
+from methods.given_noise import GivenNoiseModule, LabelsOnly
 from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
-from methods.setting import Setting, in_batches
+from methods.quad_setting import QuadSetting
+from methods.setting import in_batches
 from PIL import Image
 from safetensors.torch import load_file
 from tables import summarize_method
@@ -48,8 +42,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Setting:
-    return Setting(
+def setting(tmp_path_factory) -> QuadSetting:
+    return QuadSetting(
         dependent=True,
         seed=7,
         images_per_context=12,
@@ -129,21 +123,21 @@ def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(sett
     rows = next(training.batches(["obs", "size"]))
     contexts = [training.latents.contexts[row] for row in rows]
     assert contexts.count("obs") == contexts.count("size") == len(rows) / 2
-    prompts = PromptLora().prompts(training, rows)
+    prompts = PromptLora().prompts(setting.bed, training, rows)
     assert all(prompt.endswith(", k") == (context == "size") for prompt, context in zip(prompts, contexts))
-    assert name_concepts("a circle", ["quad1", "quad2"]) == "a circle, b, d"
+    assert name_concepts(setting.bed, "a circle", ["quad1", "quad2"]) == "a circle, b, d"
 
 
 def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     PromptLora().train(setting, tmp_path / "prompt-lora")
     captions = ["a picture of a circle"] * 3
     alone = PromptLora().load(setting, tmp_path / "prompt-lora")
-    method = ComposableDiffusion("prompt-lora")
+    method = ComposableDiffusion("prompt-lora", PromptLora())
     composed = method.load(setting, tmp_path / "composable")
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
     # with one concept, the loop samples as the LoRA does
-    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
-    loop = in_batches(lambda batch, noise: compose(pipeline, setting, batch, ["quad1"], noise), captions, 0)
+    pipeline, predictor = PromptLora().load_predictor(setting, tmp_path / "prompt-lora")
+    loop = in_batches(lambda batch, noise: compose(pipeline, predictor, setting, batch, ["quad1"], noise), captions, 0)
     summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
     expected = alone(captions, ["quad1"], 0).astype(int)
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
@@ -153,7 +147,9 @@ def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
     """Recomputed one prompt at a time, with the rotation that DDIM is."""
     PromptLora().train(setting, tmp_path / "prompt-lora")
     captions, names = ["a picture of a circle", "a picture of a square"], ("quad1", "size")
-    composed = ComposableDiffusion("prompt-lora").load(setting, tmp_path / "composable")(captions, names, 0)
+    composed = ComposableDiffusion("prompt-lora", PromptLora()).load(setting, tmp_path / "composable")(
+        captions, names, 0
+    )
 
     pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
     scheduler = pipeline.scheduler
@@ -165,7 +161,7 @@ def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
 
     @torch.no_grad()
     def velocity(row: int, time: int, interventions: tuple[str, ...]) -> torch.Tensor:
-        prompt = name_concepts(captions[row], interventions)
+        prompt = name_concepts(setting.bed, captions[row], interventions)
         text, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
         return pipeline.unet(latents[row : row + 1], time, text).sample[0]
 
@@ -190,13 +186,13 @@ def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
         assert difference <= 1 if only == names else difference > 1, only
 
 
-def add_by_hand(pipeline, folder: Path) -> None:
+def add_by_hand(pipeline, folder: Path, weight: float = 1.0) -> None:
     """Adds a LoRA of the UNet, whose rank is its scale, to the weights themselves."""
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
     for name in (key for key in weights if key.endswith(".lora_A.weight")):
         layer = pipeline.unet.get_submodule(name.removeprefix("unet.").removesuffix(".lora_A.weight"))
         down, up = weights[name], weights[name.replace("lora_A", "lora_B")]
-        getattr(layer, "base_layer", layer).weight.data += up @ down
+        getattr(layer, "base_layer", layer).weight.data += weight * up @ down
 
 
 def test_loras_of_several_contexts_are_added(setting, tmp_path):
@@ -211,6 +207,38 @@ def test_loras_of_several_contexts_are_added(setting, tmp_path):
     expected = plain_sampler(pipeline, setting, lambda caption, _: caption)(captions, [], 0).astype(int)
     assert np.abs(got.pop(("quad4", "size")) - expected).max() <= 1
     assert min(np.abs(other - expected).max() for other in got.values()) > 1
+
+
+def test_what_loras_share_is_subtracted(setting, tmp_path):
+    setting = replace(setting, baseline_steps=7)
+    LoraPerContext().train(setting, tmp_path / "lora-per-context")
+    composed = LoraDifference("lora-per-context").load(setting, tmp_path / "lora-difference")
+    captions = ["a picture of a circle"] * 3
+    pipeline = load_base(setting)
+    for name, sign in {"quad4": 1, "size": 1, "obs": -1}.items():
+        add_by_hand(pipeline, tmp_path / "lora-per-context" / name, sign)
+    expected = plain_sampler(pipeline, setting, lambda caption, _: caption)(captions, [], 0).astype(int)
+    assert np.abs(composed(captions, ("quad4", "size"), 0) - expected).max() <= 1
+    alone = LoraPerContext().load(setting, tmp_path / "lora-per-context")
+    for names in ((), ("quad4",)):
+        assert np.array_equal(composed(captions, names, 0), alone(captions, names, 0))
+    assert np.abs(alone(captions, ("quad4", "size"), 0) - expected).max() > 1
+
+
+@pytest.mark.parametrize("method", [LoraPerContext(), LabelsOnly(context=ContextConfig(posterior_encoder="vae"))])
+def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(setting, tmp_path, method):
+    setting = replace(setting, baseline_steps=7)
+    method.train(setting, tmp_path)
+    captions = ["a picture of a circle"] * 3
+    pipeline, predictor = method.load_predictor(setting, tmp_path)
+
+    def alone(names):
+        return method.load(setting, tmp_path)(captions, names, 0).astype(int)
+
+    def summed(names):
+        return in_batches(lambda batch, noise: compose(pipeline, predictor, setting, batch, names, noise), captions, 0)
+
+    assert np.abs(summed(["size"]) - alone(["size"])).max() <= 1 < np.abs(alone([]) - alone(["size"])).max()
 
 
 def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, tmp_path):
@@ -232,7 +260,7 @@ def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, t
 
 def test_composing_without_the_lora_says_what_to_run(setting, tmp_path):
     with pytest.raises(FileNotFoundError, match="Run the method 'prompt-lora' first"):
-        ComposableDiffusion("prompt-lora").train(setting, tmp_path / "composable")
+        ComposableDiffusion("prompt-lora", PromptLora()).train(setting, tmp_path / "composable")
 
 
 def test_a_log_has_every_tenth_step_and_the_last_one_as_a_resumed_run_told_them_last(tmp_path):
@@ -288,11 +316,11 @@ def test_concepts_of_other_code_are_not_taken_up(tmp_path, name, decides):
     assert (learning_code_fingerprint(package) != before) == decides
 
 
-def setting_of(results: dict, work_dir: Path) -> Setting:
+def setting_of(results: dict, work_dir: Path) -> QuadSetting:
     options = dict(results["options"])
     n, independent = options.pop("n"), options.pop("independent")
     assert n == 20
-    return Setting(dependent=not independent, work_dir=work_dir, **options)
+    return QuadSetting(dependent=not independent, work_dir=work_dir, **options)
 
 
 @pytest.mark.slow

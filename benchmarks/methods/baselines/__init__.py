@@ -2,8 +2,8 @@
 
 from .composable_diffusion import ComposableDiffusion
 from .concept_sliders import ConceptSliders
-from .lora_per_context import LoraPerContext
+from .lora_per_context import LoraDifference, LoraPerContext
 from .prompt_lora import PromptLora
 
 
-__all__ = ["ComposableDiffusion", "ConceptSliders", "LoraPerContext", "PromptLora"]
+__all__ = ["ComposableDiffusion", "ConceptSliders", "LoraDifference", "LoraPerContext", "PromptLora"]

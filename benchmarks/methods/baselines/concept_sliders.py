@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_ctx.data import quad
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
 from ..setting import Sampler, Setting
@@ -31,11 +30,11 @@ class ConceptSliders:
     source: str
 
     def steps(self, setting: Setting) -> int:
-        return setting.baseline_steps // len(quad.CONCEPTS) * len(quad.CONCEPTS)
+        return self._steps_each(setting) * len(setting.bed.concepts)
 
     def train(self, setting: Setting, folder: Path) -> None:
         latents = setting.latents()
-        for name in quad.CONCEPTS:
+        for name in setting.bed.concepts:
             pipeline = load_prompt_lora(setting, folder.parent / self.source)
             training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
             parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
@@ -44,16 +43,18 @@ class ConceptSliders:
                 captions = training.captions(rows)
                 with torch.no_grad():
                     pipeline.unet.set_adapters(["names"])
-                    wanted = training.predict(noisy, timesteps, [name_concepts(x, [name]) for x in captions])
+                    wanted = training.predict(
+                        noisy, timesteps, [name_concepts(setting.bed, x, [name]) for x in captions]
+                    )
                 pipeline.unet.set_adapters(["names", name])
                 return training.predict(noisy, timesteps, captions), wanted
 
-            training.run(parameters, ["obs", name], setting.baseline_steps // len(quad.CONCEPTS), predict)
+            training.run(parameters, ["obs", name], self._steps_each(setting), predict)
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_prompt_lora(setting, folder.parent / self.source)
-        for name in quad.CONCEPTS:
+        for name in setting.bed.concepts:
             pipeline.load_lora_weights(folder / name, adapter_name=name)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)
 
@@ -62,3 +63,6 @@ class ConceptSliders:
             return sample(captions, interventions, seed)
 
         return sample_with
+
+    def _steps_each(self, setting: Setting) -> int:
+        return setting.baseline_steps // len(setting.bed.concepts)

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from diffusers_ctx.data import ContextBalancedSampler, quad
+from diffusers_ctx.data import ContextBalancedSampler
 from diffusers_ctx.training.encoding.latents import ContextLatents
 
 from ..setting import Sampler, Setting, device, in_batches
@@ -106,10 +106,6 @@ class LoraTraining:
         """Captions; some are left empty."""
         drop = torch.rand(len(rows), generator=self.generator) < EMPTY_PROMPT_SHARE
         return ["" if dropped else self.latents.captions[row] for row, dropped in zip(rows.tolist(), drop)]
-
-    def interventions(self, rows: torch.Tensor) -> list[tuple[str, ...]]:
-        """What each image's context intervenes on."""
-        return [quad.contexts()[self.latents.contexts[row]] for row in rows.tolist()]
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         text, _ = self.pipeline.encode_prompt(prompts, device(), 1, do_classifier_free_guidance=False)

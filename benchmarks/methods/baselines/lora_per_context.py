@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.data import quad
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
-from ..setting import Sampler, Setting
+from ..setting import Sampler, Setting, device
+from .composable_diffusion import Prediction, Predictor
 from .lora import LoraTraining, add_lora, load_base, plain_sampler, save_lora
 
 
@@ -20,11 +21,11 @@ class LoraPerContext:
     """A LoRA for each context, trained on its images alone; compositions add those of several concepts."""
 
     def steps(self, setting: Setting) -> int:
-        count = len(quad.contexts())
+        count = len(setting.bed.contexts)
         return setting.baseline_steps // count * count
 
     def train(self, setting: Setting, folder: Path) -> None:
-        latents, contexts = setting.latents(), quad.contexts()
+        latents, contexts = setting.latents(), setting.bed.contexts
         for name in contexts:
             pipeline = load_base(setting)
             training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
@@ -37,13 +38,67 @@ class LoraPerContext:
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_base(setting)
-        for name in quad.contexts():
-            pipeline.load_lora_weights(folder / name, adapter_name=name)
+        pipeline = load_loras(setting, folder)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)
 
         def sample_with(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
-            pipeline.set_adapters(list(interventions) or ["obs"])
+            pipeline.set_adapters(*self.weights(interventions))
             return sample(captions, interventions, seed)
 
         return sample_with
+
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
+        pipeline = load_loras(setting, folder)
+
+        def predictor(captions: list[str], interventions: Sequence[str]) -> Prediction:
+            text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
+
+            def predict(latents, timestep):
+                pipeline.set_adapters(*self.weights(interventions))
+                return pipeline.unet(latents, timestep, text).sample
+
+            return predict
+
+        return pipeline, predictor
+
+    def weights(self, interventions: Sequence[str]) -> tuple[list[str], list[float]]:
+        """The LoRAs of a combination, and their weights."""
+        names = list(interventions) or ["obs"]
+        return names, [1.0] * len(names)
+
+
+@dataclass(frozen=True)
+class LoraDifference(LoraPerContext):
+    """The same LoRAs, composed as their sum less the observational one for each concept after the first.
+
+    The base has the law of all contexts pooled; what a LoRA learned of a context is what sets it apart from that, and
+    in the sum of two, what the observational one has learned would be there twice.
+
+    Attributes:
+        source: name of the method whose LoRAs these are.
+    """
+
+    source: str
+
+    def steps(self, setting: Setting) -> int:
+        return 0
+
+    def train(self, setting: Setting, folder: Path) -> None:
+        load_loras(setting, folder.parent / self.source)  # which must be there
+
+    def load(self, setting: Setting, folder: Path) -> Sampler:
+        return super().load(setting, folder.parent / self.source)
+
+    def weights(self, interventions: Sequence[str]) -> tuple[list[str], list[float]]:
+        names, weights = super().weights(interventions)
+        return ([*names, "obs"], [*weights, 1.0 - len(names)]) if len(names) > 1 else (names, weights)
+
+
+def load_loras(setting: Setting, folder: Path) -> StableDiffusionPipeline:
+    """The base with the LoRAs of all contexts."""
+    if not (folder / "obs").exists():
+        raise FileNotFoundError(f"Run the method '{folder.name}' first: its LoRAs are needed, and {folder} has none.")
+    pipeline = load_base(setting)
+    for name in setting.bed.contexts:
+        pipeline.load_lora_weights(folder / name, adapter_name=name)
+    return pipeline

@@ -14,6 +14,7 @@ from ...adapter import add_context_tokens, attached_context_module
 from ...context import ContextModule
 from ...pipelines import CompositionMixin, Conditioner
 from ..encoding.batch import Batch
+from .composition import composition_losses
 
 
 class CaptionEncoder(nn.Module):
@@ -36,11 +37,13 @@ class Draws(NamedTuple):
         noise: (B, C, h, w), added to the latents.
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
+        combinations: (R, K), combinations of interventions that the first R images are to learn, if any.
     """
 
     noise: torch.Tensor
     timesteps: torch.Tensor
     eps: torch.Tensor
+    combinations: torch.Tensor | None = None
 
 
 class DiffusionObjective(nn.Module):
@@ -50,6 +53,7 @@ class DiffusionObjective(nn.Module):
         unet: the UNet with a context module attached.
         scheduler: the noise schedule; its prediction type is what the UNet predicts.
         snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), or `None`.
+        composition_weight: weight of the composition loss, where there are combinations to learn.
         caption_encoder: encodes captions in the forward pass, or `None` if they come encoded.
     """
 
@@ -59,12 +63,14 @@ class DiffusionObjective(nn.Module):
         scheduler: DDPMScheduler,
         snr_gamma: float | None = None,
         caption_encoder: CaptionEncoder | None = None,
+        composition_weight: float = 1.0,
     ):
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler
         self.snr_gamma = snr_gamma
         self.caption_encoder = caption_encoder
+        self.composition_weight = composition_weight
 
     @property
     def context_module(self) -> ContextModule:
@@ -78,7 +84,12 @@ class DiffusionObjective(nn.Module):
         if self.caption_encoder is not None:
             conditions = self.caption_encoder(batch.captions, batch.geometry)
         assert conditions is not None
-        return (self.losses(batch, draws, conditions) * self._weights(draws.timesteps)).mean()
+        weights = self._weights(draws.timesteps)
+        loss = (self.losses(batch, draws, conditions) * weights).mean()
+        if draws.combinations is None:
+            return loss
+        composed = self._composition_losses(batch, draws, conditions) * weights[: len(draws.combinations)]
+        return loss + self.composition_weight * composed.mean()
 
     def losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
         """Each image's loss (B,), without the weights of training.
@@ -94,6 +105,20 @@ class DiffusionObjective(nn.Module):
         prediction = self.unet(noisy, draws.timesteps, **add_context_tokens(conditions, tokens)).sample
         target = self._target(batch.latents, draws.noise, draws.timesteps)
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def _composition_losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
+        """See [`composition_losses`]; of the first images, (R,)."""
+        assert draws.combinations is not None
+        rows, module = slice(len(draws.combinations)), self.context_module
+        with torch.no_grad():
+            z = module.posterior(batch.posterior_input[rows], batch.mask[rows]).at(draws.eps[rows])
+        timesteps, own = draws.timesteps[rows], _first(conditions, rows)
+        noisy = self.scheduler.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
+
+        def predict(tokens: torch.Tensor) -> torch.Tensor:
+            return self.unet(noisy, timesteps, **add_context_tokens(own, tokens)).sample
+
+        return composition_losses(predict, module, z, draws.combinations)
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction_type = self.scheduler.config.prediction_type
@@ -114,3 +139,8 @@ class DiffusionObjective(nn.Module):
         weights = clipped / divisors[self.scheduler.config.prediction_type]
         # as in the code of Hang et al.: 0 would leave unlearned the pure noise that sampling starts from
         return torch.where(snr > 0, weights, 1.0)
+
+
+def _first(conditions: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """Conditions of some images."""
+    return {name: _first(c, rows) if isinstance(c, dict) else c[rows] for name, c in conditions.items()}

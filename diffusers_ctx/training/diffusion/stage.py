@@ -24,11 +24,16 @@ from ..run.keyed_noise import KeyedNoise
 from ..run.sharding import full_tensor, gather_weights, start_moments
 from ..run.stop_signals import StopSignals
 from ..run.tracking import track_step
+from .composition import draw_combinations
 from .ema import averaged, create_average
 from .objective import CaptionEncoder, DiffusionObjective, Draws
 from .optimizer import create_optimizer, create_schedule
 from .timesteps import sample_timesteps
 from .trainable import gradients_off, learning_text_encoders, prepare_mode, split_parameters
+
+
+_COMPOSED_SHARE = 0.25  # of a batch
+_SINGLES_SHARE = 0.3  # of the steps, in which single interventions are learned alone
 
 
 class DiffusionStage:
@@ -77,7 +82,7 @@ class DiffusionStage:
         cast_training_params([unet, *self.text_encoders], torch.float32)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         caption_encoder = CaptionEncoder(self.pipeline) if self.text_encoders else None
-        objective = DiffusionObjective(unet, scheduler, options.snr_gamma, caption_encoder)
+        objective = DiffusionObjective(unet, scheduler, options.snr_gamma, caption_encoder, options.composition_weight)
         self._noise_shape = objective.context_module.noise_shape
         learning = [p for part in split_parameters(unet, self.text_encoders) for p in part]
         optimizer = create_optimizer(learning, options, learning_rate)
@@ -199,7 +204,7 @@ class DiffusionStage:
         noise = random.normal(*shape) + options.noise_offset * random.normal(*shape[:2], 1, 1)
         num_timesteps = self.pipeline.scheduler.config.num_train_timesteps
         timesteps = sample_timesteps(random.uniform(shape[0]), options.timestep_sampling, num_timesteps)
-        draws = Draws(noise, timesteps, random.normal(shape[0], *self._noise_shape))
+        draws = Draws(noise, timesteps, random.normal(shape[0], *self._noise_shape), self._combinations(batch, random))
         dropped = random.uniform(shape[0]) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         batch = batch._replace(captions=captions)
@@ -207,6 +212,14 @@ class DiffusionStage:
             return batch, draws, None
         with torch.no_grad():
             return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
+
+    def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
+        """Combinations that some images of a batch are to learn, once the singles are known."""
+        count = math.ceil(_COMPOSED_SHARE * len(batch.mask))
+        learned = self.config.optimization.composition_weight > 0 and batch.mask.shape[1] > 1
+        if not learned or self.step < _SINGLES_SHARE * self.max_train_steps:
+            return None
+        return draw_combinations(batch.mask[:count], random.uniform(count, batch.mask.shape[1] + 1))
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -29,9 +29,9 @@ class KeyedNoise:
         """Standard normal numbers (batch_size, *shape)."""
         return self._share(torch.randn(self.num_processes * batch_size, *shape, generator=self.generator))
 
-    def uniform(self, batch_size: int) -> torch.Tensor:
-        """Numbers in [0, 1), (batch_size,)."""
-        return self._share(torch.rand(self.num_processes * batch_size, generator=self.generator))
+    def uniform(self, batch_size: int, *shape: int) -> torch.Tensor:
+        """Numbers in [0, 1), (batch_size, *shape)."""
+        return self._share(torch.rand(self.num_processes * batch_size, *shape, generator=self.generator))
 
     def _share(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.chunk(self.num_processes)[self.process_index]

@@ -1,0 +1,51 @@
+"""Tables of the comparisons on a test bed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tables import mean_over, names_of
+
+
+_GROUPS = ("obs", "singles", "pairs", "triples")
+_METRICS = {"right": "all_right", "subject": "subject", "distance": "debiased", "KID": "kid"}
+
+
+def render_tables(results_dir: Path) -> str:
+    """A table in Markdown for every comparison with results in the folder: shares right first, of pairs the best."""
+    tables = []
+    for folder in sorted(path for path in results_dir.iterdir() if path.is_dir()):
+        results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+        groups = [group for count, group in enumerate(_GROUPS) if any(names_of(r["contexts"], count) for r in results)]
+        columns = [f"{metric}, {group}" for metric in _METRICS for group in groups]
+        lines = [
+            f"### {folder.name}",
+            "",
+            "| method | " + " | ".join(columns) + " | minutes |",
+            "|---" + "|---:" * (len(columns) + 1) + "|",
+        ]
+        rows = [summarize(result) for result in results]
+        for row in sorted(rows, key=lambda row: -(row["right, pairs"] or 0)):
+            cells = [_cell(row[name]) for name in (*columns, "minutes")]
+            lines.append("| " + " | ".join([row["method"], *cells]) + " |")
+        if results:
+            real = summarize(results[0], "_real")
+            lines.append("| *real images* | " + " | ".join(_cell(real.get(name)) for name in columns) + " | |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Means of a method's metrics over combinations of as many interventions, and the minutes that it took."""
+    contexts = results["contexts"]
+    row: dict[str, Any] = {"method": results["method"], "minutes": results.get("seconds", 0) / 60}
+    for metric, key in _METRICS.items():
+        for count, group in enumerate(_GROUPS):
+            row[f"{metric}, {group}"] = mean_over(contexts, names_of(contexts, count), key + suffix)
+    return row
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,115 @@
+"""Trains and measures context adapters and baselines on a test bed: same base, same images, same budget.
+
+    python benchmarks/compare.py designs --base runs/base-pictures --images_per_context 32
+    python benchmarks/compare.py quad-binary --images_per_context 100 --methods ours labels-only
+    python benchmarks/compare.py designs --table
+
+Each method's metrics, the log of its training and a picture go to files in benchmarks/results/BED, metrics as they are
+measured: the same command, given again, continues after the last complete training and measurement. Weights, images,
+latents and concepts are kept in --work_dir; after a change of the code, choose another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from bed_tables import render_tables
+from beds.bed import Bed
+from beds.registry import BEDS, create_bed
+from grids import COLUMNS, join_tiles
+from measure_bed import REAL_SEED, measure_combination
+from method_run import MethodRun
+from methods.registry import create_bed_methods
+from methods.setting import Method, Setting
+from PIL import Image
+
+from diffusers_ctx import embedded_base
+from diffusers_ctx.paths import expand_home, local_path
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bed", choices=BEDS)
+    parser.add_argument("--methods", nargs="+", choices=list(create_bed_methods()), help="By default all.")
+    parser.add_argument("--base", type=expand_home, help="The Stable Diffusion to train on; by default quad's.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images_per_context", type=int, default=32)
+    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 after the concepts.")
+    parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
+    parser.add_argument(
+        "--baseline_steps", type=int, default=600, help="UNet steps of methods that learn no concepts."
+    )
+    parser.add_argument("--n", type=int, default=35, help="Half the samples of each combination.")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--cache_dir", type=local_path, default=Path("runs/sources"), help="What beds are made from.")
+    parser.add_argument("--work_dir", type=local_path, default=Path("runs/compare"))
+    parser.add_argument("--results_dir", type=local_path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="Only print the tables of the results.")
+    return parser.parse_args()
+
+
+def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
+    """Trains a method and measures what has not been measured."""
+    bed, sample = setting.bed, run.sampler(method)
+    for interventions in combinations(bed):
+        name = "+".join(interventions) or "obs"
+        if name not in run.results["contexts"]:
+            metrics = measure_combination(bed, sample, interventions, n, setting.base)
+            run.add_context(name, metrics)
+            print(f"{run.name} {name}: right {metrics['all_right']:.2f}, distance {metrics['swd']:.3f}", flush=True)
+    picture = run.file.with_suffix(".png")
+    if not picture.exists():
+        captions = bed.unseen((), COLUMNS, REAL_SEED).captions
+        join_tiles([sample(captions, interventions, 0) for interventions in combinations(bed)]).save(picture)
+
+
+def draw_real(bed: Bed, resolution: int) -> Image.Image:
+    """Real images of the combinations that methods draw: a row for each, the same caption down a column."""
+    rows = [bed.unseen(interventions, COLUMNS, REAL_SEED).images for interventions in combinations(bed)]
+    real = join_tiles(rows)
+    return real.resize((real.width * resolution // bed.resolution, real.height * resolution // bed.resolution))
+
+
+def combinations(bed: Bed) -> list[tuple[str, ...]]:
+    """All that is measured: contexts, then held-out combinations."""
+    return [*bed.contexts.values(), *bed.held_out]
+
+
+_NOT_OPTIONS = ("methods", "base", "cache_dir", "work_dir", "results_dir", "table")
+
+
+def main() -> None:
+    args = parse_args()
+    results_dir = args.results_dir / args.bed
+    if args.table:
+        print(render_tables(results_dir))
+        return
+    setting = Setting(
+        bed=create_bed(args.bed, args.cache_dir),
+        base=args.base or embedded_base(),
+        seed=args.seed,
+        images_per_context=args.images_per_context,
+        train_steps=args.train_steps,
+        concept_steps=args.concept_steps,
+        baseline_steps=args.baseline_steps,
+        num_inference_steps=args.num_inference_steps,
+        work_dir=args.work_dir,
+    )
+    methods = create_bed_methods()
+    options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
+    for name in args.methods or methods:
+        torch.manual_seed(args.seed)
+        np.random.seed(args.seed)
+        run = MethodRun(name, setting, options, results_dir, f"steps{args.train_steps}")
+        measure(run, methods[name], setting, args.n)
+    draw_real(setting.bed, setting.resolution).save(results_dir / "real.png")
+
+
+if __name__ == "__main__":
+    main()

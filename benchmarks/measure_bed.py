@@ -1,0 +1,94 @@
+"""Metrics of a sampler on a test bed: against real images of the same combination, and by the bed's readers."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from beds.bed import Bed
+from diffusers import AutoencoderKL
+from methods.setting import Sampler, device
+from PIL import Image
+
+from diffusers_ctx.evaluation import conformity
+from diffusers_ctx.evaluation.features import Features, latent_features
+from diffusers_ctx.evaluation.report import measure_context
+
+
+REAL_SEED, SAMPLE_SEED = 900_000, 5
+
+
+def measure_combination(
+    bed: Bed, sample: Sampler, interventions: tuple[str, ...], n: int, base: str
+) -> dict[str, Any]:
+    """Metrics of one combination of interventions.
+
+    Real images of the combination that no training image shows are split in halves of `n`. Samples have the captions
+    of both. Those of the second half are compared with real images of the first, beside the second's own distance.
+
+    Args:
+        bed: the bed.
+        sample: the method.
+        interventions: the combination.
+        n: half the number of samples.
+        base: folder of the base, whose latents the kernel distance compares.
+
+    Returns:
+        The metrics of `measure_context`. Shares of samples: `right`, by attribute, which lie where those of real
+        images do (see [`conformity`]); `all_right`, of which this is true of every attribute that a concept sets; and
+        `subject`, whose other classes are their caption's. Each with `_real`, the share of real images.
+    """
+    real = bed.unseen(interventions, 2 * n, REAL_SEED)
+    images = at_resolution(sample(real.captions, interventions, SAMPLE_SEED), bed.resolution)
+    metrics: dict[str, Any] = dict(measure_context(images[n:], real.images[:n], real.images[n:], features_of(base)))
+    read_of_real = bed.read(real.images)
+    for suffix, read in (("", bed.read(images)), ("_real", read_of_real)):
+        shares = shares_right(bed, read, real.attributes, read_of_real)
+        metrics |= {f"{name}{suffix}": value for name, value in shares.items()}
+    return metrics
+
+
+def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.ndarray) -> dict[str, Any]:
+    """`right`, `all_right` and `subject` of attributes (n, A), read off images with the captions of real ones.
+
+    Classes are held against the true ones of the real images, numbers against those that were read off these: where
+    an attribute is constant, the reader's error is all its variance.
+
+    Args:
+        bed: the bed.
+        read: (n, A), read off the images.
+        true: (n, A), the real images' attributes.
+        read_of_real: (n, A), read off the real images.
+
+    Returns:
+        `subject` is `None` on a bed without such an attribute.
+    """
+    set_by_concepts = [column for column, attribute in enumerate(bed.attributes) if attribute.concept]
+    named = [column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concept]
+    has_classes = np.array([attribute.classes is not None for attribute in bed.attributes])
+    reference = np.where(has_classes, true, read_of_real)
+    found = conformity(read[:, set_by_concepts], reference[:, set_by_concepts])
+    names = [bed.attributes[column].name for column in set_by_concepts]
+    met = (read[:, named] == true[:, named]).all(axis=1).mean()
+    return {
+        "right": dict(zip(names, map(float, found.per_attribute))),
+        "all_right": found.joint,
+        "subject": float(met) if named else None,
+    }
+
+
+def at_resolution(images: np.ndarray, resolution: int) -> np.ndarray:
+    """Images (n, H, W, 3) uint8 at the height and width of a bed's own, each pixel the mean of what it covers."""
+    if images.shape[1] == resolution:
+        return images
+    size = (resolution, resolution)
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images])
+
+
+@cache
+def features_of(base: str) -> Features:
+    """A base's latents."""
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32)
+    return latent_features(vae.requires_grad_(False).to(device()))

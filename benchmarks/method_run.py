@@ -1,0 +1,85 @@
+"""One method's training and results, which are on disk as they are measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from methods.setting import Method, Sampler, Setting
+from provenance import commit, machine
+from training_logs import write_log
+
+
+_OF_SAMPLING = ("n", "num_inference_steps")
+
+
+class MethodRun:
+    """Trains a method and keeps its results.
+
+    Args:
+        name: of the method.
+        setting: what all methods share.
+        options: what results depend on; those in `n` and `num_inference_steps` do not concern training.
+        results_dir: folder of results.
+        budget: name of the folder within a setting's.
+
+    Raises:
+        ValueError: if the file has metrics of other options.
+    """
+
+    def __init__(self, name: str, setting: Setting, options: dict[str, Any], results_dir: Path, budget: str):
+        self.name, self.setting = name, setting
+        self.file = results_dir / f"{setting.name}-{budget}" / f"{name}.json"
+        self.folder = setting.work_dir / f"{setting.name}-{budget}" / name
+        self.results: dict[str, Any] = {"method": name, "options": options, "contexts": {}}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+            if self.results["options"] != options:
+                raise ValueError(
+                    f"{self.file} was measured with {self.results['options']}; give the same options, or another"
+                    " --results_dir."
+                )
+
+    def sampler(self, method: Method) -> Sampler:
+        """What the method samples with, after its training unless that is done."""
+        self._check_work_dir()
+        if "seconds" not in self.results:
+            self.setting.latents()  # encoded once for all methods: not a part of this one's time
+            start = time.monotonic()
+            try:
+                method.train(self.setting, self.folder)
+            finally:
+                spent = self.results.get("spent", 0.0) + time.monotonic() - start
+                self.add(spent=spent)
+            self.add(seconds=spent, unet_steps=method.steps(self.setting), commit=commit(), machine=machine())
+        log = self.file.with_suffix(".csv")
+        if not log.exists():
+            write_log(self.folder, log)
+        return method.load(self.setting, self.folder)
+
+    def add_context(self, name: str, metrics: dict[str, Any]) -> None:
+        """Keeps the metrics of a combination, with the commit that measured them."""
+        self.results["contexts"][name] = metrics | {"commit": commit()}
+        self.add()
+
+    def add(self, **results: Any) -> None:
+        """Keeps further results."""
+        self.results.update(results)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
+        unfinished.replace(self.file)
+
+    def _check_work_dir(self) -> None:
+        """Weights in the working folder must be of a training with the same options."""
+        file = self.folder.parent / "options.json"
+        training = {key: value for key, value in self.results["options"].items() if key not in _OF_SAMPLING}
+        if file.exists() and json.loads(file.read_text()) != training:
+            raise ValueError(
+                f"{self.folder.parent} has weights that were trained with {file.read_text()}; give the same options,"
+                " or another --work_dir."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(training) + "\n")

@@ -1,0 +1,78 @@
+"""The comparison on test beds: shares that readers find right, a whole run, and its table."""
+
+import json
+import sys
+
+import compare
+import numpy as np
+import pytest
+from bed_tables import render_tables
+from beds.quad_variants import QuadBed
+from measure_bed import at_resolution, measure_combination, shares_right
+
+from diffusers_ctx import embedded_base
+
+
+def real_images(bed):
+    """A sampler that draws real images of each combination."""
+    return lambda captions, interventions, seed: bed.sample(interventions, len(captions), seed).images
+
+
+def test_real_images_are_right_and_those_of_another_combination_are_not():
+    bed = QuadBed("binary")
+    names = ("quad1", "quad2")
+    right = measure_combination(bed, real_images(bed), names, 30, embedded_base())
+    assert right["all_right"] > 0.9 * right["all_right_real"] > 0.7
+
+    def draw_other(captions, interventions, seed):
+        return bed.sample(("quad1",), len(captions), seed).images
+
+    wrong = measure_combination(bed, draw_other, names, 30, embedded_base())
+    assert wrong["right"]["quad1"] > 0.9 > 0.3 > wrong["right"]["quad2"]
+    assert wrong["all_right"] < 0.3 and wrong["swd"] > right["swd"]
+
+
+def test_shares_are_of_what_concepts_set_and_of_what_captions_name():
+    bed = QuadBed("binary")
+    real = bed.sample(("quad1",), 40, 3)
+    true = real.attributes
+    assert shares_right(bed, true, true, true)["all_right"] == 1
+    read = true.copy()
+    column = [attribute.name for attribute in bed.attributes].index("shape")
+    read[:10, column] = (read[:10, column] + 1) % 4
+    read[:20, 0] = 5.0
+    shares = shares_right(bed, read, true, true)
+    assert shares["subject"] == 0.75 and shares["all_right"] == shares["right"]["quad1"] == 0.5
+
+
+def test_images_are_brought_to_a_beds_resolution():
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    image[0, :2, :2] = 200
+    assert at_resolution(image, 2)[0, :, :, 0].tolist() == [[200, 0], [0, 0]]
+    assert at_resolution(image, 4) is image
+
+
+@pytest.fixture
+def options(tmp_path):
+    return [
+        *["quad-binary", "--images_per_context", "12", "--train_steps", "2", "--concept_steps", "4", "--n", "2"],
+        *["--baseline_steps", "7", "--num_inference_steps", "1"],
+        *["--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path / "results")],
+    ]
+
+
+def test_methods_are_trained_and_measured_once(options, tmp_path, monkeypatch, capsys):
+    methods = ["labels-only", "labels-scores", "ours"]
+    few = [(), ("quad1",), ("quad1", "quad2")]
+    monkeypatch.setattr(compare, "combinations", lambda bed: few)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--methods", *methods])
+    compare.main()
+    folder = tmp_path / "results" / "quad-binary" / "quad-binary-seed0-images12-steps2"
+    files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {f"{name}.{kind}" for name in methods for kind in ("json", "png")} <= set(files)
+    compare.main()
+    assert files == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    results = json.loads((folder / "labels-scores.json").read_text())
+    assert list(results["contexts"]) == ["obs", "quad1", "quad1+quad2"] and results["unet_steps"] == 0
+    table = render_tables(tmp_path / "results" / "quad-binary")
+    assert all(f"| {name} |" in table for name in methods) and "| *real images* |" in table
