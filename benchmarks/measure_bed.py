@@ -18,6 +18,8 @@ from diffusers_ctx.evaluation.report import measure_context
 
 
 REAL_SEED, SAMPLE_SEED = 900_000, 5
+TOLERANCE = 0.25  # of an attribute, in standard deviations over all contexts
+_SCALE_SAMPLES = 50  # images of each context that these are measured on
 
 
 def measure_combination(
@@ -53,8 +55,8 @@ def measure_combination(
 def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.ndarray) -> dict[str, Any]:
     """`right`, `all_right` and `subject` of attributes (n, A), read off images with the captions of real ones.
 
-    Classes are held against the true ones of the real images, numbers against those that were read off these: where
-    an attribute is constant, the reader's error is all its variance.
+    Classes are held against the true ones of the real images, numbers against those that were read off these, with a
+    tolerance: where an intervention sets a constant, the reader's error is all its variance.
 
     Args:
         bed: the bed.
@@ -69,7 +71,8 @@ def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.
     named = [column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concept]
     has_classes = np.array([attribute.classes is not None for attribute in bed.attributes])
     reference = np.where(has_classes, true, read_of_real)
-    found = conformity(read[:, set_by_concepts], reference[:, set_by_concepts])
+    scales = _scales(bed)
+    found = conformity(*((values / scales)[:, set_by_concepts] for values in (read, reference)), tolerance=TOLERANCE)
     names = [bed.attributes[column].name for column in set_by_concepts]
     met = (read[:, named] == true[:, named]).all(axis=1).mean()
     return {
@@ -77,6 +80,15 @@ def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.
         "all_right": found.joint,
         "subject": float(met) if named else None,
     }
+
+
+@cache
+def _scales(bed: Bed) -> np.ndarray:
+    """Each attribute's standard deviation (A,) over real images of all contexts; 1 for classes."""
+    samples = [bed.unseen(names, _SCALE_SAMPLES, REAL_SEED) for names in bed.contexts.values()]
+    attributes = np.concatenate([sample.attributes for sample in samples])
+    is_number = np.array([attribute.classes is None for attribute in bed.attributes])
+    return np.where(is_number, np.nanstd(attributes, axis=0), 1.0)
 
 
 def at_resolution(images: np.ndarray, resolution: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--pretrained_model_name_or_path",
         type=expand_home,
-        help="For `unet`: a pipeline made by this script, to train for longer.",
+        help="A pipeline made by this script, to train for longer.",
     )
     parser.add_argument(
         "--prediction_type",
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that draw images of quad.")
     parser.add_argument("--allow_tf32", action="store_true", help="Allow TF32 on Ampere GPUs.")
     parser.add_argument("--log_every", type=int, default=50)
-    parser.add_argument("--save_every", type=int, default=1000, help="Steps of the UNet after which it is saved.")
+    parser.add_argument("--save_every", type=int, default=1000, help="Steps between savings.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -122,7 +122,11 @@ class Log:
 
 def train_autoencoder(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    vae = create_autoencoder(args.vae_channels, args.latent_channels).to(memory_format=torch.channels_last)
+    if source := args.pretrained_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32).train()
+    else:
+        vae = create_autoencoder(args.vae_channels, args.latent_channels)
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=1e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
     vae, optimizer = accelerator.prepare(vae, optimizer)
@@ -144,11 +148,11 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         ema.step(accelerator.unwrap_model(vae).parameters())
         log(step, mse=mse, kl=posterior.kl().mean())
-
-    vae = accelerator.unwrap_model(vae)
-    ema.copy_to(vae.parameters())
-    vae.register_to_config(scaling_factor=measure_scaling_factor(vae, pictures, args.seed))
-    vae.to(torch.float16).save_pretrained(args.output_dir / "vae")
+        if step % args.save_every == 0 or step == args.max_train_steps:
+            averaged = copy.deepcopy(accelerator.unwrap_model(vae)).eval()
+            ema.copy_to(averaged.parameters())
+            averaged.register_to_config(scaling_factor=measure_scaling_factor(averaged, pictures, args.seed))
+            averaged.half().save_pretrained(args.output_dir / "vae")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import diffusers_ctx
 from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.adapter.image_features import ImageFeatures
+from diffusers_ctx.data.held_out import hold_out
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
@@ -23,6 +24,7 @@ from diffusers_ctx.training.concepts.module import create_context_module
 from diffusers_ctx.training.concepts.stage import ConceptStage
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.diffusion.noise_schedule import schedule_options
+from diffusers_ctx.training.diffusion.noise_trial import NoiseTrial, trial_images
 from diffusers_ctx.training.diffusion.stage import DiffusionStage
 from diffusers_ctx.training.diffusion.trainable import prepare_backbone
 from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches
@@ -88,11 +90,14 @@ class ContextAdapter:
         if schedule := schedule_options(config.model, pipeline.scheduler):
             set_context_scheduler(pipeline, schedule)
         start_trackers(accelerator, {})
-        latents = self.encode(setting, features)
+        latents, held_out = self.encode(setting, features), None
+        if count := self.trial_images(latents):
+            learned, rest = hold_out(latents.contexts, count)
+            latents, held_out = latents.select(learned), latents.select(rest)
         run = TrainingRun(setting, config, accelerator, pipeline, module, latents)
         self.learn_concepts(run)
         set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
-        _learn_adapter(run)
+        _learn_adapter(run, None if held_out is None else NoiseTrial(held_out, setting.seed))
         pipeline.save_context_adapter(folder, mode=self.mode)
         if self.mode == "full":  # the adapter belongs to the UNet that learned with it
             pipeline.save_pretrained(folder)
@@ -123,6 +128,10 @@ class ContextAdapter:
         )
 
     # What ablations change
+
+    def trial_images(self, latents: ContextLatents) -> int:
+        """Images of each context that say whether noise earns its place, as the trainer holds them out."""
+        return trial_images(latents.contexts)
 
     def create_module(
         self, config: TrainingConfig, pipeline: ComposablePipeline, features: ImageFeatures | None
@@ -159,11 +168,17 @@ class ContextAdapter:
         module.load_state_dict(run.setting.shared(f"concepts-{key}", compute))
 
 
-def _learn_adapter(run: TrainingRun) -> None:
+def _learn_adapter(run: TrainingRun, trial: NoiseTrial | None) -> None:
     options = run.config.optimization
     batches = LatentBatches(run.latents, options.train_batch_size, options.seed)
     stage = DiffusionStage(
-        run.accelerator, run.pipeline, batches, run.config, options.max_train_steps, options.learning_rate
+        run.accelerator,
+        run.pipeline,
+        batches,
+        run.config,
+        options.max_train_steps,
+        options.learning_rate,
+        trial=trial,
     )
     for metrics in tqdm(stage.steps(), total=options.max_train_steps, desc="Training"):
         track_step(run.accelerator, metrics, stage.step)

@@ -52,6 +52,9 @@ class GivenNoise(ContextAdapter):
         latents = super().encode(setting, features)
         return replace(latents, features=self.noise(setting, latents.contexts)[None, ..., None])
 
+    def trial_images(self, latents: ContextLatents) -> int:
+        return 0  # its noise is not in doubt
+
     @abstractmethod
     def noise(self, setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
         """The noise of each image's nodes, (n, N)."""

@@ -56,6 +56,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
         caption_dim (`int`, *optional*): width of captions' embeddings, for drawing noise that fits a caption.
+        nodes_without_noise (`list[str]`): nodes that are what the context alone says; see `leave_out_noise`.
 
     Raises:
         ValueError: if concepts are missing, repeated or named like the observational context, or options contradict
@@ -63,6 +64,7 @@ class ContextModule(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    has_noise: torch.Tensor
 
     @register_to_config
     def __init__(
@@ -86,6 +88,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_encoder_model: str | None = None,
         posterior_feature_size: int | None = None,
         caption_dim: int | None = None,
+        nodes_without_noise: Sequence[str] = (),
     ):
         super().__init__()
         concepts, obs_context = [normal_name(concept) for concept in concepts], normal_name(obs_context)
@@ -113,6 +116,8 @@ class ContextModule(ModelMixin, ConfigMixin):
             self.head = GaussianHead(self.encoder.out_dim + num_concepts, 4 * posterior_width, num_nodes, noise_dim)
         else:
             raise ValueError(f"Unknown posterior_type '{posterior_type}'; choose 'inverse' or 'amortized'.")
+        self.register_buffer("has_noise", torch.ones(num_nodes, 1), persistent=False)
+        self.leave_out_noise(nodes_without_noise)
         self.captions = None
         if caption_dim is not None:
             self.captions = CaptionLikelihood(num_nodes * concept_dim, caption_dim)
@@ -133,7 +138,22 @@ class ContextModule(ModelMixin, ConfigMixin):
 
     def concept_values(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Values `c` (B, N, d_c) of the nodes, from noise (B, N, d_z) and a mask (B, K)."""
-        return self.causal(self.expressive(self.mechanism(z, mask)), mask)
+        return self.causal(self.expressive(self.mechanism(z * self.has_noise.to(z), mask)), mask)
+
+    def leave_out_noise(self, nodes: Sequence[str]) -> None:
+        """Takes from these nodes the exogenous noise, and gives it back to all others.
+
+        The mechanism of a node without noise is a constant in each regime, its own cause: `u_k = (1 - m_k) a_k^obs +
+        m_k a_k^do`. What the posterior infers of its noise has no effect.
+
+        Raises:
+            ValueError: if there is no such node.
+        """
+        unknown = sorted(set(nodes) - set(self.node_names))
+        if unknown:
+            raise ValueError(f"`nodes_without_noise` names {unknown}; the nodes are {self.node_names}.")
+        self.register_to_config(nodes_without_noise=list(nodes))
+        self.has_noise.copy_(torch.tensor([[float(name not in nodes)] for name in self.node_names]))
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, T, token_dim), from noise (B, N, d_z) and a mask (B, K) in [0, 1]."""

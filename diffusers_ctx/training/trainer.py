@@ -25,6 +25,7 @@ from .concepts.module import create_context_module
 from .concepts.stage import ConceptStage
 from .config import TrainingConfig
 from .diffusion.noise_schedule import schedule_options, with_unfreezing
+from .diffusion.noise_trial import NoiseTrial, can_try_noise, trial_images
 from .diffusion.optimizer import check_optimizer, warn_of_warm_up
 from .diffusion.stage import DiffusionStage, count_steps
 from .diffusion.trainable import count_learned, learning_text_encoders, prepare_backbone
@@ -157,6 +158,8 @@ class ContextTrainer:
         config, pipeline = self.config, self.pipeline
         self.latents = self._encode(self._train_images, config.optimization.seed)
         held_out = self._encode(self._held_out_images, HELD_OUT_SEED) if len(self._held_out_images) else None
+        tried = held_out if self._tries_noise else None
+        self._trial = None if tried is None else NoiseTrial(tried, config.optimization.seed)
         self._image_features = None  # not needed again: a model of their own gives its memory back
         if not config.data.streaming:
             share = (self.accelerator.process_index, self.accelerator.num_processes)
@@ -199,6 +202,7 @@ class ContextTrainer:
             self.learning_rate,
             self.contract["unfreeze_step"],
             self._encode_captions,
+            self._trial,
         )
         if self.checkpoint is None:
             self._save_checkpoint(0)
@@ -269,7 +273,9 @@ class ContextTrainer:
             images = take_concept_images(self._stream, self.config, is_main)
         else:
             images = load_images(self.config)
-        rows = hold_out(images["context"], data.validation_images, HELD_OUT_SEED)
+        on_trial = trial_images(images["context"]) if can_try_noise(self.accelerator, self.config) else 0
+        self._tries_noise = on_trial > 0
+        rows = hold_out(images["context"], data.validation_images or on_trial, HELD_OUT_SEED)
         self._train_images, self._held_out_images = map(images.select, rows)
         concepts = data.concepts or concepts_of(self._train_images.unique("context"), data.obs_context)
         self.context_module = create_context_module(

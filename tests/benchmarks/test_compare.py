@@ -28,8 +28,8 @@ def test_real_images_are_right_and_those_of_another_combination_are_not():
         return bed.sample(("quad1",), len(captions), seed).images
 
     wrong = measure_combination(bed, draw_other, names, 30, embedded_base())
-    assert wrong["right"]["quad1"] > 0.9 > 0.3 > wrong["right"]["quad2"]
-    assert wrong["all_right"] < 0.3 and wrong["swd"] > right["swd"]
+    assert wrong["right"]["quad1"] > 0.9 > 0.7 > wrong["right"]["quad2"]  # half have that value without it
+    assert wrong["all_right"] < 0.7 and wrong["swd"] > right["swd"]
 
 
 def test_shares_are_of_what_concepts_set_and_of_what_captions_name():

@@ -38,12 +38,14 @@ class Draws(NamedTuple):
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
         combinations: (R, K), combinations of interventions that the first R images are to learn, if any.
+        kept: (B, N), ones where a node keeps its exogenous noise and zeros where it goes without; by default all do.
     """
 
     noise: torch.Tensor
     timesteps: torch.Tensor
     eps: torch.Tensor
     combinations: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
 
 class DiffusionObjective(nn.Module):
@@ -99,19 +101,23 @@ class DiffusionObjective(nn.Module):
             draws: what is drawn for them.
             conditions: keyword arguments of the UNet's call other than the context tokens.
         """
-        z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
-        tokens = self.context_module(z, batch.mask)
+        tokens = self.context_module(self._noise(batch, draws), batch.mask)
         noisy = self.scheduler.add_noise(batch.latents, draws.noise, draws.timesteps)
         prediction = self.unet(noisy, draws.timesteps, **add_context_tokens(conditions, tokens)).sample
         target = self._target(batch.latents, draws.noise, draws.timesteps)
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def _noise(self, batch: Batch, draws: Draws) -> torch.Tensor:
+        """Exogenous noise (B, N, d_z), drawn from the posterior."""
+        z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
+        return z if draws.kept is None else z * draws.kept[..., None].to(z)
 
     def _composition_losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
         """See [`composition_losses`]; of the first images, (R,)."""
         assert draws.combinations is not None
         rows, module = slice(len(draws.combinations)), self.context_module
         with torch.no_grad():
-            z = module.posterior(batch.posterior_input[rows], batch.mask[rows]).at(draws.eps[rows])
+            z = self._noise(batch, draws)[rows]
         timesteps, own = draws.timesteps[rows], _first(conditions, rows)
         noisy = self.scheduler.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
 

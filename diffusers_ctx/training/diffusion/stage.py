@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from ..run.stop_signals import StopSignals
 from ..run.tracking import track_step
 from .composition import draw_combinations
 from .ema import averaged, create_average
+from .noise_trial import TRIAL_SHARE, NoiseTrial
 from .objective import CaptionEncoder, DiffusionObjective, Draws
 from .optimizer import create_optimizer, create_schedule
 from .timesteps import sample_timesteps
@@ -51,6 +52,7 @@ class DiffusionStage:
         learning_rate: the peak.
         unfreeze_step: the first step in which the backbone learns too; by default as the configuration says.
         encode_captions: what text encoders that do not learn make of captions; by default the pipeline's.
+        trial: whether the exogenous noise earns its place, if that is in doubt.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class DiffusionStage:
         learning_rate: float,
         unfreeze_step: int | None = None,
         encode_captions: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+        trial: NoiseTrial | None = None,
     ):
+        self.trial = trial
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.batches, self.max_train_steps = batches, max_train_steps
         self._conditioner = Conditioner.of(pipeline)
@@ -73,6 +77,7 @@ class DiffusionStage:
         self.text_encoders = learning_text_encoders(pipeline, config.model)
         self.step = 0
         """Optimizer steps that are done."""
+        self._trial_steps = TRIAL_SHARE * max_train_steps
         self._prepare(learning_rate)
 
     def _prepare(self, learning_rate: float) -> None:
@@ -94,7 +99,7 @@ class DiffusionStage:
         # not prepared: Accelerate would step it once per process
         self.schedule: Any = create_schedule(optimizer, options, self.max_train_steps)  # rates may be tensors
         self.ema = create_average(self.parameters, options)
-        stateful = (self.schedule, self.ema, self.batches)
+        stateful = (self.schedule, self.ema, self.batches, self.trial)
         self.accelerator.register_for_checkpointing(*(part for part in stateful if hasattr(part, "state_dict")))
         register_trained_weights(self.accelerator)
 
@@ -102,6 +107,8 @@ class DiffusionStage:
         """Goes on from a checkpoint."""
         self.accelerator.load_state(str(checkpoint))
         self.step = checkpoint_step(checkpoint)
+        if self.trial is not None and self.trial.without:
+            self.accelerator.unwrap_model(self.objective).context_module.leave_out_noise(self.trial.without)
 
     def run(self, save: Callable[[int], None], validate: Callable[[int], None], stop: StopSignals) -> None:
         """Trains to the last step.
@@ -139,6 +146,8 @@ class DiffusionStage:
         batches = self.batches.batches(self.step * accumulation)
         self.set_training(True)
         while self.step < self.max_train_steps:
+            if self.trial is not None and self.trial.without is None and self.step >= self._trial_steps:
+                self._decide_noise(self.trial)
             loss = sum(self._learn_from(*next(batches)) for _ in range(accumulation)) / accumulation
             self.step += 1
             yield {"loss": loss, "lr": self.schedule.get_last_lr()[0], "gradient_norm": self._gradient_norm}
@@ -204,14 +213,35 @@ class DiffusionStage:
         noise = random.normal(*shape) + options.noise_offset * random.normal(*shape[:2], 1, 1)
         num_timesteps = self.pipeline.scheduler.config.num_train_timesteps
         timesteps = sample_timesteps(random.uniform(shape[0]), options.timestep_sampling, num_timesteps)
-        draws = Draws(noise, timesteps, random.normal(shape[0], *self._noise_shape), self._combinations(batch, random))
+        draws = Draws(noise, timesteps, random.normal(shape[0], *self._noise_shape))
         dropped = random.uniform(shape[0]) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         batch = batch._replace(captions=captions)
+        draws = draws._replace(combinations=self._combinations(batch, random))
+        if self.trial is not None:
+            draws = draws._replace(kept=self.trial.kept(shape[0], self._noise_shape[0], random))
         if self.text_encoders:  # which learn within the objective
             return batch, draws, None
         with torch.no_grad():
             return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
+
+    def _decide_noise(self, trial: NoiseTrial) -> None:
+        """Takes the noise from nodes that do better without it, and says which."""
+
+        def conditions(batch: Batch) -> dict[str, Any]:
+            return self._conditioner.unet_kwargs(self._conditioner.encode_captions(batch.captions), batch.geometry)
+
+        with self.evaluating() as objective:
+            names = trial.decide(objective, conditions, self.accelerator.device)
+            # on some devices, processes may differ in a sum's last digits
+            names = broadcast_object_list(names + [""] * (len(objective.context_module.node_names) - len(names)))
+            trial.without = names = [name for name in names if name]
+            objective.context_module.leave_out_noise(names)
+        if names and self.accelerator.is_main_process:
+            tqdm.write(
+                f"On held-out images the exogenous noise of {names} does not help, so they are what the context alone"
+                " says. More images may change that."
+            )
 
     def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
         """Combinations that some images of a batch are to learn, once the singles are known."""

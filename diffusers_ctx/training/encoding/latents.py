@@ -51,6 +51,13 @@ class ContextLatents:
     def __len__(self) -> int:
         return self.mean.shape[1]
 
+    def select(self, rows: Sequence[int]) -> ContextLatents:
+        """Those of some rows."""
+        features = None if self.features is None else self.features[:, rows]
+        contexts, captions = [self.contexts[row] for row in rows], [self.captions[row] for row in rows]
+        kept = (self.mean[:, rows], self.std[:, rows], self.masks[rows])
+        return ContextLatents(*kept, contexts, captions, self.geometry[:, rows], features)
+
     def batch(self, rows: torch.Tensor, random: KeyedNoise) -> Batch:
         """A draw from the VAE's posteriors of some rows (B,), each from a view that is drawn as well."""
         noise, flip = random.normal(len(rows), *self.mean.shape[2:]), random.uniform(len(rows))

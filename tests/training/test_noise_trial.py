@@ -1,0 +1,156 @@
+"""Whether noise earns its place: noise that says something about held-out images stays, noise that does not goes."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONCEPTS
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.adapter import attach_context_module, context_attention_layers
+from diffusers_ctx.context.posterior import GaussianPosterior
+from diffusers_ctx.training.diffusion.noise_trial import NoiseTrial, trial_images
+from diffusers_ctx.training.diffusion.objective import DiffusionObjective, Draws
+from diffusers_ctx.training.encoding.batch import Batch
+from diffusers_ctx.training.encoding.latents import ContextLatents
+from diffusers_ctx.training.run.keyed_noise import KeyedNoise
+
+from .conftest import _reset_accelerate, create_trainer, encoded_trainer, files_in, make_options
+
+
+def test_noise_is_left_out_of_the_values(context_module):
+    z, mask = torch.randn(5, *context_module.noise_shape), torch.eye(3).repeat(2, 1)[:5]
+    with_noise = context_module.concept_values(z, mask)
+    context_module.leave_out_noise(["night"])
+    column = context_module.node_names.index("night")
+    without = z.clone()
+    without[:, column] = 0
+    values = context_module.concept_values(z, mask)
+    assert not torch.equal(values, with_noise)
+    context_module.leave_out_noise([])
+    torch.testing.assert_close(values, context_module.concept_values(without, mask))
+    assert torch.equal(context_module.concept_values(z, mask), with_noise)
+
+
+def test_what_is_left_out_is_saved_and_loaded(context_module, tmp_path):
+    context_module.leave_out_noise(["night", "hidden_0"])
+    context_module.save_pretrained(tmp_path)
+    loaded = type(context_module).from_pretrained(tmp_path)
+    z, mask = torch.randn(2, *loaded.noise_shape), torch.zeros(2, 3)
+    torch.testing.assert_close(loaded.concept_values(z, mask), context_module.concept_values(z, mask))
+    assert loaded.config.nodes_without_noise == ["night", "hidden_0"]
+
+
+def test_a_node_that_is_not_there(context_module):
+    with pytest.raises(ValueError, match=r"names \['rain'\]; the nodes are"):
+        context_module.leave_out_noise(["rain"])
+
+
+@pytest.mark.parametrize(
+    "sizes, expected", [((32, 40), 4), ((16, 200), 2), ((7, 50), 0), ((300, 1000), 0), ((299, 1000), 37)]
+)
+def test_an_eighth_of_few_images_is_held_out(sizes, expected):
+    assert trial_images(["obs"] * sizes[0] + ["night"] * sizes[1]) == expected
+
+
+def test_noise_is_kept_in_every_share():
+    trial = NoiseTrial(None, 0)
+    kept = trial.kept(4000, 4, KeyedNoise(0, "test", 0))
+    counts = torch.bincount(kept.sum(dim=1).long(), minlength=5) / len(kept)
+    torch.testing.assert_close(counts, torch.full((5,), 0.2), atol=0.03, rtol=0)  # of a uniform share, all are equal
+    trial.without = []
+    assert trial.kept(4, 4, KeyedNoise(0, "test", 0)) is None
+
+
+class ToyObjective:
+    """A loss that noise of the first node lowers on every image, that of the second raises, and of others leaves."""
+
+    def __init__(self, module):
+        self.context_module, self.scheduler = module, DDPMScheduler()
+
+    def losses(self, batch: Batch, draws: Draws, conditions: dict) -> torch.Tensor:
+        assert draws.timesteps.shape == (len(batch.mask),) and conditions == {"text": 1}
+        jitter = 0.01 * torch.randn(len(batch.mask), generator=torch.Generator().manual_seed(int(draws.timesteps[0])))
+        of_others = 0.01 * torch.randn(len(batch.mask)) * draws.kept[:, 2:].sum(dim=1)
+        return 1 + jitter + of_others - 0.1 * draws.kept[:, 0] + 0.1 * draws.kept[:, 1]
+
+
+def make_latents(number: int) -> ContextLatents:
+    masks = torch.cat([torch.zeros(1, 3), torch.eye(3)]).repeat_interleave(number, 0)
+    contexts = [name for name in ("obs", *CONCEPTS) for _ in range(number)]
+    latents = torch.randn(1, 4 * number, 4, 16, 16)
+    return ContextLatents(
+        latents, torch.ones_like(latents), masks, contexts, [""] * len(masks), torch.zeros(1, len(masks), 6)
+    )
+
+
+def test_noise_that_does_not_lower_the_loss_is_left_out(context_module):
+    torch.manual_seed(0)
+    trial = NoiseTrial(make_latents(5), 0)
+    names = trial.decide(ToyObjective(context_module), lambda batch: {"text": 1}, torch.device("cpu"))
+    assert context_module.node_names[0] not in names
+    assert {context_module.node_names[1]} <= set(names)
+
+
+def test_the_loss_without_noise_is_that_of_noise_zero(plain_pipeline, context_module):
+    unet = plain_pipeline.unet
+    attach_context_module(unet, context_module)
+    for layer in context_attention_layers(unet).values():
+        torch.nn.init.normal_(layer["value"].weight)
+    torch.nn.init.normal_(context_module.head.layers[-1].weight)
+    objective = DiffusionObjective(unet, DDPMScheduler())
+    images = Batch(torch.randn(2, 4, 16, 16), None, torch.eye(3)[:2], torch.zeros(2, 6), [])
+    conditions = {"encoder_hidden_states": torch.randn(2, 5, 32)}
+    draws = Draws(torch.randn(2, 4, 16, 16), torch.tensor([10, 700]), torch.randn(2, *context_module.noise_shape))
+    nodes = len(context_module.node_names)
+    with torch.no_grad():
+        all_kept = objective.losses(images, draws._replace(kept=torch.ones(2, nodes)), conditions)
+        none_kept = objective.losses(images, draws._replace(kept=torch.zeros(2, nodes)), conditions)
+        torch.testing.assert_close(all_kept, objective.losses(images, draws, conditions))
+        zeros = torch.zeros(2, *context_module.noise_shape)
+        zero = GaussianPosterior.diagonal(zeros, zeros - 100)
+        context_module.posterior = lambda *_: zero
+        torch.testing.assert_close(none_kept, objective.losses(images, draws, conditions))
+    assert (all_kept - none_kept).abs().min() > 1e-6
+
+
+@pytest.fixture
+def few_photos(tmp_path):
+    """Sixteen pictures a context, of which two are held out."""
+    rng = np.random.default_rng(0)
+    for shade, context in zip((40, 100, 200), ("obs", "night", "snow")):
+        folder = tmp_path / "few" / context
+        folder.mkdir(parents=True)
+        for index in range(16):
+            pixels = rng.normal(shade, 40, (36, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "few"
+
+
+def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_model, few_photos, tmp_path):
+    options = make_options(base_model, few_photos, tmp_path / "adapter", max_train_steps=4, checkpointing_steps=3)
+    trainer = create_trainer(options)
+    trainer.train()
+    assert len(trainer.latents) == 3 * 14
+    without = trainer.context_module.config.nodes_without_noise
+    assert without  # after four steps, noise cannot have earned its place on six images
+    saved = files_in(tmp_path / "adapter")
+    pipeline = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
+    pipeline.load_context_adapter(tmp_path / "adapter")
+    assert pipeline.context_module.config.nodes_without_noise == without
+    shutil.copytree(tmp_path / "adapter", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    _reset_accelerate()
+    resumed = create_trainer(options | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "latest"})
+    resumed.train()
+    assert resumed.context_module.config.nodes_without_noise == without
+    weights = "context_adapter.safetensors"
+    assert files_in(tmp_path / "resumed")[weights] == saved[weights]
+
+
+def test_with_enough_images_nothing_is_held_out(base_model, photos, tmp_path):
+    trainer = encoded_trainer(make_options(base_model, photos, tmp_path / "adapter"))
+    assert trainer._trial is None and not len(trainer._held_out_images)
