@@ -111,16 +111,17 @@ def summarize(metrics: Mapping[str, Metrics], interventions: Mapping[str, Sequen
         interventions: interventions of each context; the observational context, with none, is in no mean.
 
     Returns:
-        `concept` and `composition`, each with `contexts` (their number) and the means of `swd`, `floor`, `debiased`
-        and, where measured, `kid` and `kid_floor`; `gap`, the composition gap of `debiased`, see `composition_gap`. A
-        group without contexts is left out, and the gap with it.
+        `concept` and `composition`, each with `contexts` (their number), `told` (of how many the distance can be told
+        from the baseline) and the means of `swd`, `floor`, `debiased` and, where measured, `kid` and `kid_floor`;
+        `gap`, the composition gap of `debiased`, see `composition_gap`. A group without contexts is left out, and the
+        gap with it.
     """
     groups = {
         "concept": [metrics[name] for name in metrics if len(interventions[name]) == 1],
         "composition": [metrics[name] for name in metrics if len(interventions[name]) > 1],
     }
     summary: dict[str, Any] = {
-        group: {"contexts": len(members)}
+        group: {"contexts": len(members), "told": sum(not reaches_floor(member) for member in members)}
         | {key: float(np.mean([member[key] for member in members])) for key in _AVERAGED if key in members[0]}
         for group, members in groups.items()
         if members
@@ -129,6 +130,11 @@ def summarize(metrics: Mapping[str, Metrics], interventions: Mapping[str, Sequen
         single, pair = ([member["debiased"] for member in members] for members in groups.values())
         summary["gap"] = composition_gap(single, pair)
     return summary
+
+
+def reaches_floor(metrics: Metrics) -> bool:
+    """Whether the interval of a distance reaches down to its baseline: with so few images, it may be no distance."""
+    return "interval" in metrics and metrics["interval"][0] <= metrics["floor"]
 
 
 def render_markdown(results: Mapping[str, Any]) -> str:
@@ -150,7 +156,9 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     rows = [[name, *(column(metrics) for column in columns.values())] for name, metrics in [*contexts.items(), *means]]
     lines = [*_table(["context", *columns], rows), ""]
     if "gap" in results:
-        lines += [f"Composition gap of the debiased SWD: {results['gap']:.3f}", ""]
+        told = any(results[group].get("told", 1) for group in ("concept", "composition"))
+        gap = _number("gap")(results) if told else _UNTOLD
+        lines += [f"Composition gap of the debiased SWD: {gap}", ""]
     lines += [_LEGEND, ""]
     if "counterfactuals" in results:
         lines += _counterfactual_tables(results["counterfactuals"])
@@ -215,23 +223,30 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def _number(key: str, digits: int = 3) -> Callable[[Metrics], str]:
+def _number(key: str, digits: int = 3) -> Callable[[Mapping[str, Any]], str]:
     return lambda metrics: f"{metrics[key]:.{digits}f}" if key in metrics else ""
 
 
+def _debiased(metrics: Metrics) -> str:
+    is_untold = reaches_floor(metrics) or metrics.get("told") == 0
+    return _UNTOLD if is_untold else _number("debiased")(metrics)
+
+
+_UNTOLD = "cannot be told"
 _COLUMNS: dict[str, Callable[[Metrics], str]] = {
     "n": lambda metrics: str(metrics.get("n", "")),
     "SWD": _number("swd"),
     "95 % interval": lambda metrics: " to ".join(f"{end:.3f}" for end in metrics.get("interval", ())),
     "real vs real": _number("floor"),
-    "debiased": _number("debiased"),
+    "debiased": _debiased,
     "KID": _number("kid"),
     "KID, real vs real": _number("kid_floor"),
 }
 _LEGEND = (
     "Lower is better. Each context's held-out images are split into two halves of n. SWD: sliced Wasserstein distance"
     " of n samples to the first half. Real vs real: distance of the second half to the first, the baseline that"
-    " samples of the true distribution would have. Debiased: the SWD corrected for the baseline. KID: kernel distance,"
+    " samples of the true distribution would have. Debiased: the SWD corrected for the baseline; it cannot be told"
+    " where the interval reaches down to the baseline, and more held-out images would help. KID: kernel distance,"
     " with expectation 0 for samples of the true distribution, on the chosen features; on the default ones, the"
     " autoencoder's latents, it cannot be compared with published KIDs. The baseline is that of one split; with few"
     " images it may be off by a fifth, and debiased distances near it too: compare adapters on the same images."

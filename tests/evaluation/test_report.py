@@ -71,8 +71,12 @@ def test_means_are_over_their_own_contexts():
         for name, value in values.items()
     }
     summary = summarize(metrics, interventions)
-    assert summary["concept"] == pytest.approx({"contexts": 2, "swd": 0.15, "floor": 0.075, "debiased": 0.0375})
-    assert summary["composition"] == pytest.approx({"contexts": 2, "swd": 0.6, "floor": 0.3, "debiased": 0.15})
+    assert summary["concept"] == pytest.approx(
+        {"contexts": 2, "told": 0, "swd": 0.15, "floor": 0.075, "debiased": 0.0375}
+    )
+    assert summary["composition"] == pytest.approx(
+        {"contexts": 2, "told": 0, "swd": 0.6, "floor": 0.3, "debiased": 0.15}
+    )
     assert summary["gap"] == pytest.approx(0.15 - 0.0375)
     assert summarize({"obs": metrics["obs"], "a": metrics["a"]}, interventions).keys() == {"concept"}
 
@@ -97,7 +101,7 @@ RESULTS = {
     "contexts": {
         "obs": {"n": 20, "swd": 0.1234, "floor": 0.1, "debiased": 0.07, "interval": [0.11, 0.14], "kid": -0.0004,
                 "kid_error": 0.001, "kid_floor": 0.0006},
-        "night": {"n": 7, "swd": 0.2, "floor": 0.1, "debiased": 0.173, "interval": [0.1, 0.3], "kid": 2.0,
+        "night": {"n": 7, "swd": 0.2, "floor": 0.1, "debiased": 0.173, "interval": [0.11, 0.3], "kid": 2.0,
                   "kid_error": 0.1, "kid_floor": 0.0},
     },
     "concept": {"contexts": 1, "swd": 0.2, "floor": 0.1, "debiased": 0.173, "kid": 2.0, "kid_floor": 0.0},
@@ -108,7 +112,7 @@ def test_the_table_has_a_row_per_context_and_mean():
     assert cells_of(render_markdown(RESULTS)) == [
         ["context", "n", "SWD", "95 % interval", "real vs real", "debiased", "KID", "KID, real vs real"],
         ["obs", "20", "0.123", "0.110 to 0.140", "0.100", "0.070", "-0.000", "0.001"],
-        ["night", "7", "0.200", "0.100 to 0.300", "0.100", "0.173", "2.000", "0.000"],
+        ["night", "7", "0.200", "0.110 to 0.300", "0.100", "0.173", "2.000", "0.000"],
         ["mean of 1, concept", "", "0.200", "", "0.100", "0.173", "2.000", "0.000"],
     ]
 
@@ -129,6 +133,24 @@ def test_what_was_not_measured_is_not_in_the_table():
     contexts = {"obs": {"n": 2, "swd": 0.1, "floor": 0.1, "debiased": 0.0, "interval": [0.0, 0.2]}}
     markdown = render_markdown({"contexts": contexts})
     assert cells_of(markdown)[0][-1] == "debiased" and "Counterfactuals" not in markdown and "gap" not in markdown
+
+
+def test_a_distance_whose_interval_reaches_the_baseline_cannot_be_told():
+    far = {"n": 20, "swd": 0.3, "floor": 0.1, "debiased": 0.283, "interval": [0.2, 0.4]}
+    near = {"n": 20, "swd": 0.1, "floor": 0.1, "debiased": 0.0, "interval": [0.05, 0.15]}
+    below = {"n": 20, "swd": 0.05, "floor": 0.1, "debiased": 0.0, "interval": [0.02, 0.08]}
+    interventions = {"obs": [], "night": ["night"], "snow": ["snow"], "both": ["night", "snow"]}
+    contexts = {"obs": far, "night": near, "snow": below, "both": far}
+    summary = summarize(contexts, interventions)
+    assert summary["concept"]["told"] == 0 and summary["composition"]["told"] == 1
+    markdown = render_markdown({"contexts": contexts} | summary)
+    cells = {row[0]: row[-1] for row in cells_of(markdown)[1:]}
+    assert cells["obs"] == cells["both"] == cells["mean of 1, composition"] == "0.283"
+    assert cells["night"] == cells["snow"] == cells["mean of 2, concept"] == "cannot be told"
+    assert "Composition gap of the debiased SWD: 0.283" in markdown
+    contexts["both"] = near
+    markdown = render_markdown({"contexts": contexts} | summarize(contexts, interventions))
+    assert "Composition gap of the debiased SWD: cannot be told" in markdown
 
 
 def test_counterfactuals_have_tables_of_their_own():

@@ -27,6 +27,7 @@ TRIAL_SHARE = 0.5  # of the training, before the decision
 _ENOUGH = 300  # images of each context, with which noise has always earned its place
 _HELD_OUT_PART = 8  # an eighth of the images
 _DRAWS = 8  # of noise and timesteps for every held-out image
+_NOISIEST = 0.2  # share of the schedule that is tried: below it, the noisy image itself shows what the nodes say
 _STANDARD_ERRORS = 2.0  # by which noise must lower the loss
 
 
@@ -110,9 +111,10 @@ class NoiseTrial:
         self.without = state["without"]
 
     def _draws(self, batch: Batch, draw: int, noise_shape: tuple[int, int], num_timesteps: int) -> Draws:
-        """Of every image: the draws spread its timesteps evenly over the schedule."""
+        """Of every image: the draws spread its timesteps evenly over the noisiest part of the schedule."""
         random, count = KeyedNoise(self.seed, "noise trial", draw), len(batch.mask)
-        timesteps = ((draw + random.uniform(count)) / _DRAWS * num_timesteps).long()
+        place = 1 - _NOISIEST * (1 - (draw + random.uniform(count)) / _DRAWS)
+        timesteps = (place * num_timesteps).long()
         eps = torch.zeros(count, *noise_shape)  # the posterior's mean
         return Draws(random.normal(*batch.latents.shape), timesteps, eps)
 
