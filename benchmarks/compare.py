@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images_per_context", type=int, default=32)
     parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 after the concepts.")
-    parser.add_argument("--concept_steps", type=int, default=1500, help="Steps of learning the concepts.")
+    parser.add_argument("--concept_steps", type=int, help="Steps of learning the concepts; by default the library's.")
     parser.add_argument(
         "--baseline_steps", type=int, default=600, help="UNet steps of methods that learn no concepts."
     )

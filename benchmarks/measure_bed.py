@@ -67,8 +67,8 @@ def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.
     Returns:
         `subject` is `None` on a bed without such an attribute.
     """
-    set_by_concepts = [column for column, attribute in enumerate(bed.attributes) if attribute.concept]
-    named = [column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concept]
+    set_by_concepts = [column for column, attribute in enumerate(bed.attributes) if attribute.concepts]
+    named = [column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concepts]
     has_classes = np.array([attribute.classes is not None for attribute in bed.attributes])
     reference = np.where(has_classes, true, read_of_real)
     scales = _scales(bed)

@@ -44,12 +44,12 @@ class Attribute:
     Attributes:
         name: what it is called.
         classes: how many classes it has; `None` for a real number.
-        concept: the concept that sets it, if one does.
+        concepts: the concepts that set it.
     """
 
     name: str
     classes: int | None = None
-    concept: str | None = None
+    concepts: tuple[str, ...] = ()
 
 
 class Bed(ABC):

@@ -50,9 +50,9 @@ class Designs(Bed):
         roles = _roles(self._drawings)
         self.captions = [f"a drawing of {phrase}" for phrase in roles.values()]
         self.attributes = (
-            Attribute("gender", len(GENDERS), woman),
-            Attribute("tone", len(TONES), tone),
-            Attribute("vendor", len(VENDORS), vendor),
+            Attribute("gender", len(GENDERS), (woman,)),
+            Attribute("tone", len(TONES), (tone,)),
+            Attribute("vendor", len(VENDORS), (vendor,)),
             Attribute("role", len(roles)),
         )
         self._labels = np.array([_label(vendor, drawing, list(roles)) for vendor, drawing in self._drawings])

@@ -56,12 +56,12 @@ class Digits(HandwritingBed):
     concepts = ("scaled", "shear", "shift", "swelling", "thickening", "thinning")
     attributes = (
         Attribute("digit", classes=10),
-        Attribute("thickness", concept="thickening"),
-        Attribute("slant", concept="shear"),
-        Attribute("size", concept="scaled"),
-        Attribute("x", concept="shift"),
-        Attribute("y", concept="shift"),
-        Attribute("bulge", concept="swelling"),
+        Attribute("thickness", concepts=("thickening", "thinning")),
+        Attribute("slant", concepts=("shear",)),
+        Attribute("size", concepts=("scaled",)),
+        Attribute("x", concepts=("shift",)),
+        Attribute("y", concepts=("shift",)),
+        Attribute("bulge", concepts=("swelling",)),
     )
     held_out = tuple(pair for pair in combinations(concepts, 2) if pair != ("thickening", "thinning"))
 

@@ -54,8 +54,8 @@ class Ink(HandwritingBed):
     concepts = ("thickness", "intensity")
     attributes = (
         Attribute("digit", classes=10),
-        Attribute("thickness", concept="thickness"),
-        Attribute("intensity", concept="intensity"),
+        Attribute("thickness", concepts=("thickness",)),
+        Attribute("intensity", concepts=("intensity",)),
     )
     held_out = (concepts,)
 

@@ -61,7 +61,7 @@ class PhotographsBed(Bed):
 
     name = "photographs"
     concepts = WEATHER
-    attributes = tuple(Attribute(name, classes=2, concept=name) for name in WEATHER)
+    attributes = tuple(Attribute(name, classes=2, concepts=(name,)) for name in WEATHER)
     held_out = (*combinations(WEATHER, 2), WEATHER)
     licence = LICENCE
 

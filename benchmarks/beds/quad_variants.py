@@ -121,7 +121,7 @@ class QuadBed(Bed):
     resolution = quad.RESOLUTION
     concepts = quad.CONCEPTS
     attributes = tuple(
-        Attribute(name, len(quad.SHAPES) if name == "shape" else None, name if name in quad.CONCEPTS else None)
+        Attribute(name, len(quad.SHAPES) if name == "shape" else None, (name,) if name in quad.CONCEPTS else ())
         for name in quad.FACTORS
     )
     held_out = (*quad.HELD_OUT_PAIRS, *quad.HELD_OUT_TRIPLES)

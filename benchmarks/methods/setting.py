@@ -35,7 +35,7 @@ class Setting:
         seed: seed of images, weights and batches.
         images_per_context: training images of each context.
         train_steps: UNet steps of methods that learn the concepts first.
-        concept_steps: steps of learning the concepts.
+        concept_steps: steps of learning the concepts; `None` for as many as the library takes by default.
         baseline_steps: UNet steps of methods that learn no concepts: more, so that they take about as long.
         num_inference_steps: denoising steps of all samples.
         work_dir: folder of images, latents and weights.
@@ -47,7 +47,7 @@ class Setting:
     seed: int
     images_per_context: int
     train_steps: int
-    concept_steps: int
+    concept_steps: int | None
     baseline_steps: int
     num_inference_steps: int
     work_dir: Path

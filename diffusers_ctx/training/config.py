@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,9 @@ CausalForm = Literal["structural", "reduced_form"]
 PosteriorType = Literal["inverse", "amortized"]
 PosteriorEncoder = Literal["vae", "unet", "clip"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
+
+
+FEWEST_CONCEPT_STEPS, MOST_CONCEPT_STEPS = 300, 1500
 
 
 @dataclass
@@ -150,9 +154,10 @@ class ContextConfig(OptionGroup):
         "Weight of the group lasso on the edges of the causal layer; the causal fit of a learned graph adds 0.03.",
         at_least=0,
     )
-    concept_steps: int = option(
-        1500,
-        "Steps in which the concepts are learned with a light decoder, before the UNet.",
+    concept_steps: int | None = option(
+        None,
+        "Steps in which the concepts are learned with a light decoder, before the UNet. By default 1.5 for each image"
+        " of a context, from 300 to 1500: with more, few images are learned by heart.",
         at_least=2,  # one for the code and one for all terms
     )
     concept_batch_size: int = option(336, "Images per such step, all contexts together.", at_least=1)
@@ -161,6 +166,14 @@ class ContextConfig(OptionGroup):
         "Peak learning rate of these steps; at their end, mechanisms and graph learn ten times as fast.",
         above=0,
     )
+
+
+    def concept_steps_for(self, contexts: Sequence[str]) -> int:
+        """The steps for images of these contexts."""
+        if self.concept_steps is not None:
+            return self.concept_steps
+        images_per_context = len(contexts) / len(set(contexts))
+        return min(max(round(1.5 * images_per_context), FEWEST_CONCEPT_STEPS), MOST_CONCEPT_STEPS)
 
 
 @dataclass

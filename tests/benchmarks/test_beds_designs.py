@@ -39,6 +39,7 @@ def entry(role, gender, name, code, category):
         "name": name,
         "unified": code,
         "short_name": name.lower().replace(" ", "_"),
+        "category": "People & Body",
         "subcategory": category,
         "image": f"{role}-{gender}-0.png",
         "skin_variations": {code: {"image": f"{role}-{gender}-{tone}.png"} for tone, code in enumerate(TONES, 1)},
@@ -64,6 +65,7 @@ def write_package(folder, vendor, number):
         entry(0, 0, "MAN WALKING FACING RIGHT", f"1F6B6{MALE}-200D-27A1-FE0F", "person-activity"),
         entry(0, 1, "WOMAN WALKING FACING RIGHT", f"1F6B6{FEMALE}-200D-27A1-FE0F", "person-activity"),
         entry(0, 0, "MAN GOLFING", "1F3CC-FE0F" + MALE, "person-sport"),
+        {"name": "RED APPLE", "category": "Food & Drink", "image": "apple.png", "unified": "1F34E"},
         {**entry(0, 0, "HANDSHAKE", "1F91D", "hands"), "skin_variations": {"1F3FB-1F3FC": {"image": "none.png"}}},
     ]
     file = folder / f"emoji-datasource-{vendor}-{emoji.VERSION}.tgz"
@@ -75,6 +77,7 @@ def write_package(folder, vendor, number):
             archive.addfile(member, io.BytesIO(content))
 
         add("emoji.json", json.dumps(entries).encode())
+        add(f"img/{vendor}/64/apple.png", png((250, 0, number), 255))
         drawn = [*itertools.product(range(len(ROLES)), range(3)), (HAND, 0)]
         for (role, gender), tone in itertools.product(drawn, range(6)):
             rgb = colour(role, gender, tone, number)
@@ -115,11 +118,11 @@ def test_the_bed_says_what_it_has(cache):
         *itertools.combinations(bed.concepts, 2),
         bed.concepts,
     }
-    assert [(attribute.name, attribute.classes, attribute.concept) for attribute in bed.attributes] == [
-        ("gender", 2, "woman"),
-        ("tone", 6, "dark"),
-        ("vendor", 2, "vendor"),
-        ("role", 4, None),
+    assert [(attribute.name, attribute.classes, attribute.concepts) for attribute in bed.attributes] == [
+        ("gender", 2, ("woman",)),
+        ("tone", 6, ("dark",)),
+        ("vendor", 2, ("vendor",)),
+        ("role", 4, ()),
     ]
 
 
@@ -276,3 +279,18 @@ def test_the_real_packages():
     images = np.concatenate([bed.sample(rows).images for rows in [*bed.contexts.values(), *bed.held_out]])
     assert len({image.tobytes() for image in images}) == 8 * 70
     assert not {image.tobytes() for image in images} & {image.tobytes() for image in bed.lessons()[0]}
+
+
+def test_a_base_learns_no_held_out_combination(cache):
+    bed = Designs(cache)
+    pooled = list(bed.pooled())
+    shown = {image.tobytes() for images, _ in pooled for image in images}
+    for interventions in bed.held_out:
+        assert not any(image.tobytes() in shown for image in bed.sample(interventions).images)
+    for interventions in bed.contexts.values():
+        assert all(image.tobytes() in shown for image in bed.sample(interventions).images)
+    random = Designs(cache, random_tone=True)
+    for interventions in random.held_out:
+        assert not any(image.tobytes() in shown for image in random.sample(interventions, seed=1).images)
+    assert all(len(images) == len(captions) for images, captions in pooled)
+    assert [captions for _, captions in pooled[1:]] == [["a drawing of a red apple"]] * 2

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...context import ContextModule, inverse_mechanisms
 from ...keyed_random import keyed_generator
-from ..config import ContextConfig
+from ..config import MOST_CONCEPT_STEPS, ContextConfig
 from .losses import graph_penalty
 
 
@@ -112,7 +112,7 @@ def fit_scm(
         arguments = (moments, contexts, options.acyclicity_weight * schedule, sparsity)
         return torch.vmap(lambda *state: torch.func.functional_call(starts[0], state, arguments))(weights, buffers)
 
-    steps = max(1, round(_STEPS_SHARE * options.concept_steps))
+    steps = max(1, round(_STEPS_SHARE * (options.concept_steps or MOST_CONCEPT_STEPS)))
     optimizer = torch.optim.Adam(weights.values(), lr=_LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ...context import ContextModule, log_standard_normal
 from ...keyed_random import keyed_seed
-from ..config import ContextConfig
+from ..config import MOST_CONCEPT_STEPS, ContextConfig
 from ..run.keyed_noise import KeyedNoise
 from .flow import NormalizingFlow
 from .initialization import initial_directions
@@ -106,7 +106,7 @@ def search_flow(
     Raises:
         FloatingPointError: if no candidate has a finite loss.
     """
-    steps = _STEPS_FACTOR * options.concept_steps
+    steps = _STEPS_FACTOR * (options.concept_steps or MOST_CONCEPT_STEPS)
     goals = [max(1, round(share * steps)) for share, _ in RUNGS]
     rows_of = [torch.nonzero(codes.labels == label)[:, 0] for label in range(len(contexts))]
     population = Population(_initial_candidates(context_module, codes, contexts, seed), options, steps)

@@ -38,7 +38,7 @@ class Draws(NamedTuple):
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
         combinations: (R, K), combinations of interventions that the first R images are to learn, if any.
-        kept: (B, N), ones where a node keeps its exogenous noise and zeros where it goes without; by default all do.
+        kept: (B,), ones for images that keep their exogenous noise and zeros for those without; by default all do.
     """
 
     noise: torch.Tensor
@@ -110,7 +110,7 @@ class DiffusionObjective(nn.Module):
     def _noise(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """Exogenous noise (B, N, d_z), drawn from the posterior."""
         z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
-        return z if draws.kept is None else z * draws.kept[..., None].to(z)
+        return z if draws.kept is None else z * draws.kept[:, None, None].to(z)
 
     def _composition_losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
         """See [`composition_losses`]; of the first images, (R,)."""

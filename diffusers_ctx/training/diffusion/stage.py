@@ -107,8 +107,8 @@ class DiffusionStage:
         """Goes on from a checkpoint."""
         self.accelerator.load_state(str(checkpoint))
         self.step = checkpoint_step(checkpoint)
-        if self.trial is not None and self.trial.without:
-            self.accelerator.unwrap_model(self.objective).context_module.leave_out_noise(self.trial.without)
+        if self.trial is not None and self.trial.goes_without:
+            self._leave_out_noise()
 
     def run(self, save: Callable[[int], None], validate: Callable[[int], None], stop: StopSignals) -> None:
         """Trains to the last step.
@@ -146,7 +146,7 @@ class DiffusionStage:
         batches = self.batches.batches(self.step * accumulation)
         self.set_training(True)
         while self.step < self.max_train_steps:
-            if self.trial is not None and self.trial.without is None and self.step >= self._trial_steps:
+            if self.trial is not None and self.trial.goes_without is None and self.step >= self._trial_steps:
                 self._decide_noise(self.trial)
             loss = sum(self._learn_from(*next(batches)) for _ in range(accumulation)) / accumulation
             self.step += 1
@@ -219,29 +219,33 @@ class DiffusionStage:
         batch = batch._replace(captions=captions)
         draws = draws._replace(combinations=self._combinations(batch, random))
         if self.trial is not None:
-            draws = draws._replace(kept=self.trial.kept(shape[0], self._noise_shape[0], random))
+            draws = draws._replace(kept=self.trial.kept(shape[0], random))
         if self.text_encoders:  # which learn within the objective
             return batch, draws, None
         with torch.no_grad():
             return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
-        """Takes the noise from nodes that do better without it, and says which."""
+        """Leaves the noise out if the adapter does better without, and says so."""
 
         def conditions(batch: Batch) -> dict[str, Any]:
             return self._conditioner.unet_kwargs(self._conditioner.encode_captions(batch.captions), batch.geometry)
 
         with self.evaluating() as objective:
-            names = trial.decide(objective, conditions, self.accelerator.device)
+            goes_without = trial.decide(objective, conditions, self.accelerator.device)
             # on some devices, processes may differ in a sum's last digits
-            names = broadcast_object_list(names + [""] * (len(objective.context_module.node_names) - len(names)))
-            trial.without = names = [name for name in names if name]
-            objective.context_module.leave_out_noise(names)
-        if names and self.accelerator.is_main_process:
-            tqdm.write(
-                f"On held-out images the exogenous noise of {names} does not help, so they are what the context alone"
-                " says. More images may change that."
-            )
+            (trial.goes_without,) = broadcast_object_list([goes_without])
+        if trial.goes_without:
+            self._leave_out_noise()
+            if self.accelerator.is_main_process:
+                tqdm.write(
+                    "Exogenous noise raises the loss on held-out images, so the adapter does without: images are what"
+                    " prompt and interventions say. More images of each context may change that."
+                )
+
+    def _leave_out_noise(self) -> None:
+        module = self.accelerator.unwrap_model(self.objective).context_module
+        module.leave_out_noise(module.node_names)
 
     def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
         """Combinations that some images of a batch are to learn, once the singles are known."""
