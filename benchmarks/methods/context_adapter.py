@@ -67,10 +67,12 @@ class ContextAdapter:
     Attributes:
         mode: `frozen`, `lora` or `full`.
         context: options of the module and of learning the concepts.
+        match_prompt: whether samples' noise fits the captions; `None` as a user gets it.
     """
 
     mode: str = "lora"
     context: ContextConfig = field(default_factory=ContextConfig)
+    match_prompt: bool | None = False
 
     @property
     def learns_graph(self) -> bool:
@@ -105,7 +107,7 @@ class ContextAdapter:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
-        return adapter_sampler(pipeline, setting.num_inference_steps)
+        return adapter_sampler(pipeline, setting.num_inference_steps, match_prompt=self.match_prompt)
 
     def config(self, setting: Setting, folder: Path) -> TrainingConfig:
         return TrainingConfig(
@@ -197,7 +199,7 @@ def adapter_sampler(
     num_inference_steps: int,
     intervenes: bool = True,
     has_noise: bool = True,
-    match_prompt: bool = False,
+    match_prompt: bool | None = False,
 ) -> Sampler:
     """Samples of a pipeline with an adapter.
 
@@ -206,7 +208,7 @@ def adapter_sampler(
         num_inference_steps: denoising steps.
         intervenes: whether the adapter is given the interventions.
         has_noise: whether samples have exogenous noise; zeros otherwise.
-        match_prompt: whether noise is chosen to match the captions.
+        match_prompt: whether noise is chosen to match the captions; `None` if the adapter has learned them.
     """
 
     def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def create_bed_methods() -> dict[str, Method]:
     """Every method by name, for any test bed; those that compose another's weights come after it."""
     labels, loras, names = LabelsOnly(context=ContextConfig(posterior_encoder="vae")), LoraPerContext(), PromptLora()
     return {
-        "ours": ContextAdapter(),
+        "ours": ContextAdapter(match_prompt=None),
         "base-pooled": PromptLora(named=False),
         "labels-only": labels,
         "labels-scores": ComposableDiffusion("labels-only", labels),
