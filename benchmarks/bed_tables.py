@@ -8,15 +8,17 @@ from typing import Any
 
 from tables import mean_over, names_of
 
+from diffusers_ctx.evaluation.report import reaches_floor
+
 
 _GROUPS = ("obs", "singles", "pairs", "triples")
 _METRICS = {"right": "all_right", "subject": "subject", "distance": "debiased", "KID": "kid"}
 
 
 def render_tables(results_dir: Path) -> str:
-    """A table in Markdown for every comparison with results in the folder: shares right first, of pairs the best."""
+    """A table in Markdown for every comparison with results in the folder, sorted by the share of pairs right."""
     tables = []
-    for folder in sorted(path for path in results_dir.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in results_dir.glob("*") if path.is_dir()):
         results = [json.loads(file.read_text()) for file in folder.glob("*.json")]
         groups = [group for count, group in enumerate(_GROUPS) if any(names_of(r["contexts"], count) for r in results)]
         columns = [f"{metric}, {group}" for metric in _METRICS for group in groups]
@@ -38,14 +40,23 @@ def render_tables(results_dir: Path) -> str:
 
 
 def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:
-    """Means of a method's metrics over combinations of as many interventions, and the minutes that it took."""
+    """Means of a method's metrics over combinations of as many interventions, and the minutes that it learned.
+
+    A mean distance cannot be told if none of its distances can; a method without steps of its own has no minutes.
+    """
     contexts = results["contexts"]
-    row: dict[str, Any] = {"method": results["method"], "minutes": results.get("seconds", 0) / 60}
+    minutes = results["seconds"] / 60 if results.get("unet_steps") else None
+    row: dict[str, Any] = {"method": results["method"], "minutes": minutes}
     for metric, key in _METRICS.items():
         for count, group in enumerate(_GROUPS):
-            row[f"{metric}, {group}"] = mean_over(contexts, names_of(contexts, count), key + suffix)
+            names = names_of(contexts, count)
+            row[f"{metric}, {group}"] = mean_over(contexts, names, key + suffix)
+            if metric == "distance" and names and all(reaches_floor(contexts[name]) for name in names):
+                row[f"{metric}, {group}"] = "cannot be told"
     return row
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}"
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.3f}"

@@ -19,6 +19,7 @@ import torch
 from bed_tables import render_tables
 from beds.bed import Bed
 from beds.registry import BEDS, create_bed
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from grids import COLUMNS, join_tiles
 from measure_bed import REAL_SEED, measure_combination
 from method_run import MethodRun
@@ -27,7 +28,8 @@ from methods.setting import Method, Setting
 from PIL import Image
 
 from diffusers_ctx import embedded_base
-from diffusers_ctx.paths import expand_home, local_path
+from diffusers_ctx.fingerprint import fingerprint
+from diffusers_ctx.paths import local_path
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("--methods", nargs="+", choices=list(create_bed_methods()), help="By default all.")
-    parser.add_argument("--base", type=expand_home, help="The Stable Diffusion to train on; by default quad's.")
+    parser.add_argument("--base", type=local_path, help="Folder of the base to train on; by default quad's.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images_per_context", type=int, default=32)
     parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 after the concepts.")
@@ -70,7 +72,7 @@ def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
 
 
 def draw_real(bed: Bed, resolution: int) -> Image.Image:
-    """Real images of the combinations that methods draw: a row for each, the same caption down a column."""
+    """Real images of the combinations that methods draw, a row for each."""
     rows = [bed.unseen(interventions, COLUMNS, REAL_SEED).images for interventions in combinations(bed)]
     real = join_tiles(rows)
     return real.resize((real.width * resolution // bed.resolution, real.height * resolution // bed.resolution))
@@ -79,6 +81,21 @@ def draw_real(bed: Bed, resolution: int) -> Image.Image:
 def combinations(bed: Bed) -> list[tuple[str, ...]]:
     """All that is measured: contexts, then held-out combinations."""
     return [*bed.contexts.values(), *bed.held_out]
+
+
+def check_base(base: str, resolution: int) -> None:
+    """Checks that LoRAs can learn on a base as the adapter does.
+
+    Raises:
+        ValueError: if it predicts something else than v, or draws at another resolution.
+    """
+    prediction = DDIMScheduler.load_config(base, subfolder="scheduler")["prediction_type"]
+    size = 8 * UNet2DConditionModel.load_config(base, subfolder="unet")["sample_size"]
+    if prediction != "v_prediction" or size != resolution:
+        raise ValueError(
+            f"{base} predicts {prediction} at {size} pixels; baselines learn v-prediction at {resolution}: give such a"
+            " base, as train_base.py makes it."
+        )
 
 
 _NOT_OPTIONS = ("methods", "base", "cache_dir", "work_dir", "results_dir", "table")
@@ -90,9 +107,10 @@ def main() -> None:
     if args.table:
         print(render_tables(results_dir))
         return
+    base = args.base or Path(embedded_base())
     setting = Setting(
         bed=create_bed(args.bed, args.cache_dir),
-        base=args.base or embedded_base(),
+        base=str(base),
         seed=args.seed,
         images_per_context=args.images_per_context,
         train_steps=args.train_steps,
@@ -101,8 +119,10 @@ def main() -> None:
         num_inference_steps=args.num_inference_steps,
         work_dir=args.work_dir,
     )
+    check_base(setting.base, setting.resolution)
     methods = create_bed_methods()
     options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
+    options["base"] = fingerprint(*sorted(base.rglob("*.safetensors")))  # its folder is elsewhere on every machine
     for name in args.methods or methods:
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)

@@ -27,8 +27,9 @@ def measure_combination(
 ) -> dict[str, Any]:
     """Metrics of one combination of interventions.
 
-    Real images of the combination that no training image shows are split in halves of `n`. Samples have the captions
-    of both. Those of the second half are compared with real images of the first, beside the second's own distance.
+    Real images of the combination are split in halves of `n`: held-out ones, but where a bed has no others than those
+    of training (single contexts of `designs`). Samples have the captions of both halves. Those of the second half are
+    compared with real images of the first, beside the second's own distance.
 
     Args:
         bed: the bed.
@@ -38,47 +39,52 @@ def measure_combination(
         base: folder of the base, whose latents the kernel distance compares.
 
     Returns:
-        The metrics of `measure_context`. Shares of samples: `right`, by attribute, which lie where those of real
-        images do (see [`conformity`]); `all_right`, of which this is true of every attribute that a concept sets; and
-        `subject`, whose other classes are their caption's. Each with `_real`, the share of real images.
+        The metrics of `measure_context`. Shares of samples: `right`, by attribute, which lie where those of the first
+        half of real images do (see [`conformity`]); `all_right`, of which this is true of every attribute that a
+        concept sets; and `subject`, whose other classes are their caption's. Each with `_real`, the share of the
+        second half of real images.
     """
     real = bed.unseen(interventions, 2 * n, REAL_SEED)
     images = at_resolution(sample(real.captions, interventions, SAMPLE_SEED), bed.resolution)
     metrics: dict[str, Any] = dict(measure_context(images[n:], real.images[:n], real.images[n:], features_of(base)))
-    read_of_real = bed.read(real.images)
-    for suffix, read in (("", bed.read(images)), ("_real", read_of_real)):
-        shares = shares_right(bed, read, real.attributes, read_of_real)
-        metrics |= {f"{name}{suffix}": value for name, value in shares.items()}
-    return metrics
+    read, true = bed.read(real.images), real.attributes
+    shares = shares_right(bed, bed.read(images), true, true[:n], read[:n])
+    of_real = shares_right(bed, read[n:], true[n:], true[:n], read[:n])
+    return metrics | shares | {f"{name}_real": value for name, value in of_real.items()}
 
 
-def shares_right(bed: Bed, read: np.ndarray, true: np.ndarray, read_of_real: np.ndarray) -> dict[str, Any]:
-    """`right`, `all_right` and `subject` of attributes (n, A), read off images with the captions of real ones.
+def shares_right(
+    bed: Bed, read: np.ndarray, named: np.ndarray, true: np.ndarray, read_of_real: np.ndarray
+) -> dict[str, Any]:
+    """`right`, `all_right` and `subject` of attributes (n, A) that were read off images.
 
-    Classes are held against the true ones of the real images, numbers against those that were read off these, with a
+    Classes are held against the true ones of real images, numbers against those that were read off these, with a
     tolerance: where an intervention sets a constant, the reader's error is all its variance.
 
     Args:
         bed: the bed.
         read: (n, A), read off the images.
-        true: (n, A), the real images' attributes.
-        read_of_real: (n, A), read off the real images.
+        named: (n, A), attributes of the real images whose captions they have.
+        true: (m, A), attributes of the real images that they are held against.
+        read_of_real: (m, A), read off these.
 
     Returns:
         `subject` is `None` on a bed without such an attribute.
     """
     set_by_concepts = [column for column, attribute in enumerate(bed.attributes) if attribute.concepts]
-    named = [column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concepts]
+    of_captions = [
+        column for column, attribute in enumerate(bed.attributes) if attribute.classes and not attribute.concepts
+    ]
     has_classes = np.array([attribute.classes is not None for attribute in bed.attributes])
     reference = np.where(has_classes, true, read_of_real)
     scales = _scales(bed)
     found = conformity(*((values / scales)[:, set_by_concepts] for values in (read, reference)), tolerance=TOLERANCE)
     names = [bed.attributes[column].name for column in set_by_concepts]
-    met = (read[:, named] == true[:, named]).all(axis=1).mean()
+    met = (read[:, of_captions] == named[:, of_captions]).all(axis=1).mean()
     return {
         "right": dict(zip(names, map(float, found.per_attribute))),
         "all_right": found.joint,
-        "subject": float(met) if named else None,
+        "subject": float(met) if of_captions else None,
     }
 
 

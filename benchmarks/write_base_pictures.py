@@ -1,9 +1,8 @@
-"""Writes the pictures that the embedded base `pictures` learns: captioned folders for train_scripts/train_base.py.
+"""Writes the pictures of the test beds, pooled: captioned folders for train_scripts/train_base.py.
 
     python benchmarks/write_base_pictures.py --output runs/pictures
 
-They are those of the test beds, pooled, without the held-out combinations and without the images that measure.
-docs/beds names sources and licences.
+No held-out combination is among them. docs/beds names sources and licences.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from .embedded import EMBEDDED_BASE, embedded_base
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of adapters without noise, which older versions would draw; 1 of all others
 LIBRARY = "diffusers_ctx"
 Mode = Literal["frozen", "lora", "full"]
 Injection = Literal["cross_attention", "prompt"]

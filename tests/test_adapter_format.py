@@ -8,7 +8,7 @@ import torch
 from hub.conftest import CONFIG, write_adapter
 from safetensors.torch import save_file
 
-from diffusers_ctx.adapter_format import AdapterError, read_adapter_config, validate_adapter_folder
+from diffusers_ctx.adapter_format import FORMAT_VERSION, AdapterError, read_adapter_config, validate_adapter_folder
 
 
 WEIGHTS = (
@@ -54,7 +54,7 @@ def test_a_config_that_is_no_json(adapter, name, text, word):
     [
         ({"library": "another"}, "'another'"),
         ({"library": None}, "was not written by diffusers_ctx"),
-        ({"format_version": 2}, "upgrade diffusers_ctx"),
+        ({"format_version": FORMAT_VERSION + 1}, "upgrade diffusers_ctx"),
         ({"format_version": 0}, "unknown format version 0"),
         ({"format_version": True}, "unknown format version True"),
         ({"format_version": "1"}, "unknown format version '1'"),

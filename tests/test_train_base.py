@@ -24,7 +24,7 @@ def script(monkeypatch):
     import base_pictures
     import train_base
 
-    monkeypatch.setattr(base_pictures, "IMAGES_PER_DRAW", 8)
+    monkeypatch.setattr(base_pictures, "QUAD_IMAGES_PER_DRAW", 8)
     return train_base
 
 

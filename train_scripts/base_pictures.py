@@ -17,7 +17,8 @@ from diffusers_ctx.data import quad
 from diffusers_ctx.data.decoding import to_rgb
 
 
-IMAGES_PER_DRAW = 512  # of each context of quad, drawn at once
+IMAGES_PER_DRAW = 2048  # of folders
+QUAD_IMAGES_PER_DRAW = 512  # of each context
 PASSES_PER_DRAW = 3  # of the UNet over the same images of quad, each time with other noise
 _LARGEST_SHIFT = 0.06  # of half the picture
 _LARGEST_ZOOM = 0.06
@@ -54,7 +55,7 @@ class Folders:
 
     passes = 1
 
-    def __init__(self, folders: Sequence[Path], weights: Sequence[float], images_per_draw: int = 2048):
+    def __init__(self, folders: Sequence[Path], weights: Sequence[float], images_per_draw: int = IMAGES_PER_DRAW):
         if len(weights) != len(folders):
             raise ValueError(f"There are {len(folders)} folders and {len(weights)} weights.")
         self.shares = np.asarray(weights) / np.sum(weights)
@@ -89,7 +90,7 @@ class QuadDraws(IterableDataset):
         rng = np.random.default_rng(self.seed if worker is None else (self.seed, worker.id))
         while True:
             samples = [
-                quad.generate(names, IMAGES_PER_DRAW, seed=int(rng.integers(quad.FIRST_HELD_OUT_SEED)))
+                quad.generate(names, QUAD_IMAGES_PER_DRAW, seed=int(rng.integers(quad.FIRST_HELD_OUT_SEED)))
                 for names in quad.contexts().values()
             ]
             images = np.concatenate([sample.images for sample in samples])

@@ -1,6 +1,6 @@
 """Pretrains a small Stable Diffusion of 64 × 64 pixels, such as those that the library ships.
 
-On captioned folders (docs/beds/base.md has the recipe of the shipped base `pictures`):
+On captioned folders (docs/beds/base.md has a recipe for the pictures of the test beds):
 
     python train_scripts/train_base.py autoencoder --output_dir runs/base --train_data_dir cats dogs
     python train_scripts/train_base.py unet --output_dir runs/base --train_data_dir cats dogs
@@ -40,7 +40,7 @@ from base_models import (
     create_unet,
     train_tokenizer,
 )
-from base_pictures import Folders, Pictures, Quad
+from base_pictures import IMAGES_PER_DRAW, Folders, Pictures, Quad
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
@@ -97,6 +97,8 @@ def parse_args() -> argparse.Namespace:
 
 def create_pictures(args: argparse.Namespace) -> Pictures:
     folders = args.train_data_dir
+    if folders and args.train_batch_size > IMAGES_PER_DRAW:
+        raise ValueError(f"`train_batch_size` is {args.train_batch_size}; lower it to {IMAGES_PER_DRAW} or less.")
     return Folders(folders, args.weights or [1.0] * len(folders)) if folders else Quad()
 
 

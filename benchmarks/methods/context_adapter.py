@@ -99,7 +99,7 @@ class ContextAdapter:
         run = TrainingRun(setting, config, accelerator, pipeline, module, latents)
         self.learn_concepts(run)
         set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
-        _learn_adapter(run, None if held_out is None else NoiseTrial(held_out, setting.seed))
+        _learn_adapter(run, None if held_out is None else NoiseTrial(held_out, TRAIN_BATCH_SIZE, setting.seed))
         pipeline.save_context_adapter(folder, mode=self.mode)
         if self.mode == "full":  # the adapter belongs to the UNet that learned with it
             pipeline.save_pretrained(folder)

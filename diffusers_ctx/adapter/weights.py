@@ -57,7 +57,7 @@ def adapter_config(
 ) -> dict[str, Any]:
     """What an adapter says of itself; `scheduler` is that of training, `plain_scheduler` the base model's."""
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if context_module.config.nodes_without_noise else 1,
         "library": LIBRARY,
         "library_version": __version__,
         "base_model_name_or_path": base_model,

@@ -191,8 +191,8 @@ class ContextModule(ModelMixin, ConfigMixin):
 
     @property
     def knows_captions(self) -> bool:
-        """Whether the module has learned what captions say."""
-        return self.captions is not None and bool(self.captions.embed_caption.weight.any())
+        """Whether the module has learned what captions say, and noise can be drawn to fit."""
+        return self.captions is not None and bool(self.captions.embed_caption.weight.any() and self.has_noise.any())
 
     def require_captions(self) -> CaptionLikelihood:
         """The part of the module that learns what captions say.

@@ -109,6 +109,8 @@ def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Itera
         yield "set `optimizer` to adamw"
     if config.model.train_text_encoder:
         yield "leave out `train_text_encoder`"
+    if config.optimization.composition_weight:  # processes would differ in their passes of the UNet
+        yield "set `composition_weight` to 0"
     if config.output.validation_prompt is not None or config.data.validation_images:
         yield "leave out `validation_prompt` and `validation_images`"  # the main process has only its shards
 

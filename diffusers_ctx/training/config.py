@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -157,8 +158,13 @@ class ContextConfig(OptionGroup):
     concept_steps: int | None = option(
         None,
         "Steps in which the concepts are learned with a light decoder, before the UNet. By default 1.5 for each image"
-        " of a context, from 300 to 1500: with more, few images are learned by heart.",
+        " of the smallest context, from 300 to 1500: with more, few images are learned by heart.",
         at_least=2,  # one for the code and one for all terms
+    )
+    try_noise: bool = option(
+        True,
+        "With fewer than 300 images in the smallest context, hold out an eighth, and do without exogenous noise if it"
+        " raises their loss.",
     )
     concept_batch_size: int = option(336, "Images per such step, all contexts together.", at_least=1)
     concept_learning_rate: float = option(
@@ -167,13 +173,12 @@ class ContextConfig(OptionGroup):
         above=0,
     )
 
-
     def concept_steps_for(self, contexts: Sequence[str]) -> int:
         """The steps for images of these contexts."""
         if self.concept_steps is not None:
             return self.concept_steps
-        images_per_context = len(contexts) / len(set(contexts))
-        return min(max(round(1.5 * images_per_context), FEWEST_CONCEPT_STEPS), MOST_CONCEPT_STEPS)
+        smallest = min(Counter(contexts).values())
+        return min(max(round(1.5 * smallest), FEWEST_CONCEPT_STEPS), MOST_CONCEPT_STEPS)
 
 
 @dataclass

@@ -158,8 +158,9 @@ class ContextTrainer:
         config, pipeline = self.config, self.pipeline
         self.latents = self._encode(self._train_images, config.optimization.seed)
         held_out = self._encode(self._held_out_images, HELD_OUT_SEED) if len(self._held_out_images) else None
-        tried = held_out if self._tries_noise else None
-        self._trial = None if tried is None else NoiseTrial(tried, config.optimization.seed)
+        self._trial = None
+        if held_out is not None and self._tries_noise:
+            self._trial = NoiseTrial(held_out, config.optimization.train_batch_size, config.optimization.seed)
         self._image_features = None  # not needed again: a model of their own gives its memory back
         if not config.data.streaming:
             share = (self.accelerator.process_index, self.accelerator.num_processes)
@@ -170,7 +171,9 @@ class ContextTrainer:
             captions = {"", *self.latents.captions}
             waits = not self.accelerator.is_local_main_process
             self._encode_captions = CaptionCache(pipeline, captions, self._cache_dir, waits)
-        self.validator = Validator(config, pipeline, held_out, self.accelerator, self.stop)
+        self.validator = Validator(
+            config, pipeline, held_out if config.data.validation_images else None, self.accelerator, self.stop
+        )
 
     def learn_concepts(self) -> None:
         """The first stage; a run that resumes from a checkpoint has it behind it."""

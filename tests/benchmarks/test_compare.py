@@ -36,12 +36,12 @@ def test_shares_are_of_what_concepts_set_and_of_what_captions_name():
     bed = QuadBed("binary")
     real = bed.sample(("quad1",), 40, 3)
     true = real.attributes
-    assert shares_right(bed, true, true, true)["all_right"] == 1
+    assert shares_right(bed, true, true, true, true)["all_right"] == 1
     read = true.copy()
     column = [attribute.name for attribute in bed.attributes].index("shape")
     read[:10, column] = (read[:10, column] + 1) % 4
     read[:20, 0] = 5.0
-    shares = shares_right(bed, read, true, true)
+    shares = shares_right(bed, read, true, true, true)
     assert shares["subject"] == 0.75 and shares["all_right"] == shares["right"]["quad1"] == 0.5
 
 

@@ -1,10 +1,17 @@
 """The composition loss against its formula, and the combinations that are drawn for it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from diffusers_ctx import ContextModule
+from diffusers_ctx.training import parse_training_config
+from diffusers_ctx.training.checks import check_accelerator
 from diffusers_ctx.training.diffusion.composition import composition_losses, draw_combinations
+
+from .conftest import _reset_accelerate, create_stage, encoded_trainer, flags
 
 
 NAMES = ("rain", "snow", "night")
@@ -94,3 +101,37 @@ def test_combinations_have_two_or_three_concepts_and_those_of_their_context(numb
     assert (of_plain - of_plain.mean()).abs().max() < 0.12  # every concept as often
     if number > 2:
         assert 0.4 < (sizes == 2).float().mean() < 0.6
+
+
+def test_combinations_are_learned_after_the_singles(options):
+    """From 0.3 of the steps on, by about a quarter of the images."""
+    learned = []
+
+    def train(weight: float) -> list[float]:
+        _reset_accelerate()
+        trainer = encoded_trainer(options | {"composition_weight": weight, "max_train_steps": 10})
+        trainer.context_module.mechanism.bias_do.data += 1  # interventions that change something
+        stage = create_stage(trainer)
+        inputs = stage._inputs
+        stage._inputs = lambda *args: learned.append(inputs(*args)) or learned[-1]
+        return [metrics["loss"] for metrics in stage.steps()]
+
+    without = train(0.0)
+    assert all(draws.combinations is None for _, draws, _ in learned)
+    learned.clear()
+    losses = train(1.0)
+    combinations = [draws.combinations for _, draws, _ in learned]
+    assert [drawn is None for drawn in combinations] == [True] * 3 + [False] * 7
+    sizes = torch.cat(combinations[3:]).sum(dim=1)
+    assert set(sizes.tolist()) == {0.0, 2.0} and 2 <= (sizes > 0).sum() <= 14  # of 28
+    assert losses[:3] == without[:3] and losses[3:] != without[3:]
+
+
+def test_fsdp_is_refused_with_it(options):
+    config = parse_training_config(flags(options | {"composition_weight": 1.0}))
+    plugin = SimpleNamespace(fsdp_version=2, auto_wrap_policy=None, activation_checkpointing=False)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=DistributedType.FSDP, mixed_precision="no"
+    )
+    with pytest.raises(ValueError, match="set `composition_weight` to 0"):
+        check_accelerator(accelerator, config)

@@ -1,5 +1,6 @@
 """Whether noise earns its place: noise that says something about held-out images stays, noise that does not goes."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
+from diffusers_ctx.adapter_format import CONFIG_NAME
 from diffusers_ctx.context.posterior import GaussianPosterior
-from diffusers_ctx.training.diffusion import noise_trial
+from diffusers_ctx.training.diffusion import stage
 from diffusers_ctx.training.diffusion.noise_trial import NoiseTrial, trial_images
 from diffusers_ctx.training.diffusion.objective import DiffusionObjective, Draws
 from diffusers_ctx.training.encoding.batch import Batch
@@ -51,14 +53,14 @@ def test_a_node_that_is_not_there(context_module):
 
 
 @pytest.mark.parametrize(
-    "sizes, expected", [((32, 40), 4), ((16, 200), 2), ((7, 50), 0), ((300, 1000), 0), ((299, 1000), 37)]
+    "sizes, expected", [((32, 40), 4), ((31, 40), 0), ((7, 50), 0), ((300, 1000), 0), ((299, 1000), 37)]
 )
 def test_an_eighth_of_few_images_is_held_out(sizes, expected):
     assert trial_images(["obs"] * sizes[0] + ["night"] * sizes[1]) == expected
 
 
 def test_a_fifth_of_the_images_learns_without_noise_until_the_decision():
-    trial = NoiseTrial(make_latents(1), 0)
+    trial = NoiseTrial(make_latents(1), 4, 0)
     kept = trial.kept(4000, KeyedNoise(0, "test", 0))
     assert set(kept.tolist()) == {0.0, 1.0} and 0.77 < kept.mean() < 0.83
     trial.goes_without = False
@@ -75,24 +77,29 @@ class ToyObjective:
     def losses(self, batch: Batch, draws: Draws, conditions: dict) -> torch.Tensor:
         assert conditions == {"text": 1} and len(draws.kept.unique()) == 1
         self.timesteps += draws.timesteps.tolist()
-        spread = torch.linspace(-0.1, 0.1, len(batch.mask))
+        spread = batch.geometry[:, 0]
         return 1 + draws.noise.mean(dim=(1, 2, 3)) + draws.kept * (self.change + spread)
 
 
 def make_latents(number: int) -> ContextLatents:
     masks = torch.cat([torch.zeros(1, 3), torch.eye(3)]).repeat_interleave(number, 0)
     contexts = [name for name in ("obs", *CONCEPTS) for _ in range(number)]
-    latents = torch.randn(1, 4 * number, 4, 16, 16)
-    return ContextLatents(
-        latents, torch.ones_like(latents), masks, contexts, [""] * len(masks), torch.zeros(1, len(masks), 6)
-    )
+    latents, geometry = torch.randn(1, len(masks), 4, 16, 16), torch.zeros(1, len(masks), 6)
+    geometry[0, :, 0] = torch.linspace(-0.1, 0.1, len(masks))  # which `ToyObjective` takes for a spread
+    return ContextLatents(latents, torch.ones_like(latents), masks, contexts, [""] * len(masks), geometry)
 
 
-@pytest.mark.parametrize("change, goes_without", [(-0.1, False), (0.0, False), (0.01, False), (0.1, True)])
-def test_noise_is_left_out_where_it_raises_the_loss_beyond_doubt(context_module, change, goes_without):
-    trial, objective = NoiseTrial(make_latents(5), 0), ToyObjective(context_module, change)
-    assert trial.decide(objective, lambda batch: {"text": 1}, torch.device("cpu")) is goes_without
-    assert 800 <= min(objective.timesteps) < 820 < 980 < max(objective.timesteps) < 1000
+def test_harm_is_the_mean_difference_over_the_noisiest_steps(context_module):
+    latents = make_latents(5)
+    results = []
+    for batch_size in (20, 3):
+        objective = ToyObjective(context_module, change=0.03)
+        trial = NoiseTrial(latents, batch_size, 0)
+        results.append(trial.harm(objective, lambda batch: {"text": 1}, torch.device("cpu")))
+        assert 800 <= min(objective.timesteps) < 820 < 980 < max(objective.timesteps) < 1000
+    spread = np.linspace(-0.1, 0.1, 20)
+    assert results[0] == pytest.approx((0.03, spread.std(ddof=1) / 20**0.5), rel=1e-3)
+    assert results[1] == pytest.approx(results[0], rel=1e-3)  # however many images there are at once
 
 
 def test_the_loss_without_noise_is_that_of_noise_zero(plain_pipeline, context_module):
@@ -118,23 +125,23 @@ def test_the_loss_without_noise_is_that_of_noise_zero(plain_pipeline, context_mo
 
 @pytest.fixture
 def few_photos(tmp_path):
-    """Sixteen pictures a context, of which two are held out."""
+    """Twenty-four pictures a context, of which three are held out."""
     rng = np.random.default_rng(0)
     for shade, context in zip((40, 100, 200), ("obs", "night", "snow")):
         folder = tmp_path / "few" / context
         folder.mkdir(parents=True)
-        for index in range(16):
+        for index in range(24):
             pixels = rng.normal(shade, 40, (36, 40, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")
     return tmp_path / "few"
 
 
 def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_model, few_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(noise_trial, "_STANDARD_ERRORS", -100.0)  # any doubt will do
+    monkeypatch.setattr(stage, "STANDARD_ERRORS", -1000.0)  # any doubt will do
     options = make_options(base_model, few_photos, tmp_path / "adapter", max_train_steps=4, checkpointing_steps=3)
     trainer = create_trainer(options)
     trainer.train()
-    assert len(trainer.latents) == 3 * 14
+    assert len(trainer.latents) == 3 * 21
     without = trainer.context_module.config.nodes_without_noise
     assert without == trainer.context_module.node_names
     saved = files_in(tmp_path / "adapter")
@@ -146,11 +153,44 @@ def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_mod
     _reset_accelerate()
     resumed = create_trainer(options | {"output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "latest"})
     resumed.train()
+    assert json.loads(saved[CONFIG_NAME])["format_version"] == 2  # which older versions refuse
     assert resumed.context_module.config.nodes_without_noise == without
     weights = "context_adapter.safetensors"
     assert files_in(tmp_path / "resumed")[weights] == saved[weights]
 
 
-def test_with_enough_images_nothing_is_held_out(base_model, photos, tmp_path):
+def test_noise_that_does_no_harm_stays(base_model, few_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "STANDARD_ERRORS", 1000.0)
+    trainer = create_trainer(make_options(base_model, few_photos, tmp_path / "adapter", use_ema=True))
+    trainer.train()
+    assert trainer._trial.goes_without is False
+    assert trainer.context_module.config.nodes_without_noise == []
+    assert json.loads(files_in(tmp_path / "adapter")[CONFIG_NAME])["format_version"] == 1
+
+
+@pytest.mark.parametrize("changes, held_out", [({"try_noise": False}, 0), ({"validation_images": 5}, 15)])
+def test_a_trial_can_be_switched_off_and_takes_the_images_that_are_held_out(
+    base_model, few_photos, tmp_path, changes, held_out
+):
+    trainer = encoded_trainer(make_options(base_model, few_photos, tmp_path / "adapter", **changes))
+    assert len(trainer._held_out_images) == held_out
+    assert (trainer._trial is None) == (held_out == 0)
+    assert (trainer.validator.held_out is None) == (held_out == 0)
+
+
+def test_validation_losses_are_logged_for_those_who_ask_alone(base_model, few_photos, tmp_path):
+    trainer = encoded_trainer(make_options(base_model, few_photos, tmp_path / "adapter"))
+    assert len(trainer._trial.held_out) == 9 and trainer.validator.held_out is None
+
+
+def test_with_too_few_images_nothing_is_held_out(base_model, photos, tmp_path):
     trainer = encoded_trainer(make_options(base_model, photos, tmp_path / "adapter"))
     assert trainer._trial is None and not len(trainer._held_out_images)
+
+
+def test_a_module_without_noise_is_made_again_from_its_configuration(base_model, few_photos, tmp_path):
+    module = encoded_trainer(make_options(base_model, few_photos, tmp_path / "adapter")).context_module
+    module.leave_out_noise(module.node_names)
+    again = type(module).from_config(module.config)
+    assert again.config.nodes_without_noise == module.node_names and not again.has_noise.any()
+    assert not module.knows_captions

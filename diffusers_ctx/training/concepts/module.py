@@ -39,5 +39,6 @@ def create_context_module(
         tokens_per_concept=options.tokens_per_concept,
         posterior_type=options.posterior_type,
         caption_dim=pipeline.unet.config.cross_attention_dim,
+        nodes_without_noise=[],  # given, or diffusers takes it for a default that configurations need not have
         **posterior_input(options, pipeline, image_features, resolution),
     )

@@ -94,7 +94,8 @@ class ConceptStage:
         encode_captions: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
     ):
         self.accelerator, self.module, self.latents = accelerator, context_module, latents
-        self.options = replace(options, concept_steps=options.concept_steps_for(latents.contexts))
+        self._steps = options.concept_steps_for(latents.contexts)
+        self.options = replace(options, concept_steps=self._steps)
         self.seed = seed
         self.checkpoint, self.encode_captions = checkpoint, encode_captions
         self.show_progress = accelerator.is_main_process
@@ -117,7 +118,7 @@ class ConceptStage:
         self.module.requires_grad_(True).read_out.requires_grad_(False)
         if self.latents.features is not None:
             self.module.encoder.fit(self.latents.features.flatten(0, 1))
-        steps = self.options.concept_steps_for(self.latents.contexts)
+        steps = self._steps
         if self.options.posterior_type == "inverse":
             code_steps, reading_steps = round(_CODE_SHARE * steps), round(_READING_SHARE * steps)
             self._learn_code(code_steps)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ...context import ContextModule
 
 
+COMPOSED_SHARE = 0.25  # of the images
 LARGEST = 3  # concepts of a combination
 
 

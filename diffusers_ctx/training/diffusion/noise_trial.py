@@ -25,23 +25,25 @@ from .objective import DiffusionObjective, Draws
 
 TRIAL_SHARE = 0.5  # of the training, before the decision
 _WITHOUT = 0.2  # share of the images that learn without noise until then
-_ENOUGH = 300  # images of each context, with which noise has always earned its place
+_ENOUGH = 300  # images of each context: with as many, quad's concepts are found
 _HELD_OUT_PART = 8  # an eighth of the images
 _DRAWS = 8  # of noise and timesteps for every held-out image
 _NOISIEST = 0.2  # share of the schedule that is tried: below it, the noisy image itself shows what the nodes say
-_STANDARD_ERRORS = 2.0  # by which noise must raise the loss
+_FEWEST = 8  # images that must be held out, all contexts together, to tell anything
+STANDARD_ERRORS = 3.0  # by which noise must raise the loss; it is lost for good
 
 
 def can_try_noise(accelerator: Accelerator, config: TrainingConfig) -> bool:
-    """Whether a run can hold images out, and evaluate its objective outside of a step."""
+    """Whether a run wants a trial, can hold images out, and can evaluate its objective outside of a step."""
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return not config.data.streaming and accelerator.distributed_type not in sharded
+    return config.context.try_noise and not config.data.streaming and accelerator.distributed_type not in sharded
 
 
 def trial_images(contexts: Sequence[str]) -> int:
     """Images of each context to hold out for a trial; 0 where there are enough to do without, or too few."""
-    smallest = min(Counter(contexts).values())
-    return 0 if smallest >= _ENOUGH else smallest // _HELD_OUT_PART
+    sizes = Counter(contexts)
+    held_out = min(sizes.values()) // _HELD_OUT_PART
+    return held_out if min(sizes.values()) < _ENOUGH and held_out * len(sizes) >= _FEWEST else 0
 
 
 class NoiseTrial:
@@ -49,14 +51,15 @@ class NoiseTrial:
 
     Args:
         held_out: the images.
+        batch_size: images at once.
         seed: of noise and timesteps.
 
     Attributes:
         goes_without: whether the adapter does without noise; `None` before the decision.
     """
 
-    def __init__(self, held_out: ContextLatents, seed: int):
-        self.held_out, self.seed = held_out, seed
+    def __init__(self, held_out: ContextLatents, batch_size: int, seed: int):
+        self.held_out, self.batch_size, self.seed = held_out, batch_size, seed
         self.goes_without: bool | None = None
 
     def kept(self, batch_size: int, random: KeyedNoise) -> torch.Tensor | None:
@@ -66,10 +69,10 @@ class NoiseTrial:
         return (random.uniform(batch_size) >= _WITHOUT).float()
 
     @torch.no_grad()
-    def decide(
+    def harm(
         self, objective: DiffusionObjective, conditions: Callable[[Batch], dict[str, Any]], device: torch.device
-    ) -> bool:
-        """Whether the loss on held-out images is lower without noise, by more than it may be off.
+    ) -> tuple[float, float]:
+        """By how much noise raises the loss on held-out images, and the standard error of that.
 
         Args:
             objective: the loss.
@@ -77,19 +80,16 @@ class NoiseTrial:
             device: the objective's.
         """
         count = len(self.held_out)
-        batch = self.held_out.mean_batch(torch.arange(count))
-        inputs = send_to_device((batch, conditions(batch)), device)
-
-        def losses(kept: float) -> torch.Tensor:
-            """Those of the images (n,), with noise (1) or without (0); draws are the same."""
-            total = torch.zeros(count)
+        harm = torch.zeros(count)
+        for rows in torch.arange(count).split(self.batch_size):
+            batch = self.held_out.mean_batch(rows)
+            inputs = send_to_device((batch, conditions(batch)), device)
             for draw in range(_DRAWS):
-                draws = self._draws(batch, draw, objective)._replace(kept=torch.full((count,), kept))
-                total += objective.losses(inputs[0], send_to_device(draws, device), inputs[1]).float().cpu()
-            return total / _DRAWS
-
-        harm = losses(1.0) - losses(0.0)
-        return bool(harm.mean() > _STANDARD_ERRORS * harm.std() / count**0.5)
+                draws = self._draws(objective, draw, rows)
+                for kept, sign in ((1.0, 1), (0.0, -1)):
+                    drawn = send_to_device(draws._replace(kept=torch.full((len(rows),), kept)), device)
+                    harm[rows] += sign * objective.losses(inputs[0], drawn, inputs[1]).float().cpu() / _DRAWS
+        return harm.mean().item(), (harm.std() / count**0.5).item()
 
     def state_dict(self) -> dict[str, Any]:
         return {"goes_without": self.goes_without}
@@ -97,10 +97,10 @@ class NoiseTrial:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.goes_without = state["goes_without"]
 
-    def _draws(self, batch: Batch, draw: int, objective: DiffusionObjective) -> Draws:
-        """Of every image: the draws spread its timesteps evenly over the noisiest part of the schedule."""
-        random, count = KeyedNoise(self.seed, "noise trial", draw), len(batch.mask)
+    def _draws(self, objective: DiffusionObjective, draw: int, rows: torch.Tensor) -> Draws:
+        """Those of some images; an image's draws spread its timesteps over the noisiest part of the schedule."""
+        random, count = KeyedNoise(self.seed, "noise trial", draw), len(self.held_out)
         place = 1 - _NOISIEST * (1 - (draw + random.uniform(count)) / _DRAWS)
         timesteps = (place * objective.scheduler.config.num_train_timesteps).long()
-        eps = torch.zeros(count, *objective.context_module.noise_shape)  # the posterior's mean
-        return Draws(random.normal(*batch.latents.shape), timesteps, eps)
+        eps = torch.zeros(len(rows), *objective.context_module.noise_shape)  # the posterior's mean
+        return Draws(random.normal(*self.held_out.mean.shape[1:])[rows], timesteps[rows], eps)

@@ -14,7 +14,7 @@ from ...adapter import add_context_tokens, attached_context_module
 from ...context import ContextModule
 from ...pipelines import CompositionMixin, Conditioner
 from ..encoding.batch import Batch
-from .composition import composition_losses
+from .composition import COMPOSED_SHARE, composition_losses
 
 
 class CaptionEncoder(nn.Module):
@@ -37,7 +37,7 @@ class Draws(NamedTuple):
         noise: (B, C, h, w), added to the latents.
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
-        combinations: (R, K), combinations of interventions that the first R images are to learn, if any.
+        combinations: (B, K), combinations of interventions that images are to learn, zeros for those without one.
         kept: (B,), ones for images that keep their exogenous noise and zeros for those without; by default all do.
     """
 
@@ -65,7 +65,7 @@ class DiffusionObjective(nn.Module):
         scheduler: DDPMScheduler,
         snr_gamma: float | None = None,
         caption_encoder: CaptionEncoder | None = None,
-        composition_weight: float = 1.0,
+        composition_weight: float = 0.0,
     ):
         super().__init__()
         self.unet = unet
@@ -88,10 +88,12 @@ class DiffusionObjective(nn.Module):
         assert conditions is not None
         weights = self._weights(draws.timesteps)
         loss = (self.losses(batch, draws, conditions) * weights).mean()
-        if draws.combinations is None:
+        if draws.combinations is None or not draws.combinations.any():
             return loss
-        composed = self._composition_losses(batch, draws, conditions) * weights[: len(draws.combinations)]
-        return loss + self.composition_weight * composed.mean()
+        rows = draws.combinations.any(dim=1).nonzero()[:, 0]
+        composed = (self._composition_losses(batch, draws, conditions, rows) * weights[rows]).sum()
+        # a mean, but over as many images in every process and batch
+        return loss + self.composition_weight * composed / (COMPOSED_SHARE * len(weights))
 
     def losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
         """Each image's loss (B,), without the weights of training.
@@ -112,19 +114,20 @@ class DiffusionObjective(nn.Module):
         z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
         return z if draws.kept is None else z * draws.kept[:, None, None].to(z)
 
-    def _composition_losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
-        """See [`composition_losses`]; of the first images, (R,)."""
+    def _composition_losses(
+        self, batch: Batch, draws: Draws, conditions: dict[str, Any], rows: torch.Tensor
+    ) -> torch.Tensor:
+        """See [`composition_losses`]; of some images, (R,)."""
         assert draws.combinations is not None
-        rows, module = slice(len(draws.combinations)), self.context_module
         with torch.no_grad():
             z = self._noise(batch, draws)[rows]
-        timesteps, own = draws.timesteps[rows], _first(conditions, rows)
+        timesteps, own = draws.timesteps[rows], _select(conditions, rows)
         noisy = self.scheduler.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
             return self.unet(noisy, timesteps, **add_context_tokens(own, tokens)).sample
 
-        return composition_losses(predict, module, z, draws.combinations)
+        return composition_losses(predict, self.context_module, z, draws.combinations[rows])
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         prediction_type = self.scheduler.config.prediction_type
@@ -147,6 +150,6 @@ class DiffusionObjective(nn.Module):
         return torch.where(snr > 0, weights, 1.0)
 
 
-def _first(conditions: dict[str, Any], rows: slice) -> dict[str, Any]:
+def _select(conditions: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """Conditions of some images."""
-    return {name: _first(c, rows) if isinstance(c, dict) else c[rows] for name, c in conditions.items()}
+    return {name: _select(c, rows) if isinstance(c, dict) else c[rows] for name, c in conditions.items()}

@@ -24,16 +24,15 @@ from ..run.keyed_noise import KeyedNoise
 from ..run.sharding import full_tensor, gather_weights, start_moments
 from ..run.stop_signals import StopSignals
 from ..run.tracking import track_step
-from .composition import draw_combinations
+from .composition import COMPOSED_SHARE, draw_combinations
 from .ema import averaged, create_average
-from .noise_trial import TRIAL_SHARE, NoiseTrial
+from .noise_trial import STANDARD_ERRORS, TRIAL_SHARE, NoiseTrial
 from .objective import CaptionEncoder, DiffusionObjective, Draws
 from .optimizer import create_optimizer, create_schedule
 from .timesteps import sample_timesteps
 from .trainable import gradients_off, learning_text_encoders, prepare_mode, split_parameters
 
 
-_COMPOSED_SHARE = 0.25  # of a batch
 _SINGLES_SHARE = 0.3  # of the steps, in which single interventions are learned alone
 
 
@@ -232,15 +231,16 @@ class DiffusionStage:
             return self._conditioner.unet_kwargs(self._conditioner.encode_captions(batch.captions), batch.geometry)
 
         with self.evaluating() as objective:
-            goes_without = trial.decide(objective, conditions, self.accelerator.device)
             # on some devices, processes may differ in a sum's last digits
-            (trial.goes_without,) = broadcast_object_list([goes_without])
+            harm, error = broadcast_object_list([*trial.harm(objective, conditions, self.accelerator.device)])
+        trial.goes_without = harm > STANDARD_ERRORS * error
         if trial.goes_without:
             self._leave_out_noise()
             if self.accelerator.is_main_process:
                 tqdm.write(
-                    "Exogenous noise raises the loss on held-out images, so the adapter does without: images are what"
-                    " prompt and interventions say. More images of each context may change that."
+                    f"Exogenous noise raises the loss on held-out images by {harm:.4f} (standard error {error:.4f}),"
+                    " so the adapter does without: images are what prompt and interventions say. More images of each"
+                    " context may change that."
                 )
 
     def _leave_out_noise(self) -> None:
@@ -249,11 +249,12 @@ class DiffusionStage:
 
     def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
         """Combinations that some images of a batch are to learn, once the singles are known."""
-        count = math.ceil(_COMPOSED_SHARE * len(batch.mask))
-        learned = self.config.optimization.composition_weight > 0 and batch.mask.shape[1] > 1
+        count, num_concepts = batch.mask.shape
+        learned = self.config.optimization.composition_weight > 0 and num_concepts > 1
         if not learned or self.step < _SINGLES_SHARE * self.max_train_steps:
             return None
-        return draw_combinations(batch.mask[:count], random.uniform(count, batch.mask.shape[1] + 1))
+        chosen = random.uniform(count, 1) < COMPOSED_SHARE
+        return chosen * draw_combinations(batch.mask, random.uniform(count, num_concepts + 1))
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
