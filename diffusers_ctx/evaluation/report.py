@@ -156,7 +156,7 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     rows = [[name, *(column(metrics) for column in columns.values())] for name, metrics in [*contexts.items(), *means]]
     lines = [*_table(["context", *columns], rows), ""]
     if "gap" in results:
-        told = all(results[group].get("told", 1) for group in ("concept", "composition"))
+        told = all(results.get(group, {}).get("told", 1) for group in ("concept", "composition"))
         gap = _number("gap")(results) if told else _UNTOLD
         lines += [f"Composition gap of the debiased SWD: {gap}", ""]
     lines += [_LEGEND, ""]

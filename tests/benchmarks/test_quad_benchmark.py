@@ -227,18 +227,18 @@ def test_what_loras_share_is_subtracted(setting, tmp_path):
 
 @pytest.mark.parametrize("method", [LoraPerContext(), LabelsOnly(context=ContextConfig(posterior_encoder="vae"))])
 def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(setting, tmp_path, method):
-    setting = replace(setting, baseline_steps=7)
-    method.train(setting, tmp_path)
+    method.train(replace(setting, baseline_steps=7), tmp_path)
     captions = ["a picture of a circle"] * 3
     pipeline, predictor = method.load_predictor(setting, tmp_path)
-
-    def alone(names):
-        return method.load(setting, tmp_path)(captions, names, 0).astype(int)
-
-    def summed(names):
-        return in_batches(lambda batch, noise: compose(pipeline, predictor, setting, batch, names, noise), captions, 0)
-
-    assert np.abs(summed(["size"]) - alone(["size"])).max() <= 1 < np.abs(alone([]) - alone(["size"])).max()
+    sample = method.load(setting, tmp_path)
+    summed = in_batches(
+        lambda batch, noise: compose(pipeline, predictor, setting, batch, ["size"], noise), captions, 0
+    )
+    assert np.abs(summed - sample(captions, ["size"], 0).astype(int)).max() <= 1
+    latents, timestep = torch.randn(3, 4, 8, 8), torch.tensor(500)
+    with torch.no_grad():
+        plain, changed = (predictor(captions, names)(latents, timestep) for names in ([], ["size"]))
+    assert (plain - changed).abs().max() > 1e-4
 
 
 def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, tmp_path):

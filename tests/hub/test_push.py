@@ -306,7 +306,7 @@ def test_pictures_elsewhere_on_the_web_are_not_files_to_push(adapter):
 def test_what_the_hub_does_not_have_is_one_clear_error_and_costs_no_weights(hub, adapter, tmp_path):
     hub.add_repo(REPO, contents(adapter))
     hub.add_repo("some/lora", {"README.md": b"", "pytorch_lora_weights.safetensors": b"many bytes"})
-    newer = json.dumps(CONFIG | {"format_version": 2}).encode()
+    newer = json.dumps(CONFIG | {"format_version": 99}).encode()
     hub.add_repo("some/newer", contents(adapter) | {"context_adapter_config.json": newer})
     cases = [
         ({"name_or_path": "ada/other"}, "neither a local folder nor a repository"),
