@@ -60,8 +60,8 @@ def fit_captions(
     if held_out < _LEAST_HELD_OUT:
         if accelerator.is_main_process:
             logger.warning(
-                f"{len(rows)} images have a caption, and {_LEAST_CAPTIONED} are needed to learn what captions say:"
-                " samples will be drawn without `match_prompt`. Caption more images."
+                f"{len(rows)} of the images that are not held out have a caption, and {_LEAST_CAPTIONED} are needed to"
+                " learn what captions say: samples will be drawn without `match_prompt`. Caption more images."
             )
         return
     with torch.no_grad():
