@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import mean_over, names_of
+from tables import cell, mean_over, names_of
 
 from diffusers_ctx.evaluation.report import reaches_floor
 
@@ -30,11 +30,11 @@ def render_tables(results_dir: Path) -> str:
         ]
         rows = [summarize(result) for result in results]
         for row in sorted(rows, key=lambda row: -(row["right, pairs"] or 0)):
-            cells = [_cell(row[name]) for name in (*columns, "minutes")]
+            cells = [cell(row[name]) for name in (*columns, "minutes")]
             lines.append("| " + " | ".join([row["method"], *cells]) + " |")
         if results:
             real = summarize(results[0], "_real")
-            lines.append("| *real images* | " + " | ".join(_cell(real.get(name)) for name in columns) + " | |")
+            lines.append("| *real images* | " + " | ".join(cell(real.get(name)) for name in columns) + " | |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -54,9 +54,3 @@ def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:
             if metric == "distance" and names and all(reaches_floor(contexts[name]) for name in names):
                 row[f"{metric}, {group}"] = "cannot be told"
     return row
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else f"{value:.3f}"

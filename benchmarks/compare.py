@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
 from bed_tables import render_tables
 from beds.bed import Bed
 from beds.registry import BEDS, create_bed
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from grids import COLUMNS, join_tiles
 from measure_bed import REAL_SEED, measure_combination
-from method_run import MethodRun
+from method_run import MethodRun, run_methods, setting_options
 from methods.registry import create_bed_methods
 from methods.setting import Method, Setting
 from PIL import Image
@@ -108,26 +106,18 @@ def main() -> None:
         print(render_tables(results_dir))
         return
     base = args.base or Path(embedded_base())
-    setting = Setting(
-        bed=create_bed(args.bed, args.cache_dir),
-        base=str(base),
-        seed=args.seed,
-        images_per_context=args.images_per_context,
-        train_steps=args.train_steps,
-        concept_steps=args.concept_steps,
-        baseline_steps=args.baseline_steps,
-        num_inference_steps=args.num_inference_steps,
-        work_dir=args.work_dir,
-    )
+    setting = Setting(bed=create_bed(args.bed, args.cache_dir), base=str(base), **setting_options(args))
     check_base(setting.base, setting.resolution)
     methods = create_bed_methods()
     options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
     options["base"] = fingerprint(*sorted(base.rglob("*.safetensors")))  # its folder is elsewhere on every machine
-    for name in args.methods or methods:
-        torch.manual_seed(args.seed)
-        np.random.seed(args.seed)
-        run = MethodRun(name, setting, options, results_dir, f"steps{args.train_steps}")
-        measure(run, methods[name], setting, args.n)
+    run_methods(
+        args.methods or methods,
+        setting,
+        options,
+        results_dir,
+        lambda run: measure(run, methods[run.name], setting, args.n),
+    )
     draw_real(setting.bed, setting.resolution).save(results_dir / "real.png")
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from methods.setting import Method, Sampler, Setting
 from provenance import commit, machine
 from training_logs import write_log
 
 
 _OF_SAMPLING = ("n", "num_inference_steps")
+_OF_SETTINGS = (
+    *("seed", "images_per_context", "train_steps", "concept_steps", "baseline_steps", "num_inference_steps"),
+    "work_dir",
+)
 
 
 class MethodRun:
@@ -83,3 +91,22 @@ class MethodRun:
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(training) + "\n")
+
+
+def setting_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a program's options say of a [`Setting`]."""
+    return {name: getattr(args, name) for name in _OF_SETTINGS}
+
+
+def run_methods(
+    names: Iterable[str],
+    setting: Setting,
+    options: dict[str, Any],
+    results_dir: Path,
+    measure: Callable[[MethodRun], None],
+) -> None:
+    """Runs methods one after the other, each with random numbers of the setting's seed."""
+    for name in names:
+        torch.manual_seed(setting.seed)
+        np.random.seed(setting.seed)
+        measure(MethodRun(name, setting, options, results_dir, f"steps{setting.train_steps}"))

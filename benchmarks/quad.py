@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
 from grids import COLUMNS, DRAWN, join_tiles
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
-from method_run import MethodRun
+from method_run import MethodRun, run_methods, setting_options
 from methods.context_adapter import ContextAdapter, load_pipeline
 from methods.quad_setting import QuadSetting
 from methods.registry import create_methods
@@ -85,23 +83,16 @@ def main() -> None:
     if args.table:
         print(render_tables(args.results_dir))
         return
-    setting = QuadSetting(
-        dependent=not args.independent,
-        seed=args.seed,
-        images_per_context=args.images_per_context,
-        train_steps=args.train_steps,
-        concept_steps=args.concept_steps,
-        baseline_steps=args.baseline_steps,
-        num_inference_steps=args.num_inference_steps,
-        work_dir=args.work_dir,
-    )
+    setting = QuadSetting(dependent=not args.independent, **setting_options(args))
     methods = create_methods(setting.dependent)
     options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}
-    for name in args.methods or methods:
-        torch.manual_seed(args.seed)
-        np.random.seed(args.seed)
-        run = MethodRun(name, setting, options, args.results_dir, f"steps{args.train_steps}")
-        measure(run, methods[name], setting, args.n)
+    run_methods(
+        args.methods or methods,
+        setting,
+        options,
+        args.results_dir,
+        lambda run: measure(run, methods[run.name], setting, args.n),
+    )
 
 
 if __name__ == "__main__":

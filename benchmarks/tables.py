@@ -28,7 +28,7 @@ def render_tables(results_dir: Path) -> str:
             own = footnotes(result)
             notes += [note for note in own if note not in notes]
             marks = "".join(f" [{notes.index(note) + 1}]" for note in own)
-            cells = [row["method"] + marks, *(_cell(row[name]) for name in _COLUMNS[1:])]
+            cells = [row["method"] + marks, *(cell(row[name]) for name in _COLUMNS[1:])]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, start=1))]
         tables.append("\n".join(lines).rstrip())
@@ -90,7 +90,8 @@ def mean_over(contexts: dict[str, Any], names: list[str], key: str) -> float | N
     return float(np.mean(found)) if found else None
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A cell of a table; empty where nothing was measured."""
     if value is None:
         return ""
     return value if isinstance(value, str) else f"{value:.3f}"

@@ -55,9 +55,13 @@ class Conditioner(ABC):
                 in pixels. Not every backbone uses it.
         """
 
+    def caption_kwargs(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:
+        """UNet keyword arguments, see `unet_kwargs`, for captions that are not encoded yet."""
+        return self.unet_kwargs(self.encode_captions(captions), geometry)
+
     def unconditional_kwargs(self, latents: torch.Tensor) -> dict[str, Any]:
         """UNet keyword arguments of whole images without a caption, with these latents (B, C, h, w)."""
-        return self.unet_kwargs(self.encode_captions([""] * len(latents)), self.full_image_geometry(latents))
+        return self.caption_kwargs([""] * len(latents), self.full_image_geometry(latents))
 
     def full_image_geometry(self, latents: torch.Tensor) -> torch.Tensor:
         """The geometry (B, 6) of uncropped images with these latents (B, C, h, w)."""

@@ -1,6 +1,5 @@
 """The script that pretrains small bases: on folders, and going on from the base that it made."""
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from beds.bed import write_folder
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -28,12 +28,8 @@ def script(monkeypatch):
     return train_base
 
 
-def write_folder(folder: Path, images: np.ndarray, captions: list[str]) -> Path:
-    folder.mkdir()
-    for row, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{row}.png")
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file_name", "text"), *((f"{i}.png", text) for i, text in enumerate(captions))])
+def written(folder: Path, images: np.ndarray, captions: list[str]) -> Path:
+    write_folder(folder, images, captions)
     return folder
 
 
@@ -94,7 +90,7 @@ def test_images_are_drawn_in_other_processes_too(script):
 def test_folders_are_drawn_from_by_their_weights_with_their_captions(script, tmp_path):
     colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     folders = [
-        write_folder(tmp_path / name, np.tile(np.uint8(colour), (3, 64, 64, 1)), [f"a {name} square"] * 3)
+        written(tmp_path / name, np.tile(np.uint8(colour), (3, 64, 64, 1)), [f"a {name} square"] * 3)
         for name, colour in colours.items()
     ]
     images, captions = next(script.Folders(folders, [3, 1], images_per_draw=400).draws(0, 0))
@@ -106,7 +102,7 @@ def test_folders_are_drawn_from_by_their_weights_with_their_captions(script, tmp
 def test_pictures_are_moved_a_little_and_no_more(script, tmp_path):
     image = np.full((64, 64, 3), 255, np.uint8)
     image[24:40, 24:40] = 0
-    folder = write_folder(tmp_path / "squares", image[None], ["a square"])
+    folder = written(tmp_path / "squares", image[None], ["a square"])
     images, _ = next(script.Folders([folder], [1], images_per_draw=50).draws(0, 0))
     dark = (images[..., 0] < 128).float()
     rows = torch.arange(64.0)
@@ -127,7 +123,7 @@ def test_a_folder_without_captions(script, tmp_path):
 @pytest.mark.parametrize("channels", [4, 8])
 def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels):
     sample = quad.generate(n=16, seed=0)
-    folder = write_folder(tmp_path / "quad", sample.images, sample.captions)
+    folder = written(tmp_path / "quad", sample.images, sample.captions)
     options = ["--output_dir", str(tmp_path / "base"), "--train_data_dir", str(folder), "--log_every", "5"]
     options += ["--max_train_steps", "10", "--train_batch_size", "8", "--lr_warmup_steps", "2"]
     options += ["--vae_channels", "16", "16", "16", "16", "--unet_channels", "16", "32", "--save_every", "4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class GivenNoiseModule(ContextModule):
 
 
 @dataclass(frozen=True)
-class GivenNoise(ContextAdapter):
+class GivenNoise(ContextAdapter, ABC):
     """A context adapter that is given each image's noise; it learns no concepts."""
 
     @property
@@ -54,9 +55,9 @@ class GivenNoise(ContextAdapter):
     def trial_images(self, latents: ContextLatents) -> int:
         return 0  # its noise is not in doubt
 
+    @abstractmethod
     def noise(self, setting: Setting, contexts: Sequence[str]) -> torch.Tensor:
         """The noise of each image's nodes, (n, N)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

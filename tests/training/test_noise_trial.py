@@ -95,7 +95,7 @@ def test_harm_is_the_mean_difference_over_the_noisiest_steps(context_module):
     for batch_size in (20, 3):
         objective = ToyObjective(context_module, change=0.03)
         trial = NoiseTrial(latents, batch_size, 0)
-        results.append(trial.harm(objective, lambda batch: {"text": 1}, torch.device("cpu")))
+        results.append(trial.harm(objective, lambda captions, geometry: {"text": 1}, torch.device("cpu")))
         assert 800 <= min(objective.timesteps) < 820 < 980 < max(objective.timesteps) < 1000
     spread = np.linspace(-0.1, 0.1, 20)
     assert results[0] == pytest.approx((0.03, spread.std(ddof=1) / 20**0.5), rel=1e-3)

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 
 from ..config import TrainingConfig
-from ..encoding.batch import Batch
 from ..encoding.latents import ContextLatents
 from ..run.keyed_noise import KeyedNoise
 from .objective import DiffusionObjective, Draws
@@ -70,20 +69,23 @@ class NoiseTrial:
 
     @torch.no_grad()
     def harm(
-        self, objective: DiffusionObjective, conditions: Callable[[Batch], dict[str, Any]], device: torch.device
+        self,
+        objective: DiffusionObjective,
+        conditions: Callable[[list[str], torch.Tensor], dict[str, Any]],
+        device: torch.device,
     ) -> tuple[float, float]:
         """By how much noise raises the loss on held-out images, and the standard error of that.
 
         Args:
             objective: the loss.
-            conditions: keyword arguments of the UNet's call for a batch, other than the context tokens.
+            conditions: captions and geometry to keyword arguments of the UNet's call, but for the context tokens.
             device: the objective's.
         """
         count = len(self.held_out)
         harm = torch.zeros(count)
         for rows in torch.arange(count).split(self.batch_size):
             batch = self.held_out.mean_batch(rows)
-            inputs = send_to_device((batch, conditions(batch)), device)
+            inputs = send_to_device((batch, conditions(batch.captions, batch.geometry)), device)
             for draw in range(_DRAWS):
                 draws = self._draws(objective, draw, rows)
                 for kept, sign in ((1.0, 1), (0.0, -1)):

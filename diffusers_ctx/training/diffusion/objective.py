@@ -27,7 +27,7 @@ class CaptionEncoder(nn.Module):
 
     @torch.compiler.disable  # tokenizers cannot be compiled
     def forward(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        return self._conditioner.unet_kwargs(self._conditioner.encode_captions(captions), geometry)
+        return self._conditioner.caption_kwargs(captions, geometry)
 
 
 class Draws(NamedTuple):

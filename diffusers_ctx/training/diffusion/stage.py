@@ -226,10 +226,7 @@ class DiffusionStage:
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
         """Leaves the noise out if the adapter does better without, and says so."""
-
-        def conditions(batch: Batch) -> dict[str, Any]:
-            return self._conditioner.unet_kwargs(self._conditioner.encode_captions(batch.captions), batch.geometry)
-
+        conditions = self._conditioner.caption_kwargs  # not of a cache, which has the captions of training alone
         with self.evaluating() as objective:
             # on some devices, processes may differ in a sum's last digits
             harm, error = broadcast_object_list([*trial.harm(objective, conditions, self.accelerator.device)])

@@ -136,7 +136,7 @@ def validation_losses(
             return None
         batch = latents.mean_batch(rows)
         eps = torch.zeros(len(rows), *objective.context_module.noise_shape)  # the posterior's mean
-        conditions = conditioner.unet_kwargs(conditioner.encode_captions(batch.captions), batch.geometry)
+        conditions = conditioner.caption_kwargs(batch.captions, batch.geometry)
         inputs = (batch, Draws(noise[rows], timesteps[rows], eps), conditions)
         losses += objective.losses(*send_to_device(inputs, pipeline.device)).tolist()
     names = np.array(latents.contexts)
