@@ -1,4 +1,4 @@
-"""A small convolutional network that reads an attribute off grey images."""
+"""A small convolutional network that reads an attribute off images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class ConvReader:
-    """Reads a class or a real number off grey images (n, R, R) uint8.
+    """Reads a class or a real number off images, (n, R, R) or (n, R, R, 3) uint8.
 
     Args:
         classes: how many there are; `None` for a real number.
@@ -25,7 +25,7 @@ class ConvReader:
         self.classes, self.augment, self.epochs, self.seed = classes, augment, epochs, seed
 
     def fit(self, images: np.ndarray, targets: np.ndarray) -> ConvReader:
-        """Learns from images (n, R, R) uint8 and their classes or values (n,); returns itself."""
+        """Learns from images and their classes or values (n,); returns itself."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self._fit(_pixels(images), torch.from_numpy(targets))
@@ -33,14 +33,14 @@ class ConvReader:
 
     @torch.no_grad()
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """Classes or values (n,) of images (n, R, R) uint8."""
+        """Classes or values (n,) of images."""
         outputs = torch.cat([self._net(batch) for batch in _pixels(images).split(500)])
         if self.classes:
             return outputs.argmax(1).numpy()
         return (outputs[:, 0] * self._scale + self._mean).numpy()
 
     def _fit(self, pixels: torch.Tensor, targets: torch.Tensor, batch_size: int = 32) -> None:
-        self._net = _network(self.classes or 1)
+        self._net = _network(pixels.shape[1], self.classes or 1)
         if not self.classes:
             self._mean, self._scale = targets.float().mean(), targets.float().std()
             targets = (targets.float() - self._mean) / self._scale
@@ -63,9 +63,9 @@ class ConvReader:
         self._net.eval()
 
 
-def _network(outputs: int) -> nn.Sequential:
+def _network(colors: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, channels in ((1, 16), (16, 32), (32, 64)):
+    for inputs, channels in ((colors, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(
         *layers, nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Dropout(0.3), nn.Linear(128, outputs)
@@ -73,7 +73,9 @@ def _network(outputs: int) -> nn.Sequential:
 
 
 def _pixels(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).float()[:, None] / 255
+    """Pixels (n, C, R, R) in [0, 1]; one channel of grey images, three of coloured ones."""
+    channels = images[..., None] if images.ndim == 3 else images
+    return torch.from_numpy(channels).permute(0, 3, 1, 2).float() / 255
 
 
 def _augmented(pixels: torch.Tensor) -> torch.Tensor:

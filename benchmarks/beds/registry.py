@@ -10,6 +10,7 @@ from beds.digits import Digits
 from beds.ink import Ink
 from beds.photographs import PhotographsBed
 from beds.quad_variants import VARIANTS, QuadBed
+from beds.scenes import Scenes
 
 
 BEDS = (
@@ -18,6 +19,7 @@ BEDS = (
     "digits",
     "ink",
     "photographs",
+    "scenes",
     *(f"quad-{variant}" for variant in VARIANTS),
 )
 
@@ -32,4 +34,6 @@ def create_bed(name: str, cache_dir: str | Path) -> Bed:
         return Ink(cache_dir=cache_dir)
     if name == "photographs":
         return PhotographsBed(cache_dir)
+    if name == "scenes":
+        return Scenes()
     return QuadBed(name.removeprefix("quad-"))
