@@ -12,6 +12,7 @@ from diffusers_ctx.evaluation.report import reaches_floor
 
 
 _GROUPS = ("obs", "singles", "pairs", "triples")
+_OF_COUNTERFACTUALS = {"error": "error", "right": "all_right", "subject": "subject"}
 _METRICS = {"right": "all_right", "subject": "subject", "distance": "debiased", "KID": "kid"}
 
 
@@ -36,7 +37,31 @@ def render_tables(results_dir: Path) -> str:
             real = summarize(results[0], "_real")
             lines.append("| *real images* | " + " | ".join(cell(real.get(name)) for name in columns) + " | |")
         tables.append("\n".join(lines))
+        if edited := [result for result in results if "counterfactuals" in result]:
+            tables.append(_counterfactuals(edited, [group for group in groups if group != "obs"]))
     return "\n\n".join(tables)
+
+
+def _counterfactuals(results: list[dict[str, Any]], groups: list[str]) -> str:
+    """A table of counterfactuals of observational images, sorted by their distance to the truth under pairs."""
+    columns = [f"{metric}, {group}" for metric in _OF_COUNTERFACTUALS for group in groups]
+    rows = [(result["method"], _summarize_counterfactuals(result)) for result in results]
+    rows.sort(key=lambda row: row[1]["error, pairs"] or 0)
+    rows.append(("*unchanged*", _summarize_counterfactuals(results[0], "_unchanged")))
+    lines = [f"| counterfactuals | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    return "\n".join(
+        [*lines, *(f"| {name} | {' | '.join(cell(row[key]) for key in columns)} |" for name, row in rows)]
+    )
+
+
+def _summarize_counterfactuals(results: dict[str, Any], suffix: str = "") -> dict[str, float | None]:
+    """Means over combinations of as many interventions."""
+    contexts = results["counterfactuals"]
+    return {
+        f"{metric}, {group}": mean_over(contexts, names_of(contexts, count), key + suffix)
+        for metric, key in _OF_COUNTERFACTUALS.items()
+        for count, group in enumerate(_GROUPS)
+    }
 
 
 def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from bed_tables import render_tables
 from beds.bed import Bed
 from beds.registry import BEDS, create_bed
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from grids import COLUMNS, join_tiles
-from measure_bed import REAL_SEED, measure_combination
+from measure_bed import REAL_SEED, measure_combination, measure_counterfactuals
 from method_run import MethodRun, run_methods, setting_options
 from methods.registry import create_bed_methods
 from methods.setting import Method, Setting
@@ -63,6 +63,14 @@ def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
             metrics = measure_combination(bed, sample, interventions, n, setting.base)
             run.add_context(name, metrics)
             print(f"{run.name} {name}: right {metrics['all_right']:.2f}, distance {metrics['swd']:.3f}", flush=True)
+    if hasattr(method, "load_editor"):
+        edit = method.load_editor(setting, run.folder)
+        for interventions in combinations(bed)[1:]:
+            name = "+".join(interventions)
+            if name not in run.results.get("counterfactuals", {}):
+                metrics = measure_counterfactuals(bed, edit, interventions, n)
+                run.add_counterfactuals(name, metrics)
+                print(f"{run.name} counterfactuals {name}: error {metrics['error']:.3f}", flush=True)
     picture = run.file.with_suffix(".png")
     if not picture.exists():
         captions = bed.unseen((), COLUMNS, REAL_SEED).captions
@@ -88,7 +96,8 @@ def check_base(base: str, resolution: int) -> None:
         ValueError: if it predicts something else than v, or draws at another resolution.
     """
     prediction = DDIMScheduler.load_config(base, subfolder="scheduler")["prediction_type"]
-    size = 8 * UNet2DConditionModel.load_config(base, subfolder="unet")["sample_size"]
+    levels = len(AutoencoderKL.load_config(base, subfolder="vae")["block_out_channels"])
+    size = UNet2DConditionModel.load_config(base, subfolder="unet")["sample_size"] << levels - 1
     if prediction != "v_prediction" or size != resolution:
         raise ValueError(
             f"{base} predicts {prediction} at {size} pixels; baselines learn v-prediction at {resolution}: give such a"

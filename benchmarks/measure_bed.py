@@ -1,4 +1,4 @@
-"""Metrics of a sampler on a test bed: against real images of the same combination, and by the bed's readers."""
+"""Metrics of a method on a test bed: against real images of the same combination, and by the bed's readers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from beds.bed import Bed
 from diffusers import AutoencoderKL
-from methods.setting import Sampler, device
+from methods.setting import Editor, Sampler, device
 from PIL import Image
 
-from diffusers_ctx.evaluation import conformity
+from diffusers_ctx.evaluation import conformity, counterfactual_error
 from diffusers_ctx.evaluation.features import Features, latent_features
 from diffusers_ctx.evaluation.report import measure_context
 
@@ -51,6 +51,30 @@ def measure_combination(
     shares = shares_right(bed, bed.read(images), true, true[:n], read[:n])
     of_real = shares_right(bed, read[n:], true[n:], true[:n], read[:n])
     return metrics | shares | {f"{name}_real": value for name, value in of_real.items()}
+
+
+def measure_counterfactuals(bed: Bed, edit: Editor, interventions: tuple[str, ...], n: int) -> dict[str, Any]:
+    """Metrics of what a method makes of `n` observational images under other interventions.
+
+    Args:
+        bed: the bed.
+        edit: the method.
+        interventions: those of the counterfactuals.
+        n: how many images; fewer where a bed has no more.
+
+    Returns:
+        `error`, the mean absolute difference of pixels in [0, 1] to the true counterfactuals, and
+        `error_unchanged`, that of the images themselves; shares as in [`measure_combination`].
+    """
+    factual = bed.unseen((), n, REAL_SEED)
+    truth = bed.counterfactual(factual, interventions)
+    made = at_resolution(edit(factual.images, factual.captions, interventions), bed.resolution)
+    read_of_truth, true = bed.read(truth.images), truth.attributes
+    return {
+        "error": counterfactual_error(made, truth.images),
+        "error_unchanged": counterfactual_error(factual.images, truth.images),
+        **shares_right(bed, bed.read(made), true, true, read_of_truth),
+    }
 
 
 def shares_right(

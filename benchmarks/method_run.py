@@ -72,6 +72,10 @@ class MethodRun:
         self.results["contexts"][name] = metrics | {"commit": commit()}
         self.add()
 
+    def add_counterfactuals(self, name: str, metrics: dict[str, Any]) -> None:
+        """Keeps the metrics of counterfactuals under some interventions, with the commit that measured them."""
+        self.add(counterfactuals=self.results.get("counterfactuals", {}) | {name: metrics | {"commit": commit()}})
+
     def add(self, **results: Any) -> None:
         """Keeps further results."""
         self.results.update(results)

@@ -17,6 +17,7 @@ from diffusers_ctx import ComposablePipeline, ContextModule
 from diffusers_ctx.adapter import set_context_scheduler
 from diffusers_ctx.adapter.image_features import ImageFeatures
 from diffusers_ctx.data.held_out import hold_out
+from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import TrainingConfig
@@ -32,7 +33,7 @@ from diffusers_ctx.training.encoding.posterior_features import create_image_feat
 from diffusers_ctx.training.run.accelerator import create_accelerator
 from diffusers_ctx.training.run.tracking import start_trackers, track_step
 
-from .setting import BATCH_SIZE, Sampler, Setting, device, in_batches
+from .setting import BATCH_SIZE, Editor, Sampler, Setting, device, in_batches
 
 
 TRAIN_BATCH_SIZE = 64
@@ -108,6 +109,19 @@ class ContextAdapter:
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
         return adapter_sampler(pipeline, setting.num_inference_steps, match_prompt=self.match_prompt)
+
+    def load_editor(self, setting: Setting, folder: Path) -> Editor:
+        """Counterfactuals as a user makes them."""
+        pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
+
+        def edit(images: np.ndarray, captions: Sequence[str], interventions: Sequence[str]) -> np.ndarray:
+            steps, names = setting.num_inference_steps, list(interventions)
+            output = pipeline.counterfactual(
+                images, names, prompt=list(captions), num_inference_steps=steps, output_type="np"
+            )
+            return to_uint8(output.images)
+
+        return edit
 
     def config(self, setting: Setting, folder: Path) -> TrainingConfig:
         return TrainingConfig(

@@ -17,8 +17,8 @@ from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.encoding.latents import ContextLatents
 
-from .baselines.composable_diffusion import Prediction, Predictor
 from .context_adapter import ContextAdapter, TrainingRun, adapter_sampler, load_pipeline
+from .predicting import Predicting, Prediction, Predictor
 from .setting import Sampler, Setting, device
 
 
@@ -61,7 +61,7 @@ class GivenNoise(ContextAdapter, ABC):
 
 
 @dataclass(frozen=True)
-class LabelsOnly(GivenNoise):
+class LabelsOnly(Predicting, GivenNoise):
     """Has no noise: a node's tokens say whether it was intervened on, and nothing else."""
 
     def noise(self, setting: Setting, contexts: Sequence[str]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers_ctx.training.config import ContextConfig
 
 from .ablations import TRUE_GRAPH, Oracle, Pooled, UnconditionalPosterior, oracle_graph
-from .baselines import ComposableDiffusion, ConceptSliders, LoraDifference, LoraPerContext, PromptLora
+from .baselines import ComposableDiffusion, ConceptSliders, LoraDifference, LoraPerContext, MeanDifference, PromptLora
 from .context_adapter import ContextAdapter
 from .given_noise import LabelsOnly
 from .light_vae import LightVae
@@ -57,6 +57,7 @@ def create_bed_methods() -> dict[str, Method]:
     labels, loras, names = LabelsOnly(context=ContextConfig(posterior_encoder="vae")), LoraPerContext(), PromptLora()
     return {
         "ours": ContextAdapter(match_prompt=None),
+        "mean-difference": MeanDifference(),
         "base-pooled": PromptLora(named=False),
         "labels-only": labels,
         "labels-scores": ComposableDiffusion("labels-only", labels),

@@ -23,6 +23,8 @@ from diffusers_ctx.training.encoding.latents import ContextLatents, encode_image
 BATCH_SIZE = 100  # images sampled at once
 Sampler = Callable[[Sequence[str], Sequence[str], int], np.ndarray]
 """Captions (n), interventions and a seed to n images (n, 64, 64, 3) uint8; one seed, one noise in every context."""
+Editor = Callable[[np.ndarray, Sequence[str], Sequence[str]], np.ndarray]
+"""Observational images (n, R, R, 3) uint8, their captions and interventions to counterfactual images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,10 @@ class Setting:
 
 
 class Method(Protocol):
-    """A method that the benchmark compares."""
+    """A method that the benchmark compares.
+
+    Those that make counterfactuals have a method `load_editor(setting, folder)`, which returns an [`Editor`].
+    """
 
     def steps(self, setting: Setting) -> int | None:
         """UNet steps that `train` takes, those of several LoRAs together; `None` if time decides."""

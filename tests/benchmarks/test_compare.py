@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from bed_tables import render_tables
 from beds.quad_variants import QuadBed
-from measure_bed import at_resolution, measure_combination, shares_right
+from measure_bed import REAL_SEED, at_resolution, measure_combination, measure_counterfactuals, shares_right
+from methods.baselines import LoraPerContext, MeanDifference
+from methods.baselines.lora import load_base
+from methods.predicting import decode, encode
+from methods.setting import Setting
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.evaluation.features import autoencode
 
 
 def real_images(bed):
@@ -30,6 +35,47 @@ def test_real_images_are_right_and_those_of_another_combination_are_not():
     wrong = measure_combination(bed, draw_other, names, 30, embedded_base())
     assert wrong["right"]["quad1"] > 0.9 > 0.7 > wrong["right"]["quad2"]  # half have that value without it
     assert wrong["all_right"] < 0.7 and wrong["swd"] > right["swd"]
+
+
+def test_true_counterfactuals_have_no_error_and_unchanged_images_that_of_the_intervention():
+    bed = QuadBed("binary")
+    names = ("quad1", "quad2")
+
+    def edit(images, captions, interventions):
+        factual = bed.unseen((), 20, REAL_SEED)
+        np.testing.assert_array_equal(images, factual.images)
+        assert captions == factual.captions
+        return bed.counterfactual(factual, interventions).images
+
+    perfect = measure_counterfactuals(bed, edit, names, 20)
+    assert perfect["error"] == 0 and perfect["all_right"] == perfect["subject"] == 1
+    unchanged = measure_counterfactuals(bed, lambda images, captions, interventions: images, names, 20)
+    assert unchanged["error"] == unchanged["error_unchanged"] == perfect["error_unchanged"] > 0.01
+    assert unchanged["all_right"] < 0.7 and unchanged["subject"] == 1
+
+
+def test_an_edit_without_an_intervention_returns_the_image(setting, tmp_path):
+    LoraPerContext().train(setting, tmp_path)
+    edit = LoraPerContext().load_editor(setting, tmp_path)
+    real = setting.bed.sample((), 2)
+    same = edit(real.images, real.captions, ())
+    autoencoded = autoencode(load_base(setting).vae, real.images)
+    assert np.abs(same.astype(int) - autoencoded).mean() < 2
+    assert not np.array_equal(same, edit(real.images, real.captions, ("quad1", "quad2")))
+
+
+def test_the_mean_difference_is_added_to_latents(setting, tmp_path):
+    method = MeanDifference()
+    real = setting.bed.sample((), 2)
+    latents = setting.latents()
+    groups = {name: latents.mean[0, np.array(latents.contexts) == name].mean(0) for name in setting.bed.contexts}
+    pipeline = load_base(setting)
+    moved = encode(pipeline, real.images) + groups["quad1"] + groups["size"] - 2 * groups["obs"]
+    edited = method.load_editor(setting, tmp_path)(real.images, real.captions, ("quad1", "size"))
+    np.testing.assert_array_equal(edited, decode(pipeline, moved))
+    sample = method.load(setting, tmp_path)
+    plain, shifted = (sample(real.captions, names, 0) for names in ((), ("quad1",)))
+    assert plain.shape == real.images.shape and not np.array_equal(plain, shifted)
 
 
 def test_shares_are_of_what_concepts_set_and_of_what_captions_name():
@@ -52,6 +98,21 @@ def test_images_are_brought_to_a_beds_resolution():
     assert at_resolution(image, 4) is image
 
 
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting(
+        bed=QuadBed("binary"),
+        base=embedded_base(),
+        seed=0,
+        images_per_context=3,
+        train_steps=2,
+        concept_steps=2,
+        baseline_steps=14,
+        num_inference_steps=20,
+        work_dir=tmp_path_factory.mktemp("work"),
+    )
+
+
 @pytest.fixture
 def options(tmp_path):
     return [
@@ -62,7 +123,7 @@ def options(tmp_path):
 
 
 def test_methods_are_trained_and_measured_once(options, tmp_path, monkeypatch, capsys):
-    methods = ["labels-only", "labels-scores", "ours"]
+    methods = ["labels-only", "labels-scores", "mean-difference", "ours"]
     few = [(), ("quad1",), ("quad1", "quad2")]
     monkeypatch.setattr(compare, "combinations", lambda bed: few)
     monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--methods", *methods])
@@ -75,4 +136,6 @@ def test_methods_are_trained_and_measured_once(options, tmp_path, monkeypatch, c
     results = json.loads((folder / "labels-scores.json").read_text())
     assert list(results["contexts"]) == ["obs", "quad1", "quad1+quad2"] and results["unet_steps"] == 0
     table = render_tables(tmp_path / "results" / "quad-binary")
-    assert all(f"| {name} |" in table for name in methods) and "| *real images* |" in table
+    assert all(table.count(f"| {name} |") == 2 for name in methods)
+    assert "| *real images* |" in table and "| *unchanged* |" in table
+    assert list(results["counterfactuals"]) == ["quad1", "quad1+quad2"]

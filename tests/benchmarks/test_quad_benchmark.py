@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL
 from measure import REAL_B_SEED, REAL_SEED, measure_combination, measure_graph, measure_kernel_distance
 from methods.ablations import Oracle, UnconditionalModule, given_noise, oracle_graph, set_mechanisms
 from methods.baselines import ComposableDiffusion, ConceptSliders, LoraDifference, LoraPerContext, PromptLora
-from methods.baselines.composable_diffusion import compose
 from methods.baselines.lora import LoraTraining, load_base, plain_sampler
 from methods.baselines.prompt_lora import load_prompt_lora, name_concepts
 from methods.context_adapter import learning_code_fingerprint, load_pipeline
 from methods.given_noise import GivenNoiseModule, LabelsOnly
 from methods.light_vae import FIRST_WEIGHT, LAST_WEIGHT, LightVae, likelihood_weight
+from methods.predicting import draw
 from methods.quad_setting import QuadSetting
 from methods.setting import in_batches
 from PIL import Image
@@ -137,7 +137,7 @@ def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
     # with one concept, the loop samples as the LoRA does
     pipeline, predictor = PromptLora().load_predictor(setting, tmp_path / "prompt-lora")
-    loop = in_batches(lambda batch, noise: compose(pipeline, predictor, setting, batch, ["quad1"], noise), captions, 0)
+    loop = in_batches(lambda batch, noise: draw(pipeline, predictor, setting, batch, ["quad1"], noise), captions, 0)
     summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
     expected = alone(captions, ["quad1"], 0).astype(int)
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
@@ -231,9 +231,7 @@ def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(se
     captions = ["a picture of a circle"] * 3
     pipeline, predictor = method.load_predictor(setting, tmp_path)
     sample = method.load(setting, tmp_path)
-    summed = in_batches(
-        lambda batch, noise: compose(pipeline, predictor, setting, batch, ["size"], noise), captions, 0
-    )
+    summed = in_batches(lambda batch, noise: draw(pipeline, predictor, setting, batch, ["size"], noise), captions, 0)
     assert np.abs(summed - sample(captions, ["size"], 0).astype(int)).max() <= 1
     latents, timestep = torch.randn(3, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():

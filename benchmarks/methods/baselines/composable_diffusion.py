@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,26 +12,18 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.autoencoding import decode_latents, native_resolution
-
-from ..setting import Method, Sampler, Setting, device, in_batches
-
-
-Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Latents (B, C, h, w) and a timestep to what the UNet predicts."""
-Predictor = Callable[[list[str], Sequence[str]], Prediction]
-"""Captions (B) and interventions to the predictions under them."""
+from ..predicting import Predicting, Prediction, Predictor, draw
+from ..setting import Method, Sampler, Setting, in_batches
 
 
-class Predicting(Method, Protocol):
-    """A method whose predictions can be added up."""
+class PredictingMethod(Method, Protocol):
+    """A method whose predictions can be added up; see [`Predicting`]."""
 
-    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
-        """What `train` saved: a pipeline, and its predictions."""
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]: ...
 
 
 @dataclass(frozen=True)
-class ComposableDiffusion:
+class ComposableDiffusion(Predicting):
     """Adds up the change that each concept makes to the prediction of a method that knows the concepts one by one.
 
     Liu et al. 2022 (arXiv 2206.01714), equation 11, with the observational context as the unconditional one and
@@ -42,7 +35,7 @@ class ComposableDiffusion:
     """
 
     source: str
-    method: Predicting
+    method: PredictingMethod
 
     def steps(self, setting: Setting) -> int:
         return 0
@@ -52,37 +45,32 @@ class ComposableDiffusion:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         single = self.method.load(setting, folder.parent / self.source)
-        pipeline, predictor = self.method.load_predictor(setting, folder.parent / self.source)
+        pipeline, predictor = self.load_predictor(setting, folder)
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
             if len(interventions) < 2:
                 return single(captions, interventions, seed)
             return in_batches(
-                lambda batch, generator: compose(pipeline, predictor, setting, batch, interventions, generator),
+                lambda batch, generator: draw(pipeline, predictor, setting, batch, interventions, generator),
                 captions,
                 seed,
             )
 
         return sample
 
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
+        pipeline, predictor = self.method.load_predictor(setting, folder.parent / self.source)
+        return pipeline, partial(_added, predictor)
 
-@torch.no_grad()
-def compose(
-    pipeline: StableDiffusionPipeline,
-    predictor: Predictor,
-    setting: Setting,
-    captions: list[str],
-    interventions: Sequence[str],
-    generator: torch.Generator,
-) -> np.ndarray:
-    """Images (n, H, W, 3) in [0, 1]: at each step, plain + Σ (concept - plain)."""
-    scheduler, size = pipeline.scheduler, native_resolution(pipeline) // pipeline.vae_scale_factor
+
+def _added(predictor: Predictor, captions: list[str], interventions: Sequence[str]) -> Prediction:
+    """plain + Σ (concept - plain); of one concept or none, the prediction itself."""
+    if len(interventions) < 2:
+        return predictor(captions, interventions)
     plain, *concepts = (predictor(captions, names) for names in ([], *([name] for name in interventions)))
-    noise = torch.randn(len(captions), pipeline.unet.config.in_channels, size, size, generator=generator)
-    latents = noise.to(device()) * scheduler.init_noise_sigma
-    scheduler.set_timesteps(setting.num_inference_steps)
-    for timestep in scheduler.timesteps:
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
         base = plain(latents, timestep)
-        combined = base + sum(concept(latents, timestep) - base for concept in concepts)
-        latents = scheduler.step(combined, timestep, latents).prev_sample
-    return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")
+        return base + sum(concept(latents, timestep) - base for concept in concepts)
+
+    return predict

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
-from ..setting import Sampler, Setting
+from ..predicting import Predicting, Prediction, Predictor
+from ..setting import Sampler, Setting, device
 from .lora import LoraTraining, add_lora, plain_sampler, save_lora
 from .prompt_lora import load_prompt_lora, name_concepts
 
 
 @dataclass(frozen=True)
-class ConceptSliders:
+class ConceptSliders(Predicting):
     """A LoRA per concept that turns the observational prompt's prediction into the concept's, and is then added.
 
     In the manner of Gandikota et al. 2023 (arXiv 2311.12092), equation 7, with a `PromptLora` as the model that is
@@ -53,9 +55,7 @@ class ConceptSliders:
             save_lora(pipeline, folder, name)
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
-        pipeline = load_prompt_lora(setting, folder.parent / self.source)
-        for name in setting.bed.concepts:
-            pipeline.load_lora_weights(folder / name, adapter_name=name)
+        pipeline = self._load(setting, folder)
         sample = plain_sampler(pipeline, setting, lambda caption, _: caption)
 
         def sample_with(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
@@ -63,6 +63,26 @@ class ConceptSliders:
             return sample(captions, interventions, seed)
 
         return sample_with
+
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
+        pipeline = self._load(setting, folder)
+
+        def predictor(captions: list[str], interventions: Sequence[str]) -> Prediction:
+            text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
+
+            def predict(latents, timestep):
+                pipeline.unet.set_adapters(["names", *interventions])
+                return pipeline.unet(latents, timestep, text).sample
+
+            return predict
+
+        return pipeline, predictor
+
+    def _load(self, setting: Setting, folder: Path) -> StableDiffusionPipeline:
+        pipeline = load_prompt_lora(setting, folder.parent / self.source)
+        for name in setting.bed.concepts:
+            pipeline.load_lora_weights(folder / name, adapter_name=name)
+        return pipeline
 
     def _steps_each(self, setting: Setting) -> int:
         return setting.baseline_steps // len(setting.bed.concepts)

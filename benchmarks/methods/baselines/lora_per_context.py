@@ -11,13 +11,13 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
+from ..predicting import Predicting, Prediction, Predictor
 from ..setting import Sampler, Setting, device
-from .composable_diffusion import Prediction, Predictor
 from .lora import LoraTraining, add_lora, load_base, plain_sampler, save_lora
 
 
 @dataclass(frozen=True)
-class LoraPerContext:
+class LoraPerContext(Predicting):
     """A LoRA for each context, trained on its images alone; compositions add those of several concepts."""
 
     def steps(self, setting: Setting) -> int:
@@ -88,6 +88,9 @@ class LoraDifference(LoraPerContext):
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         return super().load(setting, folder.parent / self.source)
+
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
+        return super().load_predictor(setting, folder.parent / self.source)
 
     def weights(self, interventions: Sequence[str]) -> tuple[list[str], list[float]]:
         names, weights = super().weights(interventions)

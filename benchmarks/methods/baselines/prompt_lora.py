@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS, TEXT_LORA_TARGETS
 
+from ..predicting import Predicting, Prediction, Predictor
 from ..setting import Sampler, Setting, device
-from .composable_diffusion import Prediction, Predictor
 from .lora import LoraTraining, add_lora, load_base, plain_sampler, save_lora
 
 
@@ -25,7 +25,7 @@ _EMBEDDINGS = "rare_tokens.safetensors"
 
 
 @dataclass(frozen=True)
-class PromptLora:
+class PromptLora(Predicting):
     """One LoRA on UNet and text encoder, with prompts that name the intervention, or do not.
 
     Names are rare tokens whose embeddings learn, as in textual inversion.

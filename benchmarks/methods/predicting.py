@@ -1,0 +1,88 @@
+"""Methods whose predictions are known: they can be added up, and invert the ODE of a given image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from diffusers_ctx.autoencoding import decode_latents, encode_pixels, native_resolution
+from diffusers_ctx.evaluation.images import to_uint8
+from diffusers_ctx.pipelines.inversion import denoise, evenly_spaced_timesteps, invert
+
+from .setting import Editor, Setting, device
+
+
+Prediction = Callable[[torch.Tensor, torch.Tensor | int], torch.Tensor]
+"""Latents (B, C, h, w) and a timestep to what the UNet predicts."""
+Predictor = Callable[[list[str], Sequence[str]], Prediction]
+"""Captions (B) and interventions to the predictions under them."""
+
+
+class Predicting(ABC):
+    """A method whose predictions are known."""
+
+    @abstractmethod
+    def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
+        """What `train` saved: a pipeline, and its predictions."""
+
+    def load_editor(self, setting: Setting, folder: Path) -> Editor:
+        """Counterfactuals of what `train` saved.
+
+        The image's ODE is followed back under the observational context and forth under the interventions, as our
+        own adapter does it, without exogenous noise.
+        """
+        pipeline, predictor = self.load_predictor(setting, folder)
+        return lambda images, captions, names: _edit(pipeline, predictor, setting, images, captions, names)
+
+
+@torch.no_grad()
+def draw(
+    pipeline: StableDiffusionPipeline,
+    predictor: Predictor,
+    setting: Setting,
+    captions: list[str],
+    interventions: Sequence[str],
+    generator: torch.Generator,
+) -> np.ndarray:
+    """Samples (n, H, W, 3) in [0, 1] of a pipeline by its predictions."""
+    scheduler, size = pipeline.scheduler, native_resolution(pipeline) // pipeline.vae_scale_factor
+    predict = predictor(captions, interventions)
+    noise = torch.randn(len(captions), pipeline.unet.config.in_channels, size, size, generator=generator)
+    latents = noise.to(device()) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(setting.num_inference_steps)
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(predict(latents, timestep), timestep, latents).prev_sample
+    return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")
+
+
+@torch.no_grad()
+def _edit(
+    pipeline: StableDiffusionPipeline,
+    predictor: Predictor,
+    setting: Setting,
+    images: np.ndarray,
+    captions: Sequence[str],
+    interventions: Sequence[str],
+) -> np.ndarray:
+    config = pipeline.scheduler.config
+    alphas = DDIMScheduler.from_config(config).alphas_cumprod.to(device())
+    timesteps = evenly_spaced_timesteps(config.num_train_timesteps, setting.num_inference_steps)
+    schedule = (alphas, timesteps, config.prediction_type)
+    noise = invert(predictor(list(captions), []), encode(pipeline, images), *schedule)
+    return decode(pipeline, denoise(predictor(list(captions), interventions), noise, *schedule))
+
+
+def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tensor:
+    """Latents (n, C, h, w) of images (n, R, R, 3) uint8."""
+    mean, _ = encode_pixels(pipeline.vae, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, device())
+    return mean
+
+
+def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
+    """Images (n, R, R, 3) uint8 of latents (n, C, h, w)."""
+    return to_uint8(pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np"))
