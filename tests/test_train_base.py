@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from beds.bed import write_folder
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, Transformer2DModel
 from PIL import Image
 
 from diffusers_ctx import embedded_base
@@ -120,13 +120,24 @@ def test_a_folder_without_captions(script, tmp_path):
         script.Folders([tmp_path / "cats"], [1, 2])
 
 
-@pytest.mark.parametrize("channels", [4, 8])
-def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels):
+def attention_sizes(unet) -> set[int]:
+    """Rows of the samples that a UNet's attention sees."""
+    sizes = set()
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[-1]))
+    size, text = unet.config.sample_size, torch.zeros(1, 24, 128)
+    unet(torch.zeros(1, unet.config.in_channels, size, size), 1, text)
+    return sizes
+
+
+@pytest.mark.parametrize("channels, levels", [(4, 4), (8, 3)])
+def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels, levels):
     sample = quad.generate(n=16, seed=0)
     folder = written(tmp_path / "quad", sample.images, sample.captions)
     options = ["--output_dir", str(tmp_path / "base"), "--train_data_dir", str(folder), "--log_every", "5"]
     options += ["--max_train_steps", "10", "--train_batch_size", "8", "--lr_warmup_steps", "2"]
-    options += ["--vae_channels", "16", "16", "16", "16", "--unet_channels", "16", "32", "--save_every", "4"]
+    options += ["--vae_channels", *["16"] * levels, "--unet_channels", "16", "32", "--save_every", "4"]
     for stage, train in {"autoencoder": script.train_autoencoder, "unet": script.train_unet}.items():
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), stage, *options, "--latent_channels", str(channels)])
         train(script.parse_args())
@@ -134,6 +145,8 @@ def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels):
         assert [json.loads(line)["step"] for line in logged] == [5, 10]
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == channels
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64
+    assert len(attention_sizes(pipeline.unet)) > 0 and max(attention_sizes(pipeline.unet)) <= 8
     assert pipeline.tokenizer.tokenize("a picture of a circle") == [
         "a</w>",
         "picture</w>",

@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 RESOLUTION = 64
-DOWNSAMPLING = 8
 MAX_PROMPT_TOKENS = 24
+_LARGEST_ATTENTION = 8  # rows and columns: attention to more would take most of the time
 _VOCABULARY = 700  # of which 512 are letters
 
 
@@ -28,15 +28,17 @@ def create_autoencoder(channels: Sequence[int], latent_channels: int) -> Autoenc
     )
 
 
-def create_unet(channels: Sequence[int], latent_channels: int) -> UNet2DConditionModel:
+def create_unet(channels: Sequence[int], latent_channels: int, sample_size: int) -> UNet2DConditionModel:
+    """A UNet of latents (B, latent_channels, sample_size, sample_size) with attention where they are small."""
+    attends = [sample_size >> level <= _LARGEST_ATTENTION for level in range(len(channels))]
     return UNet2DConditionModel(
-        sample_size=RESOLUTION // DOWNSAMPLING,
+        sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=tuple(channels),
         norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
-        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        down_block_types=["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
+        up_block_types=["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=128,

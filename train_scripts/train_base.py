@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from base_models import (
     MAX_PROMPT_TOKENS,
+    RESOLUTION,
     create_autoencoder,
     create_scheduler,
     create_text_encoder,
@@ -79,9 +80,15 @@ def parse_args() -> argparse.Namespace:
         default="v_prediction",
         help="For `unet`: `epsilon` has the noise schedule of Stable Diffusion 1.x.",
     )
-    parser.add_argument("--vae_channels", type=int, nargs=4, default=(16, 32, 64, 64))
+    parser.add_argument(
+        "--vae_channels",
+        type=int,
+        nargs="+",
+        default=(16, 32, 64, 64),
+        help="Each level but the first halves the picture.",
+    )
     parser.add_argument("--latent_channels", type=int, default=4)
-    parser.add_argument("--unet_channels", type=int, nargs=2, default=(64, 112))
+    parser.add_argument("--unet_channels", type=int, nargs="+", default=(64, 112))
     parser.add_argument("--vocabulary", type=int, default=700, help="Tokens, of which 512 are letters.")
     parser.add_argument("--max_train_steps", type=int, default=6000)
     parser.add_argument("--train_batch_size", type=int, default=32)
@@ -172,7 +179,8 @@ def load_models(
     if source is None:
         vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", torch_dtype=torch.float32)
         tokenizer = train_tokenizer(captions, args.vocabulary)
-        unet = create_unet(args.unet_channels, vae.config.latent_channels)
+        sample_size = RESOLUTION >> len(vae.config.block_out_channels) - 1
+        unet = create_unet(args.unet_channels, vae.config.latent_channels, sample_size)
         text_encoder = create_text_encoder(tokenizer)
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
