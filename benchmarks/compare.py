@@ -12,8 +12,10 @@ latents and concepts are kept in --work_dir; after a change of the code, choose 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Container
 from pathlib import Path
 
+import numpy as np
 from bed_tables import render_tables
 from beds.bed import Bed
 from beds.registry import BEDS, create_bed
@@ -22,10 +24,11 @@ from grids import COLUMNS, join_tiles
 from measure_bed import REAL_SEED, measure_combination, measure_counterfactuals
 from method_run import MethodRun, run_methods, setting_options
 from methods.registry import create_bed_methods
-from methods.setting import Method, Setting
+from methods.setting import Editor, Method, Setting
 from PIL import Image
 
 from diffusers_ctx import embedded_base
+from diffusers_ctx.data.decoding import square_crop
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.paths import local_path
 
@@ -57,24 +60,42 @@ def parse_args() -> argparse.Namespace:
 def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
     """Trains a method and measures what has not been measured."""
     bed, sample = setting.bed, run.sampler(method)
-    for interventions in combinations(bed):
-        name = "+".join(interventions) or "obs"
-        if name not in run.results["contexts"]:
-            metrics = measure_combination(bed, sample, interventions, n, setting.base)
-            run.add_context(name, metrics)
-            print(f"{run.name} {name}: right {metrics['all_right']:.2f}, distance {metrics['swd']:.3f}", flush=True)
-    if hasattr(method, "load_editor"):
-        edit = method.load_editor(setting, run.folder)
-        for interventions in combinations(bed)[1:]:
-            name = "+".join(interventions)
-            if name not in run.results.get("counterfactuals", {}):
-                metrics = measure_counterfactuals(bed, edit, interventions, n)
-                run.add_counterfactuals(name, metrics)
-                print(f"{run.name} counterfactuals {name}: error {metrics['error']:.3f}", flush=True)
+    for interventions in _missing(bed, run.results["contexts"]):
+        metrics = measure_combination(bed, sample, interventions, n, setting.base)
+        run.add_context(name_of(interventions), metrics)
+        right, distance = metrics["all_right"], metrics["swd"]
+        print(f"{run.name} {name_of(interventions)}: right {right:.2f}, distance {distance:.3f}", flush=True)
     picture = run.file.with_suffix(".png")
     if not picture.exists():
         captions = bed.unseen((), COLUMNS, REAL_SEED).captions
         join_tiles([sample(captions, interventions, 0) for interventions in combinations(bed)]).save(picture)
+    if hasattr(method, "load_editor"):
+        measure_edits(run, method.load_editor, setting, n)
+
+
+def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: Setting, n: int) -> None:
+    """Measures the counterfactuals that have not been measured, of observational images."""
+    bed = setting.bed
+    missing = _missing(bed, {"obs": None, **run.results.get("counterfactuals", {})})
+    if not missing:
+        return
+    factual = bed.unseen((), n, REAL_SEED)
+    images = [square_crop(Image.fromarray(image), setting.resolution) for image in factual.images]  # as in training
+    edit = load_editor(setting, run.folder)(np.stack([np.asarray(image) for image in images]), factual.captions)
+    for interventions in missing:
+        metrics = measure_counterfactuals(bed, edit, factual, interventions)
+        run.add_counterfactuals(name_of(interventions), metrics)
+        print(f"{run.name} {name_of(interventions)}: error of counterfactuals {metrics['error']:.3f}", flush=True)
+    picture = run.file.with_name(f"{run.name}-counterfactuals.png")
+    join_tiles([edit(interventions)[:COLUMNS] for interventions in combinations(bed)]).save(picture)
+
+
+def name_of(interventions: tuple[str, ...]) -> str:
+    return "+".join(interventions) or "obs"
+
+
+def _missing(bed: Bed, measured: Container[str]) -> list[tuple[str, ...]]:
+    return [interventions for interventions in combinations(bed) if name_of(interventions) not in measured]
 
 
 def draw_real(bed: Bed, resolution: int) -> Image.Image:

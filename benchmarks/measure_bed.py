@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from beds.bed import Bed
+from beds.bed import Bed, BedSample
 from diffusers import AutoencoderKL
-from methods.setting import Editor, Sampler, device
+from methods.setting import Edit, Sampler, device
 from PIL import Image
 
 from diffusers_ctx.evaluation import conformity, counterfactual_error
@@ -53,22 +53,23 @@ def measure_combination(
     return metrics | shares | {f"{name}_real": value for name, value in of_real.items()}
 
 
-def measure_counterfactuals(bed: Bed, edit: Editor, interventions: tuple[str, ...], n: int) -> dict[str, Any]:
-    """Metrics of what a method makes of `n` observational images under other interventions.
+def measure_counterfactuals(
+    bed: Bed, edit: Edit, factual: BedSample, interventions: tuple[str, ...]
+) -> dict[str, Any]:
+    """Metrics of what a method makes of observational images under other interventions.
 
     Args:
         bed: the bed.
-        edit: the method.
+        edit: the method's edits of the images.
+        factual: the images.
         interventions: those of the counterfactuals.
-        n: how many images; fewer where a bed has no more.
 
     Returns:
         `error`, the mean absolute difference of pixels in [0, 1] to the true counterfactuals, and
         `error_unchanged`, that of the images themselves; shares as in [`measure_combination`].
     """
-    factual = bed.unseen((), n, REAL_SEED)
     truth = bed.counterfactual(factual, interventions)
-    made = at_resolution(edit(factual.images, factual.captions, interventions), bed.resolution)
+    made = at_resolution(edit(interventions), bed.resolution)
     read_of_truth, true = bed.read(truth.images), truth.attributes
     return {
         "error": counterfactual_error(made, truth.images),

@@ -33,7 +33,7 @@ from diffusers_ctx.training.encoding.posterior_features import create_image_feat
 from diffusers_ctx.training.run.accelerator import create_accelerator
 from diffusers_ctx.training.run.tracking import start_trackers, track_step
 
-from .setting import BATCH_SIZE, Editor, Sampler, Setting, device, in_batches
+from .setting import BATCH_SIZE, Edit, Editor, Sampler, Setting, device, in_batches
 
 
 TRAIN_BATCH_SIZE = 64
@@ -114,14 +114,12 @@ class ContextAdapter:
         """Counterfactuals as a user makes them."""
         pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
 
-        def edit(images: np.ndarray, captions: Sequence[str], interventions: Sequence[str]) -> np.ndarray:
-            steps, names = setting.num_inference_steps, list(interventions)
-            output = pipeline.counterfactual(
-                images, names, prompt=list(captions), num_inference_steps=steps, output_type="np"
-            )
-            return to_uint8(output.images)
+        def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
+            steps = setting.num_inference_steps
+            options = {"prompt": list(captions), "num_inference_steps": steps, "output_type": "np"}
+            return lambda names: to_uint8(pipeline.counterfactual(images, list(names), **options).images)
 
-        return edit
+        return editor
 
     def config(self, setting: Setting, folder: Path) -> TrainingConfig:
         return TrainingConfig(

@@ -14,7 +14,7 @@ from diffusers_ctx.autoencoding import decode_latents, encode_pixels, native_res
 from diffusers_ctx.evaluation.images import to_uint8
 from diffusers_ctx.pipelines.inversion import denoise, evenly_spaced_timesteps, invert
 
-from .setting import Editor, Setting, device
+from .setting import Edit, Editor, Setting, device
 
 
 Prediction = Callable[[torch.Tensor, torch.Tensor | int], torch.Tensor]
@@ -37,7 +37,19 @@ class Predicting(ABC):
         own adapter does it, without exogenous noise.
         """
         pipeline, predictor = self.load_predictor(setting, folder)
-        return lambda images, captions, names: _edit(pipeline, predictor, setting, images, captions, names)
+        config = pipeline.scheduler.config
+        alphas = DDIMScheduler.from_config(config).alphas_cumprod.to(device())
+        timesteps = evenly_spaced_timesteps(config.num_train_timesteps, setting.num_inference_steps)
+        schedule = (alphas, timesteps, config.prediction_type)
+
+        @torch.no_grad()
+        def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
+            noise = invert(predictor(list(captions), []), encode(pipeline, images), *schedule)
+            return torch.no_grad()(
+                lambda names: decode(pipeline, denoise(predictor(list(captions), names), noise, *schedule))
+            )
+
+        return editor
 
 
 @torch.no_grad()
@@ -58,23 +70,6 @@ def draw(
     for timestep in scheduler.timesteps:
         latents = scheduler.step(predict(latents, timestep), timestep, latents).prev_sample
     return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")
-
-
-@torch.no_grad()
-def _edit(
-    pipeline: StableDiffusionPipeline,
-    predictor: Predictor,
-    setting: Setting,
-    images: np.ndarray,
-    captions: Sequence[str],
-    interventions: Sequence[str],
-) -> np.ndarray:
-    config = pipeline.scheduler.config
-    alphas = DDIMScheduler.from_config(config).alphas_cumprod.to(device())
-    timesteps = evenly_spaced_timesteps(config.num_train_timesteps, setting.num_inference_steps)
-    schedule = (alphas, timesteps, config.prediction_type)
-    noise = invert(predictor(list(captions), []), encode(pipeline, images), *schedule)
-    return decode(pipeline, denoise(predictor(list(captions), interventions), noise, *schedule))
 
 
 def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tensor:

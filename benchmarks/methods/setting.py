@@ -23,8 +23,10 @@ from diffusers_ctx.training.encoding.latents import ContextLatents, encode_image
 BATCH_SIZE = 100  # images sampled at once
 Sampler = Callable[[Sequence[str], Sequence[str], int], np.ndarray]
 """Captions (n), interventions and a seed to n images (n, 64, 64, 3) uint8; one seed, one noise in every context."""
-Editor = Callable[[np.ndarray, Sequence[str], Sequence[str]], np.ndarray]
-"""Observational images (n, R, R, 3) uint8, their captions and interventions to counterfactual images."""
+Edit = Callable[[Sequence[str]], np.ndarray]
+"""Interventions to what some images would have been under them, (n, R, R, 3) uint8."""
+Editor = Callable[[np.ndarray, Sequence[str]], Edit]
+"""Observational images (n, R, R, 3) uint8 and their captions to their edits."""
 
 
 @dataclass(frozen=True, kw_only=True)

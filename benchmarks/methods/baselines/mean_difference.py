@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..predicting import decode, encode
-from ..setting import Editor, Sampler, Setting, in_batches
+from ..setting import Edit, Editor, Sampler, Setting, in_batches
 from .lora import load_base
 
 
@@ -43,11 +43,11 @@ class MeanDifference:
     def load_editor(self, setting: Setting, folder: Path) -> Editor:
         pipeline = load_base(setting)
 
-        def edit(images: np.ndarray, captions: Sequence[str], interventions: Sequence[str]) -> np.ndarray:
+        def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
             latents = encode(pipeline, images)
-            return decode(pipeline, latents + self._difference(setting, interventions).to(latents))
+            return lambda names: decode(pipeline, latents + self._difference(setting, names).to(latents))
 
-        return edit
+        return editor
 
     def _difference(self, setting: Setting, interventions: Sequence[str]) -> torch.Tensor:
         """The sum (C, h, w) of what interventions change."""
