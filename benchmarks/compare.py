@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: S
         return
     factual = bed.unseen((), n, REAL_SEED)
     images = [square_crop(Image.fromarray(image), setting.resolution) for image in factual.images]  # as in training
-    edit = load_editor(setting, run.folder)(np.stack([np.asarray(image) for image in images]), factual.captions)
+    edit = cache(load_editor(setting, run.folder)(np.stack([np.asarray(image) for image in images]), factual.captions))
     for interventions in missing:
         metrics = measure_counterfactuals(bed, edit, factual, interventions)
         run.add_counterfactuals(name_of(interventions), metrics)

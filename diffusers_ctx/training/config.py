@@ -163,8 +163,8 @@ class ContextConfig(OptionGroup):
     )
     try_noise: bool = option(
         True,
-        "With fewer than 300 images in the smallest context, hold out an eighth, and do without exogenous noise if it"
-        " raises their loss.",
+        "With fewer than 300 images in the smallest context, hold out an eighth, and do without exogenous noise unless"
+        " these confirm it.",
     )
     concept_batch_size: int = option(336, "Images per such step, all contexts together.", at_least=1)
     concept_learning_rate: float = option(

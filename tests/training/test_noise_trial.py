@@ -14,7 +14,6 @@ from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
 from diffusers_ctx.adapter_format import CONFIG_NAME
 from diffusers_ctx.context.posterior import GaussianPosterior
-from diffusers_ctx.training.diffusion import stage
 from diffusers_ctx.training.diffusion.noise_trial import NoiseTrial, trial_images
 from diffusers_ctx.training.diffusion.objective import DiffusionObjective, Draws
 from diffusers_ctx.training.encoding.batch import Batch
@@ -68,37 +67,42 @@ def test_a_fifth_of_the_images_learns_without_noise_until_the_decision():
 
 
 class ToyObjective:
-    """A loss that noise changes by some amount on average, with a spread over images."""
+    """The squared distance of noise to the true one, which latents hold; inferred noise correlates with it."""
 
-    def __init__(self, module, change: float):
-        self.context_module, self.scheduler, self.change = module, DDPMScheduler(), change
-        self.timesteps = []
+    def __init__(self, correlation: float):
+        self.context_module, self.scheduler, self.correlation = self, DDPMScheduler(), correlation
+        self.noise_shape, self.timesteps = (8, 2), []
 
-    def losses(self, batch: Batch, draws: Draws, conditions: dict) -> torch.Tensor:
-        assert conditions == {"text": 1} and len(draws.kept.unique()) == 1
+    def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
+        true, other = (latents[:, channel, 0].unflatten(1, self.noise_shape) for channel in (0, 1))
+        mean = self.correlation * true + (1 - self.correlation**2) ** 0.5 * other
+        return GaussianPosterior.diagonal(mean, torch.zeros_like(mean))
+
+    def losses(self, batch: Batch, draws: Draws, conditions: dict, exogenous_noise: torch.Tensor) -> torch.Tensor:
+        assert conditions == {"text": 1}
         self.timesteps += draws.timesteps.tolist()
-        spread = batch.geometry[:, 0]
-        return 1 + draws.noise.mean(dim=(1, 2, 3)) + draws.kept * (self.change + spread)
+        true = batch.latents[:, 0, 0].unflatten(1, self.noise_shape)
+        return draws.noise.mean(dim=(1, 2, 3)) + (exogenous_noise - true).square().mean(dim=(1, 2))
 
 
 def make_latents(number: int) -> ContextLatents:
     masks = torch.cat([torch.zeros(1, 3), torch.eye(3)]).repeat_interleave(number, 0)
     contexts = [name for name in ("obs", *CONCEPTS) for _ in range(number)]
     latents, geometry = torch.randn(1, len(masks), 4, 16, 16), torch.zeros(1, len(masks), 6)
-    geometry[0, :, 0] = torch.linspace(-0.1, 0.1, len(masks))  # which `ToyObjective` takes for a spread
     return ContextLatents(latents, torch.ones_like(latents), masks, contexts, [""] * len(masks), geometry)
 
 
-def test_harm_is_the_mean_difference_over_the_noisiest_steps(context_module):
-    latents = make_latents(5)
+@pytest.mark.parametrize("correlation", [1.0, 0.75, 0.5, 0.0])
+def test_inferred_noise_lowers_the_loss_by_what_its_correlation_with_the_true_one_says(correlation):
+    latents = make_latents(60)
     results = []
-    for batch_size in (20, 3):
-        objective = ToyObjective(context_module, change=0.03)
+    for batch_size in (240, 77):
+        objective = ToyObjective(correlation)
         trial = NoiseTrial(latents, batch_size, 0)
-        results.append(trial.harm(objective, lambda captions, geometry: {"text": 1}, torch.device("cpu")))
-        assert 800 <= min(objective.timesteps) < 820 < 980 < max(objective.timesteps) < 1000
-    spread = np.linspace(-0.1, 0.1, 20)
-    assert results[0] == pytest.approx((0.03, spread.std(ddof=1) / 20**0.5), rel=1e-3)
+        gain, harm = trial.effects(objective, lambda captions, geometry: {"text": 1}, torch.device("cpu"))
+        assert 600 <= min(objective.timesteps) < 640 < 960 < max(objective.timesteps) < 1000
+        results.append((gain, harm))
+    assert gain / harm == pytest.approx(2 * correlation - 1, abs=0.05)
     assert results[1] == pytest.approx(results[0], rel=1e-3)  # however many images there are at once
 
 
@@ -121,6 +125,7 @@ def test_the_loss_without_noise_is_that_of_noise_zero(plain_pipeline, context_mo
         context_module.posterior = lambda *_: zero
         torch.testing.assert_close(none_kept, objective.losses(images, draws, conditions))
     assert (all_kept - none_kept).abs().min() > 1e-6
+    torch.testing.assert_close(none_kept, objective.losses(images, draws, conditions, zeros))
 
 
 @pytest.fixture
@@ -137,7 +142,7 @@ def few_photos(tmp_path):
 
 
 def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_model, few_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "STANDARD_ERRORS", -1000.0)  # any doubt will do
+    monkeypatch.setattr(NoiseTrial, "effects", lambda *_: (0.4, 1.0))
     options = make_options(base_model, few_photos, tmp_path / "adapter", max_train_steps=4, checkpointing_steps=3)
     trainer = create_trainer(options)
     trainer.train()
@@ -159,8 +164,8 @@ def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_mod
     assert files_in(tmp_path / "resumed")[weights] == saved[weights]
 
 
-def test_noise_that_does_no_harm_stays(base_model, few_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "STANDARD_ERRORS", 1000.0)
+def test_noise_that_is_confirmed_stays(base_model, few_photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(NoiseTrial, "effects", lambda *_: (0.6, 1.0))
     trainer = create_trainer(make_options(base_model, few_photos, tmp_path / "adapter", use_ema=True))
     trainer.train()
     assert trainer._trial.goes_without is False

@@ -95,15 +95,19 @@ class DiffusionObjective(nn.Module):
         # a mean, but over as many images in every process and batch
         return loss + self.composition_weight * composed / (COMPOSED_SHARE * len(weights))
 
-    def losses(self, batch: Batch, draws: Draws, conditions: dict[str, Any]) -> torch.Tensor:
+    def losses(
+        self, batch: Batch, draws: Draws, conditions: dict[str, Any], exogenous_noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Each image's loss (B,), without the weights of training.
 
         Args:
             batch: the images.
             draws: what is drawn for them.
             conditions: keyword arguments of the UNet's call other than the context tokens.
+            exogenous_noise: (B, N, d_z); by default it is drawn from the posterior.
         """
-        tokens = self.context_module(self._noise(batch, draws), batch.mask)
+        z = self._noise(batch, draws) if exogenous_noise is None else exogenous_noise
+        tokens = self.context_module(z, batch.mask)
         noisy = self.scheduler.add_noise(batch.latents, draws.noise, draws.timesteps)
         prediction = self.unet(noisy, draws.timesteps, **add_context_tokens(conditions, tokens)).sample
         target = self._target(batch.latents, draws.noise, draws.timesteps)

@@ -26,7 +26,7 @@ from ..run.stop_signals import StopSignals
 from ..run.tracking import track_step
 from .composition import COMPOSED_SHARE, draw_combinations
 from .ema import averaged, create_average
-from .noise_trial import STANDARD_ERRORS, TRIAL_SHARE, NoiseTrial
+from .noise_trial import CONFIRMED, TRIAL_SHARE, NoiseTrial
 from .objective import CaptionEncoder, DiffusionObjective, Draws
 from .optimizer import create_optimizer, create_schedule
 from .timesteps import sample_timesteps
@@ -225,19 +225,19 @@ class DiffusionStage:
             return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
-        """Leaves the noise out if the adapter does better without, and says so."""
+        """Leaves the noise out if held-out images do not confirm it, and says so."""
         conditions = self._conditioner.caption_kwargs  # not of a cache, which has the captions of training alone
         with self.evaluating() as objective:
             # on some devices, processes may differ in a sum's last digits
-            harm, error = broadcast_object_list([*trial.harm(objective, conditions, self.accelerator.device)])
-        trial.goes_without = harm > STANDARD_ERRORS * error
+            gain, harm = broadcast_object_list([*trial.effects(objective, conditions, self.accelerator.device)])
+        trial.goes_without = gain < CONFIRMED * harm
         if trial.goes_without:
             self._leave_out_noise()
             if self.accelerator.is_main_process:
                 tqdm.write(
-                    f"Exogenous noise raises the loss on held-out images by {harm:.4f} (standard error {error:.4f}),"
-                    " so the adapter does without: images are what prompt and interventions say. More images of each"
-                    " context may change that."
+                    f"Held-out images do not confirm the exogenous noise: inferred from them, it lowers their loss by"
+                    f" {gain:.4f}; other noise raises it by {harm:.4f}. So the adapter does without: images are what"
+                    " prompt and interventions say. More images of each context may change that."
                 )
 
     def _leave_out_noise(self) -> None:
