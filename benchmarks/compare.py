@@ -78,7 +78,8 @@ def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: S
     """Measures the counterfactuals that have not been measured, of observational images."""
     bed = setting.bed
     missing = _missing(bed, {"obs": None, **run.results.get("counterfactuals", {})})
-    if not missing:
+    picture = run.file.with_name(f"{run.name}-counterfactuals.png")
+    if not missing and picture.exists():
         return
     factual = bed.unseen((), n, REAL_SEED)
     images = [square_crop(Image.fromarray(image), setting.resolution) for image in factual.images]  # as in training
@@ -87,7 +88,6 @@ def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: S
         metrics = measure_counterfactuals(bed, edit, factual, interventions)
         run.add_counterfactuals(name_of(interventions), metrics)
         print(f"{run.name} {name_of(interventions)}: error of counterfactuals {metrics['error']:.3f}", flush=True)
-    picture = run.file.with_name(f"{run.name}-counterfactuals.png")
     join_tiles([edit(interventions)[:COLUMNS] for interventions in combinations(bed)]).save(picture)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -18,7 +18,7 @@ from diffusers_ctx.context import GaussianPosterior, Interventions
 
 from .callbacks import StepCallback, callback_inputs, keeping_images
 from .conditioning import Conditioner
-from .inversion import Model, denoise, evenly_spaced_timesteps, invert
+from .inversion import Model, denoise, invert, noise_schedule
 from .outputs import ComposablePipelineOutput
 
 
@@ -130,10 +130,7 @@ class CounterfactualMixin(ContextAdapterMixin):
             callback = keeping_images(callback_on_step_end, len(sample))
             return callback(self, step, timestep, dict.fromkeys(names, sample)).get("latents", sample)
 
-        # the noise schedule alone, whichever scheduler samples: not every class computes all of them
-        alphas = DDIMScheduler.from_config(self.scheduler.config).alphas_cumprod.to(latents.device)
-        timesteps = evenly_spaced_timesteps(self.scheduler.config.num_train_timesteps, num_inference_steps)
-        schedule = (alphas, timesteps, self.scheduler.config.prediction_type)
+        schedule = noise_schedule(self.scheduler.config, num_inference_steps, latents.device)
         # in single precision, or generation would not undo the inversion
         diffusion_noise = invert(model_under(factual_mask), latents.float(), *schedule)
         self._num_timesteps, self._interrupt = num_inference_steps, False  # callbacks use them, as in a call

@@ -10,10 +10,12 @@ rotation by `phi_t - phi_s`, also where the terminal SNR is zero (Salimans and H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 
 
 Model = Callable[[torch.Tensor, int], torch.Tensor]
@@ -24,6 +26,18 @@ def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[in
     """`num_steps + 1` timesteps from the last one down to the first: a clean image counts as one at timestep 0."""
     steps = torch.linspace(num_train_timesteps - 1, 0, num_steps + 1)
     return [int(step) for step in steps.round()]
+
+
+def noise_schedule(
+    scheduler_config: Mapping[str, Any], num_steps: int, device: torch.device
+) -> tuple[torch.Tensor, list[int], str]:
+    """`alphas`, `timesteps` and `prediction_type` of `denoise` and `invert`, whichever scheduler samples.
+
+    Not every scheduler's class computes all of them.
+    """
+    alphas = DDIMScheduler.from_config(scheduler_config).alphas_cumprod.to(device)
+    timesteps = evenly_spaced_timesteps(scheduler_config["num_train_timesteps"], num_steps)
+    return alphas, timesteps, scheduler_config["prediction_type"]
 
 
 def ddim_coefficients(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from diffusers_ctx.autoencoding import decode_latents, encode_pixels, native_resolution
 from diffusers_ctx.evaluation.images import to_uint8
-from diffusers_ctx.pipelines.inversion import denoise, evenly_spaced_timesteps, invert
+from diffusers_ctx.pipelines.inversion import denoise, invert, noise_schedule
 
 from .setting import Edit, Editor, Setting, device
 
@@ -37,17 +37,18 @@ class Predicting(ABC):
         own adapter does it, without exogenous noise.
         """
         pipeline, predictor = self.load_predictor(setting, folder)
-        config = pipeline.scheduler.config
-        alphas = DDIMScheduler.from_config(config).alphas_cumprod.to(device())
-        timesteps = evenly_spaced_timesteps(config.num_train_timesteps, setting.num_inference_steps)
-        schedule = (alphas, timesteps, config.prediction_type)
+        schedule = noise_schedule(pipeline.scheduler.config, setting.num_inference_steps, device())
 
         @torch.no_grad()
         def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
             noise = invert(predictor(list(captions), []), encode(pipeline, images), *schedule)
-            return torch.no_grad()(
-                lambda names: decode(pipeline, denoise(predictor(list(captions), names), noise, *schedule))
-            )
+
+            @torch.no_grad()
+            def edit(interventions: Sequence[str]) -> np.ndarray:
+                latents = denoise(predictor(list(captions), interventions), noise, *schedule)
+                return to_uint8(decode(pipeline, latents))
+
+            return edit
 
         return editor
 
@@ -69,7 +70,7 @@ def draw(
     scheduler.set_timesteps(setting.num_inference_steps)
     for timestep in scheduler.timesteps:
         latents = scheduler.step(predict(latents, timestep), timestep, latents).prev_sample
-    return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")
+    return decode(pipeline, latents)
 
 
 def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tensor:
@@ -79,5 +80,5 @@ def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tenso
 
 
 def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> np.ndarray:
-    """Images (n, R, R, 3) uint8 of latents (n, C, h, w)."""
-    return to_uint8(pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np"))
+    """Images (n, R, R, 3) in [0, 1] of latents (n, C, h, w)."""
+    return pipeline.image_processor.postprocess(decode_latents(pipeline.vae, latents), output_type="np")

@@ -10,12 +10,13 @@ from bed_tables import render_tables
 from beds.quad_variants import QuadBed
 from measure_bed import at_resolution, measure_combination, measure_counterfactuals, shares_right
 from methods.baselines import LoraPerContext, MeanDifference
-from methods.baselines.lora import load_base
+from methods.baselines.lora import load_base, plain_sampler
 from methods.predicting import decode, encode
 from methods.setting import Setting
 
 from diffusers_ctx import embedded_base
 from diffusers_ctx.evaluation.features import autoencode
+from diffusers_ctx.evaluation.images import to_uint8
 
 
 def real_images(bed):
@@ -67,10 +68,12 @@ def test_the_mean_difference_is_added_to_latents(setting, tmp_path):
     pipeline = load_base(setting)
     moved = encode(pipeline, real.images) + groups["quad1"] + groups["size"] - 2 * groups["obs"]
     edited = method.load_editor(setting, tmp_path)(real.images, real.captions)(("quad1", "size"))
-    np.testing.assert_array_equal(edited, decode(pipeline, moved))
+    np.testing.assert_array_equal(edited, to_uint8(decode(pipeline, moved)))
     sample = method.load(setting, tmp_path)
     plain, shifted = (sample(real.captions, names, 0) for names in ((), ("quad1",)))
     assert plain.shape == real.images.shape and not np.array_equal(plain, shifted)
+    of_base = plain_sampler(pipeline, setting, lambda caption, _: caption)(real.captions, (), 0)
+    assert np.abs(plain.astype(int) - of_base).max() <= 1
 
 
 def test_shares_are_of_what_concepts_set_and_of_what_captions_name():

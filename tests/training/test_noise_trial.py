@@ -141,8 +141,19 @@ def few_photos(tmp_path):
     return tmp_path / "few"
 
 
+def measure_and_find(monkeypatch, gain):
+    """Lets a trial measure as ever, and find that noise has this gain and a harm of one."""
+    effects = NoiseTrial.effects
+
+    def measured(*args):
+        assert np.isfinite(effects(*args)).all()
+        return gain, 1.0
+
+    monkeypatch.setattr(NoiseTrial, "effects", measured)
+
+
 def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_model, few_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(NoiseTrial, "effects", lambda *_: (0.4, 1.0))
+    measure_and_find(monkeypatch, 0.4)
     options = make_options(base_model, few_photos, tmp_path / "adapter", max_train_steps=4, checkpointing_steps=3)
     trainer = create_trainer(options)
     trainer.train()
@@ -165,7 +176,7 @@ def test_a_run_on_few_images_decides_and_keeps_to_it_when_it_is_resumed(base_mod
 
 
 def test_noise_that_is_confirmed_stays(base_model, few_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(NoiseTrial, "effects", lambda *_: (0.6, 1.0))
+    measure_and_find(monkeypatch, 0.6)
     trainer = create_trainer(make_options(base_model, few_photos, tmp_path / "adapter", use_ema=True))
     trainer.train()
     assert trainer._trial.goes_without is False

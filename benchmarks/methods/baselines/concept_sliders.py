@@ -12,9 +12,9 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
-from ..predicting import Predicting, Prediction, Predictor
-from ..setting import Sampler, Setting, device
-from .lora import LoraTraining, add_lora, plain_sampler, save_lora
+from ..predicting import Predicting, Predictor
+from ..setting import Sampler, Setting
+from .lora import LoraTraining, add_lora, plain_sampler, save_lora, switching_predictor
 from .prompt_lora import load_prompt_lora, name_concepts
 
 
@@ -66,17 +66,7 @@ class ConceptSliders(Predicting):
 
     def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
         pipeline = self._load(setting, folder)
-
-        def predictor(captions: list[str], interventions: Sequence[str]) -> Prediction:
-            text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
-
-            def predict(latents, timestep):
-                pipeline.unet.set_adapters(["names", *interventions])
-                return pipeline.unet(latents, timestep, text).sample
-
-            return predict
-
-        return pipeline, predictor
+        return pipeline, switching_predictor(pipeline, lambda names: pipeline.unet.set_adapters(["names", *names]))
 
     def _load(self, setting: Setting, folder: Path) -> StableDiffusionPipeline:
         pipeline = load_prompt_lora(setting, folder.parent / self.source)

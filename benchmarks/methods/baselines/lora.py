@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from diffusers_ctx.data import ContextBalancedSampler
 from diffusers_ctx.training.encoding.latents import ContextLatents
 
+from ..predicting import Prediction, Predictor
 from ..setting import Sampler, Setting, device, in_batches
 
 
@@ -131,6 +132,21 @@ def save_lora(pipeline: StableDiffusionPipeline, folder: Path, adapter_name: str
     StableDiffusionPipeline.save_lora_weights(
         folder / adapter_name, state(pipeline.unet), state(pipeline.text_encoder) if with_text else None
     )
+
+
+def switching_predictor(pipeline: StableDiffusionPipeline, switch: Callable[[Sequence[str]], None]) -> Predictor:
+    """Predictions with the LoRAs that `switch` turns on for some interventions."""
+
+    def predictor(captions: list[str], interventions: Sequence[str]) -> Prediction:
+        text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
+            switch(interventions)  # at each step: predictions under other interventions may come between
+            return pipeline.unet(latents, timestep, text).sample
+
+        return predict
+
+    return predictor
 
 
 def plain_sampler(pipeline: StableDiffusionPipeline, setting: Setting, prompt: Callable[..., str]) -> Sampler:

@@ -11,9 +11,9 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
 
-from ..predicting import Predicting, Prediction, Predictor
-from ..setting import Sampler, Setting, device
-from .lora import LoraTraining, add_lora, load_base, plain_sampler, save_lora
+from ..predicting import Predicting, Predictor
+from ..setting import Sampler, Setting
+from .lora import LoraTraining, add_lora, load_base, plain_sampler, save_lora, switching_predictor
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,7 @@ class LoraPerContext(Predicting):
 
     def load_predictor(self, setting: Setting, folder: Path) -> tuple[StableDiffusionPipeline, Predictor]:
         pipeline = load_loras(setting, folder)
-
-        def predictor(captions: list[str], interventions: Sequence[str]) -> Prediction:
-            text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
-
-            def predict(latents, timestep):
-                pipeline.set_adapters(*self.weights(interventions))
-                return pipeline.unet(latents, timestep, text).sample
-
-            return predict
-
-        return pipeline, predictor
+        return pipeline, switching_predictor(pipeline, lambda names: pipeline.set_adapters(*self.weights(names)))
 
     def weights(self, interventions: Sequence[str]) -> tuple[list[str], list[float]]:
         """The LoRAs of a combination, and their weights."""

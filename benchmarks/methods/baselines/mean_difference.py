@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffusers_ctx.evaluation.images import to_uint8
+
 from ..predicting import decode, encode
 from ..setting import Edit, Editor, Sampler, Setting, in_batches
 from .lora import load_base
@@ -45,7 +47,7 @@ class MeanDifference:
 
         def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
             latents = encode(pipeline, images)
-            return lambda names: decode(pipeline, latents + self._difference(setting, names).to(latents))
+            return lambda names: to_uint8(decode(pipeline, latents + self._difference(setting, names).to(latents)))
 
         return editor
 
