@@ -133,7 +133,7 @@ def test_the_posterior_may_see_features_and_the_decoder_still_aims_at_latents(ob
     assert figures["noise_swd"].item() == pytest.approx(noise_swd, rel=1e-4)
 
 
-@pytest.mark.parametrize(("latent_size", "decoded"), [(3, 4), (8, 8), (12, 8), (64, 16)])
+@pytest.mark.parametrize(("latent_size", "decoded"), [(3, 4), (8, 8), (12, 8), (16, 8), (32, 16), (64, 16)])
 def test_latents_of_any_size_are_averaged_to_one_that_the_decoder_makes(latent_size, decoded):
     objective = ConceptObjective(make_context_module(), CONTEXTS, 4, latent_size, CONFIG)
     z = torch.zeros(2, *objective.context_module.noise_shape)

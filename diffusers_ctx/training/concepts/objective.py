@@ -26,7 +26,8 @@ from .losses import (
 )
 
 
-# latents are averaged to one of these heights: concepts show at low resolution, and the decoder stays small
+# latents are averaged to one of these heights, of half their own where that is as much as eight: concepts show at low
+# resolution, and the decoder stays small
 _SIZES = (4, 8, 16)
 
 
@@ -54,7 +55,8 @@ class ConceptObjective(nn.Module):
         super().__init__()
         self.context_module = context_module
         self.config = config
-        self.size = max(size for size in _SIZES if size <= max(latent_size, _SIZES[0]))
+        largest = max(min(latent_size, 8), latent_size // 2, _SIZES[0])
+        self.size = max(size for size in _SIZES if size <= largest)
         self.dimensions = latent_channels * self.size**2
         self.latent_channels = latent_channels
         self.decoder = ValueDecoder(*self._decoder_shape())

@@ -280,8 +280,12 @@ class ConceptStage:
 
 
 def balanced_rows(contexts: list[str], labels: torch.Tensor, seed: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches of rows without end, equally many of every context and sorted by it; at least `batch_size` of them."""
+    """Batches of rows without end, equally many of every context and sorted by it.
+
+    They have at least `batch_size` rows, or those of an epoch if it has fewer: in larger ones, images would repeat.
+    """
     sampler = ContextBalancedSampler(contexts, seed)
+    batch_size = min(batch_size, len(sampler))
     batch_size = -(-batch_size // sampler.num_contexts) * sampler.num_contexts
     rows: list[int] = []
     epoch = 0
