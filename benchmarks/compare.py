@@ -44,11 +44,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", type=local_path, help="Folder of the base to train on; by default quad's.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images_per_context", type=int, default=32)
-    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps of batch 64 after the concepts.")
+    parser.add_argument("--train_steps", type=int, default=400, help="UNet steps after the concepts.")
     parser.add_argument("--concept_steps", type=int, help="Steps of learning the concepts; by default the library's.")
     parser.add_argument(
         "--baseline_steps", type=int, default=600, help="UNet steps of methods that learn no concepts."
     )
+    parser.add_argument("--train_batch_size", type=int, default=64, help="Images of a UNet step.")
     parser.add_argument("--n", type=int, default=35, help="Half the samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--cache_dir", type=local_path, default=Path("runs/sources"), help="What beds are made from.")
@@ -137,7 +138,8 @@ def main() -> None:
         print(render_tables(results_dir))
         return
     base = args.base or Path(embedded_base())
-    setting = Setting(bed=create_bed(args.bed, args.cache_dir), base=str(base), **setting_options(args))
+    bed = create_bed(args.bed, args.cache_dir)
+    setting = Setting(bed=bed, base=str(base), train_batch_size=args.train_batch_size, **setting_options(args))
     check_base(setting.base, setting.resolution)
     methods = create_bed_methods()
     options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}

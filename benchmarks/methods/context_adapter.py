@@ -36,7 +36,6 @@ from diffusers_ctx.training.run.tracking import start_trackers, track_step
 from .setting import BATCH_SIZE, Edit, Editor, Sampler, Setting, device, in_batches
 
 
-TRAIN_BATCH_SIZE = 64
 _LEARNING_RATES = {"frozen": 2e-3, "lora": 2e-3, "full": 5e-4}
 
 
@@ -100,7 +99,7 @@ class ContextAdapter:
         run = TrainingRun(setting, config, accelerator, pipeline, module, latents)
         self.learn_concepts(run)
         set_seed(setting.seed)  # what follows is the same, whether the concepts were on disk or not
-        _learn_adapter(run, None if held_out is None else NoiseTrial(held_out, TRAIN_BATCH_SIZE, setting.seed))
+        _learn_adapter(run, None if held_out is None else NoiseTrial(held_out, setting.train_batch_size, setting.seed))
         pipeline.save_context_adapter(folder, mode=self.mode)
         if self.mode == "full":  # the adapter belongs to the UNet that learned with it
             pipeline.save_pretrained(folder)
@@ -132,7 +131,7 @@ class ContextAdapter:
             replace(self.context, concept_steps=setting.concept_steps),
             OptimizationConfig(
                 seed=setting.seed,
-                train_batch_size=TRAIN_BATCH_SIZE,
+                train_batch_size=setting.train_batch_size,
                 max_train_steps=self.steps(setting),
                 learning_rate=_LEARNING_RATES[self.mode],
                 lr_scheduler="cosine",

@@ -43,6 +43,7 @@ class Setting:
         baseline_steps: UNet steps of methods that learn no concepts: more, so that they take about as long.
         num_inference_steps: denoising steps of all samples.
         work_dir: folder of images, latents and weights.
+        train_batch_size: images of a UNet step.
         resolution: height and width at which images are learned and drawn, in pixels.
     """
 
@@ -55,6 +56,7 @@ class Setting:
     baseline_steps: int
     num_inference_steps: int
     work_dir: Path
+    train_batch_size: int = 64
     resolution: int = 64
 
     @property

@@ -119,7 +119,7 @@ def test_an_unconditional_posterior_does_not_depend_on_the_context():
 
 
 def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(setting, tmp_path):
-    training = LoraTraining(load_base(setting), setting.latents(), seed=0, log_dir=tmp_path, name="names")
+    training = LoraTraining(load_base(setting), setting, log_dir=tmp_path, name="names")
     rows = next(training.batches(["obs", "size"]))
     contexts = [training.latents.contexts[row] for row in rows]
     assert contexts.count("obs") == contexts.count("size") == len(rows) / 2

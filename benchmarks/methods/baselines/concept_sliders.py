@@ -35,10 +35,9 @@ class ConceptSliders(Predicting):
         return self._steps_each(setting) * len(setting.bed.concepts)
 
     def train(self, setting: Setting, folder: Path) -> None:
-        latents = setting.latents()
         for name in setting.bed.concepts:
             pipeline = load_prompt_lora(setting, folder.parent / self.source)
-            training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
+            training = LoraTraining(pipeline, setting, folder / "logs", name)
             parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
 
             def predict(noisy, timesteps, target, rows, pipeline=pipeline, training=training, name=name):

@@ -18,14 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from diffusers_ctx.data import ContextBalancedSampler
-from diffusers_ctx.training.encoding.latents import ContextLatents
 
 from ..predicting import Prediction, Predictor
 from ..setting import Sampler, Setting, device, in_batches
 
 
 RANK = 16
-TRAIN_BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 EMPTY_PROMPT_SHARE = 0.1
 _EMBEDDINGS_RATE = 10  # times the LoRA's
@@ -53,20 +51,19 @@ class LoraTraining:
 
     Attributes:
         pipeline: the pipeline that learns.
-        latents: all images.
-        seed: seed of batches and noise.
+        setting: that of all methods.
         log_dir: folder of TensorBoard's log of the loss.
         name: name of the LoRA in the log.
     """
 
     pipeline: StableDiffusionPipeline
-    latents: ContextLatents
-    seed: int
+    setting: Setting
     log_dir: Path
     name: str
 
     def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.latents = self.setting.latents()
+        self.generator = torch.Generator().manual_seed(self.setting.seed)
 
     def run(
         self,
@@ -115,14 +112,14 @@ class LoraTraining:
     def batches(self, contexts: Sequence[str]) -> Iterator[torch.Tensor]:
         """Rows of images of these contexts, equally many of each, in batches without end."""
         rows = torch.tensor([row for row, name in enumerate(self.latents.contexts) if name in contexts])
-        sampler = ContextBalancedSampler([self.latents.contexts[row] for row in rows], self.seed)
+        sampler = ContextBalancedSampler([self.latents.contexts[row] for row in rows], self.setting.seed)
         waiting: list[int] = []
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
             waiting += list(sampler)
-            while len(waiting) >= TRAIN_BATCH_SIZE:
-                yield rows[waiting[:TRAIN_BATCH_SIZE]]
-                waiting = waiting[TRAIN_BATCH_SIZE:]
+            while len(waiting) >= self.setting.train_batch_size:
+                yield rows[waiting[: self.setting.train_batch_size]]
+                waiting = waiting[self.setting.train_batch_size :]
 
 
 def save_lora(pipeline: StableDiffusionPipeline, folder: Path, adapter_name: str, with_text: bool = False) -> None:

@@ -25,10 +25,10 @@ class LoraPerContext(Predicting):
         return setting.baseline_steps // count * count
 
     def train(self, setting: Setting, folder: Path) -> None:
-        latents, contexts = setting.latents(), setting.bed.contexts
+        contexts = setting.bed.contexts
         for name in contexts:
             pipeline = load_base(setting)
-            training = LoraTraining(pipeline, latents, setting.seed, folder / "logs", name)
+            training = LoraTraining(pipeline, setting, folder / "logs", name)
 
             def predict(noisy, timesteps, target, rows, training=training):
                 return training.predict(noisy, timesteps, training.captions(rows)), target

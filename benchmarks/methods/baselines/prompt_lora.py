@@ -43,7 +43,7 @@ class PromptLora(Predicting):
 
     def train(self, setting: Setting, folder: Path) -> None:
         pipeline = load_base(setting)
-        training = LoraTraining(pipeline, setting.latents(), setting.seed, folder / "logs", "names")
+        training = LoraTraining(pipeline, setting, folder / "logs", "names")
         parameters = add_lora(pipeline.unet, LORA_TARGETS, "names")
         parameters += add_lora(pipeline.text_encoder, TEXT_LORA_TARGETS, "names")
 
