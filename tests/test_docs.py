@@ -16,12 +16,13 @@ sys.path.append(str(ROOT / "docs"))
 import result_tables as results  # noqa: E402
 from result_tables import drift, load, mean, over_seeds, run  # noqa: E402
 
+from diffusers_ctx.evaluation import parse_evaluation_arguments  # noqa: E402
 from diffusers_ctx.training import parse_training_config  # noqa: E402
 
 
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "docs/notebook/*.md", "benchmarks/*.md", "diffusers_ctx/assets/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "docs/*/*.md", "benchmarks/*.md", "diffusers_ctx/assets/*/README.md")
     for path in ROOT.glob(pattern)
 )
 MEASURED_PAGES = [ROOT / name for name in results.PAGES]
@@ -247,12 +248,59 @@ def test_python_compiles(page):
         ast.parse(code)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md", "diffusers_ctx/assets/quad-context/README.md"])
+# Kinds of code blocks that no test runs, by what they begin with, and why. All others are run: Python blocks here,
+# those of the tutorial by test_tutorial.py.
+NOT_RUN = {
+    "python no-run": "needs an adapter of the reader's own, and an account on the Hub",
+    "bibtex": "is not code",
+    "text": "is a drawing",
+    "photos/": "shows a folder",
+    "Samples of the shipped adapter": "shows what a command prints",
+    "z = ": "is an equation",
+    "pip install": "needs the network; the gate installs the package with `make install`",
+    "make ": "is what runs this test, or takes minutes: `make demo` is train_scripts/demo_quad.py",
+    "accelerate launch": "needs a base model of gigabytes, several processes or hours; flags are parsed below",
+    "python train_scripts/": "takes minutes; tests/test_train_base.py runs the script",
+    "python benchmarks/": "takes minutes, or downloads pictures; tests/benchmarks runs the scripts",
+    "FOLDERS=": "belongs to the command below it",
+    "WEIGHTS=": "belongs to the command below it",
+}
+RUN_ELSEWHERE = {"docs/tutorial.md": "test_tutorial.py"}
+PYTHON_PAGES = [page for page in PAGES if snippets(page) and name_of(page) not in RUN_ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
 def test_python_runs_on_what_comes_with_the_library(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    for code in snippets(ROOT / page):
-        exec(compile(code, page, "exec"), namespace)
+    for code in snippets(page):
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+def commands(page: Path) -> list[str]:
+    """What is in code blocks that are not Python: each command, or the first line of anything else."""
+    text = page.read_text(encoding="utf-8")
+    fenced = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for language, block in fenced.findall(text):
+        if language != "python":
+            lines = block.replace("\\\n", " ").splitlines()
+            shown = language or "Samples of" in lines[0]
+            found += [language or lines[0]] if shown else lines
+    outside = fenced.sub("", text)
+    return found + [
+        line.strip() for line in re.findall(r"(?<=\n\n)((?: {4}\S.*\n)+)(?=\n)", outside) for line in line.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in RUN_ELSEWHERE], ids=name_of)
+def test_code_that_is_not_run_is_of_a_listed_kind(page):
+    assert [line for line in commands(page) if not line.startswith(tuple(NOT_RUN))] == []
+
+
+def test_every_listed_kind_exists():
+    found = [line for page in PAGES for line in commands(page)]
+    assert [kind for kind in NOT_RUN if not any(line.startswith(kind) for line in found)] == []
 
 
 def test_training_commands_are_understood():
@@ -270,6 +318,18 @@ def test_training_commands_are_understood():
     assert found >= 4
 
 
+def test_evaluation_commands_are_understood():
+    found = 0
+    for page in PAGES:
+        for block in snippets(page, ""):
+            for command in block.replace("\\\n", " ").splitlines():
+                if "train_scripts/evaluate_context_adapter.py" in command:
+                    arguments = shlex.split(command.split("evaluate_context_adapter.py")[1])
+                    assert parse_evaluation_arguments("", arguments).adapter
+                    found += 1
+    assert found >= 2
+
+
 def test_flags_exist():
     """Every flag that a page names is one of a program here, or of one that the page starts."""
     sources = [
@@ -284,3 +344,69 @@ def test_flags_exist():
         if page.parent.name != "notebook":
             for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))) - others:
                 assert re.search(rf"\b{flag}\b", code), f"{name_of(page)}: --{flag}"
+
+
+# Failures, and the map of the code
+
+
+def messages() -> list[re.Pattern]:
+    """The texts in the code, with a wildcard for each value in them."""
+    found = []
+    for folder in ("diffusers_ctx", "pipelines"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts = [re.escape(part.value) if _is_text(part) else ".+" for part in parts]
+                if sum(len(part.value) for part in parts if _is_text(part)) > 20:
+                    found.append(re.compile("".join(texts)))
+    return found
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_the_messages_of_failures_are_those_of_the_code():
+    page = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+    quoted = [
+        " ".join(quote.replace("\n> ", " ").split()) for quote in re.findall(r"(?:^> .*\n)+", page, re.MULTILINE)
+    ]
+    quoted = [quote.removeprefix("> ") for quote in quoted]
+    known = messages()
+    assert len(quoted) > 25
+    assert [quote for quote in quoted if not any(message.fullmatch(quote) for message in known)] == []
+
+
+def test_imports_run_one_way():
+    """As the architecture page lists the parts: each imports only those below it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    order = re.findall(r"^\| \d+ \| `(\w+)", page, flags=re.MULTILINE)
+    found = {path.stem for path in (ROOT / "diffusers_ctx").iterdir()} - {"__init__", "__pycache__", "assets", "py"}
+    assert found <= set(order), "List it on the page."
+    modules = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "diffusers_ctx").rglob("*.py")}
+    modules |= {path: ("diffusers_ctx", "pipelines", path.stem) for path in (ROOT / "pipelines").glob("*.py")}
+    upward = []
+    for path, (_, *parts) in modules.items():
+        for imported in _imported_parts(path, parts) if len(parts) > 1 or parts[0] in order else ():
+            if imported != parts[0] and order.index(imported) < order.index(parts[0]):
+                upward.append(f"{name_of(path)} imports {imported}")
+    assert upward == []
+
+
+def _imported_parts(path: Path, parts: list[str]) -> set[str]:
+    """The parts of the library that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level:
+                module = ["diffusers_ctx", *parts[: len(parts) - node.level], *module]
+            if module[0] == "diffusers_ctx":
+                found |= {module[1]} if len(module) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+def test_the_site_has_all_pages():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page not in navigation] == []
