@@ -2,31 +2,40 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint clean
+.PHONY: help install demo test test-fast lint docs clean
 
-install: $(VENV)/.installed
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed  ## .venv with the library and its tools
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: install
+demo: install  ## train, sample and measure an adapter on a CPU, in 9 minutes
 	$(BIN)/python train_scripts/demo_quad.py --output_dir runs/demo
 
-test: install
+test: install  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# without the tests that launch processes, train, or draw many samples
-test-fast: install
+test-fast: install  ## without the tests that launch processes, train, or draw many samples
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/evaluation tests/adapter \
 		tests/test_adapter_format.py tests/training/test_config.py tests/training/test_objective.py \
 		tests/training/test_scm_fit.py tests/training/test_initialization.py
 
-lint: install
+lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
+docs: $(VENV)/.installed-docs  ## the site, in build/site; no warning passes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+clean:  ## remove .venv, builds and runs
 	rm -rf $(VENV) build *.egg-info runs
