@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from .embedded import EMBEDDED_BASE, embedded_base
+from .embedded import embedded_call
 
 
 FORMAT_VERSION = 2  # of adapters without noise, which older versions would draw; 1 of all others
@@ -83,8 +83,8 @@ def public_name(base_model: str | None) -> str | None:
     """The base model's name as an adapter may publish it: of a local folder only the last part."""
     if base_model is None:
         return None
-    if Path(base_model).resolve() == Path(embedded_base()).resolve():
-        return EMBEDDED_BASE
+    if call := embedded_call(base_model):
+        return call
     return Path(base_model).name if Path(base_model).exists() else base_model
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_ctx.adapter_format import adapter_files, public_name, read_adapter_config
-from diffusers_ctx.embedded import EMBEDDED_BASE, embedded_base
+from diffusers_ctx.embedded import called_base
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 
@@ -87,8 +87,8 @@ def recorded_base(adapter: str, adapter_config: dict[str, Any]) -> str:
     base = adapter_config["base_model_name_or_path"]
     if adapter_config["mode"] == "full":
         return adapter  # its own pipeline is in the same place
-    if base == EMBEDDED_BASE:
-        return embedded_base()
+    if embedded := called_base(base):
+        return embedded
     if not base or "/" not in base:
         raise ValueError(
             f"The adapter names its base model only as {base!r}; give the folder or Hub id as"

@@ -68,6 +68,7 @@ def test_the_embedded_base_has_one_name_however_its_folder_is_spelled(monkeypatc
     for place, spelling in ((folder.parent, "quad-base"), (folder.parents[1], "assets/quad-base/"), (folder, ".")):
         monkeypatch.chdir(place)
         assert public_name(spelling) == "embedded_base()"
+    assert public_name(embedded_base("pictures")) == 'embedded_base("pictures")'
     monkeypatch.chdir(folder.parent)
     assert public_name("quad-context") == "quad-context"
 
@@ -75,3 +76,5 @@ def test_the_embedded_base_has_one_name_however_its_folder_is_spelled(monkeypatc
 def test_an_adapter_that_there_is_not():
     with pytest.raises(ValueError, match=r"no embedded adapter 'mnist'; there are \['quad'\]"):
         embedded_adapter("mnist")
+    with pytest.raises(ValueError, match=r"no embedded base 'mnist'; there are \['quad', 'pictures'\]"):
+        embedded_base("mnist")

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined, Template
 
 from ..adapter_format import CARD_NAME
-from ..embedded import EMBEDDED_BASE
+from ..embedded import called_base
 from ..paths import local_path
 
 
@@ -72,7 +72,7 @@ def render_model_card(
         marker=_MARKER,
         title=repo_id or "Context adapter: " + ", ".join(concepts),
         base=_base_in_words(base_model, config),
-        on_embedded_base=config["mode"] != "full" and _is_embedded(config),
+        embedded_base=config["base_model_name_or_path"] if config["mode"] != "full" and _is_embedded(config) else None,
         # an adapter of mode `full` is saved in the folder of its own pipeline
         base_argument=adapter_argument if config["mode"] == "full" else base_model or "path/to/the/checkpoint",
         adapter_argument=adapter_argument,
@@ -125,7 +125,7 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _is_embedded(config: Mapping[str, Any]) -> bool:
-    return config.get("base_model_name_or_path") == EMBEDDED_BASE
+    return called_base(config.get("base_model_name_or_path")) is not None
 
 
 def _base_in_words(hub_id: str | None, config: Mapping[str, Any]) -> str:

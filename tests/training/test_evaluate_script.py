@@ -238,6 +238,7 @@ def test_the_base_is_what_the_adapter_names_where_that_can_be_loaded():
         return recorded_base("user/weather", {"base_model_name_or_path": name, "mode": mode})
 
     assert base("embedded_base()") == embedded_base()
+    assert base('embedded_base("pictures")') == embedded_base("pictures")
     assert base("stable-diffusion-v1-5/stable-diffusion-v1-5") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert base("anything", mode="full") == "user/weather"
     for name in (None, "tiny-stable-diffusion"):
