@@ -18,6 +18,7 @@ from tables import distances, summarize_method
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.paths import local_path
+from diffusers_ctx.plot import heat_maps, interference
 
 
 _CURVE_SAMPLES = 500  # of each combination: distances at different numbers cannot be compared
@@ -63,7 +64,7 @@ def draw_interference(results: list[dict[str, Any]]) -> Figure:
     """How far each intervention moves each attribute, beside the true change."""
     matrices = {"truth": results[0]["interference"]["true_matrix"]}
     matrices |= {row["method"]: row["interference"]["matrix"] for row in results}
-    return _heat_maps(matrices, quad.FACTORS, "attribute", "intervention")
+    return interference(matrices, quad.CONCEPTS, quad.FACTORS)
 
 
 def draw_graphs(results: list[dict[str, Any]]) -> Figure:
@@ -74,7 +75,7 @@ def draw_graphs(results: list[dict[str, Any]]) -> Figure:
     matrices = {"truth": true.tolist()} | {
         row["method"]: row["graph"]["strengths"] for row in results if "graph" in row
     }
-    return _heat_maps(matrices, quad.CONCEPTS, "cause", "effect")
+    return heat_maps(matrices, quad.CONCEPTS, quad.CONCEPTS, "cause", "effect", largest=1.2)
 
 
 def draw_curves(results_dir: Path) -> Figure:
@@ -101,17 +102,6 @@ def draw_curves(results_dir: Path) -> Figure:
     figure.axes[0].set_ylim(bottom=0)  # only now: it would keep the top as it is, and both axes share it
     figure.axes[0].set_ylabel(f"debiased distance, {_CURVE_SAMPLES} samples")
     figure.axes[0].legend()
-    return figure
-
-
-def _heat_maps(matrices: dict[str, Any], columns: tuple[str, ...], xlabel: str, ylabel: str) -> Figure:
-    figure = Figure(figsize=(3.2 * len(matrices), 3.4), layout="constrained")
-    for axes, (name, matrix) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items()):
-        picture = axes.imshow(np.array(matrix, dtype=float), cmap="Blues", vmin=0, vmax=1.2)
-        axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_yticks(range(len(quad.CONCEPTS)), quad.CONCEPTS)
-        axes.set(title=name, xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(picture, ax=figure.axes, shrink=0.8)
     return figure
 
 

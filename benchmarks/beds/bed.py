@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusers_ctx.evaluation.grids import draw_grid
+from diffusers_ctx.plot import draw_grid
 
 
 @dataclass(frozen=True)

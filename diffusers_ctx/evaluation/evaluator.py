@@ -20,15 +20,14 @@ from ..fingerprint import fingerprint
 from ..keyed_random import keyed_generator
 from ..paths import local_path
 from ..pipelines import describe_truncated, truncation_unsaid
+from ..plot import draw_grid, edge_strengths
 from .config import EvaluationConfig
 from .features import autoencode, clip_features, latent_features
-from .grids import draw_grid
 from .held_out_images import HeldOutImages
 from .image_store import ImageJob, check_settings, make_images, write_settings
 from .images import to_uint8
 from .report import (
     Metrics,
-    draw_strengths,
     measure_context,
     measure_counterfactuals,
     render_markdown,
@@ -276,7 +275,7 @@ class Evaluator:
 
     def _draw(self, held_out: HeldOutImages, counterfactuals: dict[str, np.ndarray], graph: dict[str, Any]) -> None:
         self._draw_contexts(held_out).save(self.output_dir / "grid.png")
-        draw_strengths(np.array(graph["strengths"]), graph["nodes"]).savefig(self.output_dir / "graph.png")
+        edge_strengths({"": np.array(graph["strengths"])}, graph["nodes"]).savefig(self.output_dir / "graph.png")
         if counterfactuals:
             rounds, undone = self._rounds(counterfactuals), self._undone(counterfactuals)
             picture = draw_counterfactuals(counterfactuals["real"], rounds, undone)

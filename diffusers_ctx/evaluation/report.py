@@ -9,7 +9,6 @@ import numpy as np
 
 from .conformity import composition_gap
 from .counterfactual import counterfactual_error
-from .grids import printable
 from .kernel_distance import kernel_distance
 from .sliced_wasserstein import bootstrap_interval, debiased, sliced_wasserstein_distance
 
@@ -163,32 +162,6 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     if "counterfactuals" in results:
         lines += _counterfactual_tables(results["counterfactuals"])
     return "\n".join(lines)
-
-
-def draw_strengths(strengths: np.ndarray, names: Sequence[str]) -> Any:
-    """A heat map of a causal layer's strengths, as a `matplotlib.figure.Figure`.
-
-    Args:
-        strengths: strengths (N, N), row = effect, column = cause.
-        names: names of the N nodes.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Drawing the graph needs matplotlib; run `pip install matplotlib`.") from error
-    size = 2 + 0.4 * len(names)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(strengths, cmap="Blues", vmin=0)
-    labels = [printable(name) for name in names]
-    axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
-    axes.set(xlabel="cause", ylabel="effect")
-    figure.colorbar(picture, label="strength of the edge")
-    return figure
 
 
 def _counterfactual_tables(measured: Metrics) -> list[str]:

@@ -1,5 +1,4 @@
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from diffusers_ctx.evaluation import (
     sliced_wasserstein_distance,
 )
 from diffusers_ctx.evaluation.report import (
-    draw_strengths,
     measure_context,
     measure_counterfactuals,
     render_markdown,
@@ -167,18 +165,3 @@ def test_counterfactuals_have_tables_of_their_own():
         ["intervention", "error when undone", "change when made"],
         ["night", "0.0200", "0.3000"],
     ]
-
-
-def test_the_heat_map_shows_every_strength_at_its_place():
-    strengths = np.array([[0, 2.0], [0.5, 0]])
-    axes = draw_strengths(strengths, ["night", "snow"]).axes[0]
-    np.testing.assert_array_equal(axes.images[0].get_array(), strengths)  # rows from the top down
-    assert axes.get_xlabel() == "cause" and axes.get_ylabel() == "effect"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["night", "snow"]
-    assert axes.yaxis_inverted() and not axes.xaxis_inverted()
-
-
-def test_matplotlib_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib"):
-        draw_strengths(np.zeros((1, 1)), ["night"])

@@ -14,8 +14,9 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from ...data import interventions_of
-from ...evaluation.grids import draw_grid, sample_rows
+from ...evaluation.grids import sample_rows
 from ...pipelines import Conditioner
+from ...plot import draw_grid
 from ..config import TrainingConfig
 from ..encoding.latents import ContextLatents
 from ..run.stop_signals import StopSignals

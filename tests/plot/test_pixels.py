@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ctx.evaluation import grids
-from diffusers_ctx.evaluation.grids import draw_grid, printable
-from diffusers_ctx.evaluation.report import draw_strengths
+from diffusers_ctx.plot import draw_grid, edge_strengths, labels
+from diffusers_ctx.plot.labels import printable
 
 
 @pytest.fixture(autouse=True)
 def fresh_fonts():
-    grids._fonts.cache_clear()
+    labels._fonts.cache_clear()
     yield
-    grids._fonts.cache_clear()
+    labels._fonts.cache_clear()
 
 
 def label(text: str) -> np.ndarray:
@@ -59,4 +58,4 @@ def test_english_labels_are_as_ever():
 def test_the_nodes_of_a_graph_have_readable_names(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_strengths(np.eye(3), ["снег", "夜", "$x$ a $"]).savefig(tmp_path / "graph.png")
+        edge_strengths({"": np.eye(3)}, ["снег", "夜", "$x$ a $"]).savefig(tmp_path / "graph.png")

@@ -1,0 +1,29 @@
+"""The libraries of the figures, which are an extra."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def require(module: str) -> Any:
+    """A module of a library that the figures need.
+
+    Raises:
+        ImportError: if the library is not installed, with the extra that has it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This picture needs {module.partition('.')[0]}; run `pip install diffusers-ctx[eval]`."
+        ) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. It belongs to no window, so that a server can draw it."""
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
