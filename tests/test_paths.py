@@ -104,7 +104,7 @@ def test_scripts_take_paths_at_home(home, monkeypatch):
     import demo_quad
 
     monkeypatch.setattr(sys, "argv", ["demo_quad.py", "--output_dir=~/demo"])
-    assert demo_quad.parse_args().output_dir == home / "demo"
+    assert demo_quad.demo.make_context("demo", sys.argv[1:]).params["output_dir"] == home / "demo"
 
 
 # mistyped folders

@@ -7,26 +7,7 @@ Half of each context's images are compared with as many samples; the other half 
 Images are written as they are made: the same command, given again, continues where it stopped.
 """
 
-import torch
-from accelerate import Accelerator
-
-from diffusers_ctx.evaluation import Evaluator, parse_evaluation_arguments
-from diffusers_ctx.pipelines.adapted import load_adapted_pipeline
-
-
-def main() -> None:
-    config, adapter, data = parse_evaluation_arguments(__doc__.splitlines()[0])
-    accelerator = Accelerator()
-    pipeline, source, fingerprints = load_adapted_pipeline(
-        adapter,
-        config.pretrained_model_name_or_path,
-        dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    Evaluator(config, pipeline.to(accelerator.device), data, source, fingerprints, accelerator).run()
+from diffusers_ctx.evaluation.__main__ import main
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from ..autoencoding import decode_latents
+from ..context import Interventions
 from .images import to_uint8
 
 
 def sample_rows(
     pipeline: Any,
-    contexts: Sequence[Sequence[str]],
+    contexts: Sequence[Interventions],
     prompts: Sequence[str],
     seed: int,
     num_inference_steps: int = 25,
@@ -39,7 +40,7 @@ def sample_rows(
         generators = [torch.Generator().manual_seed(seed + column) for column in range(len(prompts))]
         latents = pipeline(
             list(prompts),
-            interventions=list(interventions),
+            interventions=interventions,
             generator=generators,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

@@ -24,7 +24,7 @@ _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.1
 _HELD_OUT_SHARE = 0.1
 _LEAST_HELD_OUT = 20  # with fewer, chance would decide what is kept
-_LEAST_CAPTIONED = round(_LEAST_HELD_OUT / _HELD_OUT_SHARE)
+LEAST_CAPTIONED = round(_LEAST_HELD_OUT / _HELD_OUT_SHARE)
 _STEPS_OF_A_TRIAL = 50
 _IMAGES_AT_ONCE = 512
 _CAPTIONS_AT_ONCE = 16
@@ -60,7 +60,7 @@ def fit_captions(
     if held_out < _LEAST_HELD_OUT:
         if accelerator.is_main_process:
             logger.warning(
-                f"{len(rows)} of the images that are not held out have a caption, and {_LEAST_CAPTIONED} are needed to"
+                f"{len(rows)} of the images that are not held out have a caption, and {LEAST_CAPTIONED} are needed to"
                 " learn what captions say: samples will be drawn without `match_prompt`. Caption more images."
             )
         return

@@ -1,0 +1,66 @@
+"""`diffusers-ctx counterfactual`: what given images would have been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .loading import adapter_argument, base_option, dtype_option, load_pipeline, output_dir_option
+from .parameters import Context, ExistingPath, named
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  diffusers-ctx counterfactual weather-context street.jpg --interventions snow
+  diffusers-ctx counterfactual weather-context *.jpg --factual_interventions night --interventions night+snow"""
+)
+@adapter_argument
+@click.argument("images", type=ExistingPath(), nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--interventions", type=Context(), required=True, metavar="CONTEXT", help="Of the counterfactual.")
+@click.option(
+    "--factual_interventions", type=Context(), metavar="CONTEXT", help="Those under which the images arose, if any."
+)
+@click.option("--prompt", default="", help="What the images show.")
+@click.option("--num_inference_steps", type=click.IntRange(min=1), default=50, show_default=True)
+@base_option
+@dtype_option
+@output_dir_option
+def counterfactual(
+    adapter: str,
+    images: tuple[Path, ...],
+    interventions: dict[str, float],
+    factual_interventions: dict[str, float] | None,
+    prompt: str,
+    num_inference_steps: int,
+    base: str | None,
+    dtype: str,
+    output_dir: Path,
+) -> None:
+    """Draw what images would have been under other interventions.
+
+    Images are resized and cropped to the size that the adapter was trained on. Writes the counterfactual of each,
+    and differences.png with all of them beside the images. Prints the names of the files.
+    """
+    from ..plot.libraries import require
+
+    require("matplotlib")  # before gigabytes are loaded
+    action, factual = dict(interventions), dict(factual_interventions or {})
+    pipeline = load_pipeline(adapter, base, dtype, [action, factual])
+    from ..data.decoding import square_crop
+    from ..data.encoded_images import read_image
+    from ..plot import counterfactuals
+
+    resolution = pipeline.context_module.config.posterior_sample_size * pipeline.vae_scale_factor
+    pictures = [square_crop(read_image({"path": str(path), "bytes": None})[0], resolution) for path in images]
+    made = pipeline.counterfactual(pictures, action, factual, prompt, num_inference_steps).images
+    name = named(action) or pipeline.context_module.config.obs_context
+    output_dir.mkdir(parents=True, exist_ok=True)
+    files = [output_dir / f"{path.stem}-{name}.png" for path in images]
+    for file, picture in zip(files, made):
+        picture.save(file)
+        click.echo(file)
+    stems = [path.stem for path in images]
+    counterfactuals(pictures, made, stems, name).savefig(output_dir / "differences.png", dpi=150)
+    click.echo(output_dir / "differences.png")
