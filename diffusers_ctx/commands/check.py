@@ -67,11 +67,11 @@ def check(
         )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise click.BadParameter(str(error), param_hint="'DATA'") from error
-    if contact_sheet is not None:
-        _draw_contact_sheet(report, seed).savefig(contact_sheet, dpi=_TILE)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else _in_words(data, report))
-    if contact_sheet is not None and not as_json:
-        click.echo(f"\nContact sheet: {contact_sheet}")
+    if contact_sheet is not None:
+        contact_sheet.parent.mkdir(parents=True, exist_ok=True)
+        _draw_contact_sheet(report, seed).savefig(contact_sheet, dpi=_TILE)
+        click.echo(f"Contact sheet: {contact_sheet}", err=True)
     ctx.exit(1 if report.problems else 0)
 
 

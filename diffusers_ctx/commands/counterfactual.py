@@ -62,5 +62,7 @@ def counterfactual(
         picture.save(file)
         click.echo(file)
     stems = [path.stem for path in images]
-    counterfactuals(pictures, made, stems, name).savefig(output_dir / "differences.png", dpi=150)
+    counterfactuals(pictures, made, stems, f"do({name})" if action else name).savefig(
+        output_dir / "differences.png", dpi=150
+    )
     click.echo(output_dir / "differences.png")

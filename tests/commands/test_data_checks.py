@@ -97,8 +97,9 @@ def test_images_are_counted(report):
 def test_what_cannot_be_read_is_a_problem_and_the_rest_is_checked(report):
     (problem,) = found(report, "unreadable images")
     assert isinstance(problem, Problem) and "1 of 193 images" in problem.message and "broken.png" in problem.message
-    (remark,) = found(report, "reading")
-    assert "notes.txt" in remark.message and not isinstance(remark, Problem)
+    captions, passed_over = found(report, "reading")
+    assert "notes.txt" in passed_over.message and "1 of 61 images have no caption" in captions.message
+    assert not isinstance(passed_over, Problem)
 
 
 def test_copies_are_found_pixel_for_pixel_and_saved_again(report):
@@ -116,14 +117,14 @@ def test_near_copies_do_not_depend_on_how_many_are_compared_at_once(report, monk
     ]
 
 
-@pytest.mark.parametrize("change", ["jpeg", "half", "larger"])
+@pytest.mark.parametrize("change", ["jpeg", "smaller", "larger"])
 def test_a_picture_that_was_saved_again_is_near_and_another_is_not(change):
     pictures = [Image.fromarray(scene(seed).astype(np.uint8)) for seed in range(12)]
     again = io.BytesIO()
     if change == "jpeg":
         pictures[0].save(again, "JPEG", quality=70)
     else:
-        pictures[0].resize({"half": (24, 24), "larger": (90, 90)}[change]).save(again, "PNG")
+        pictures[0].resize({"smaller": (36, 36), "larger": (90, 90)}[change]).save(again, "PNG")
     pictures.append(Image.open(again))
     thumbnails = [np.asarray(picture.resize((32, 32), Image.Resampling.BOX)) for picture in pictures]
     table = ImageTable(
@@ -179,17 +180,17 @@ def test_the_two_sample_test_keeps_its_level():
     features = np.random.default_rng(0).normal(size=(2000, 20))
     rng = np.random.default_rng(1)
     p_values = []
-    for seed in range(100):
+    for seed in range(40):
         rows = rng.permutation(2000)[:60]
         p_values.append(two_sample_test(features, rows[:30], rows[30:], np.arange(2000), seed).p_value)
-    assert np.mean(np.array(p_values) <= 0.05) <= 0.11
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.125
 
 
 def test_features_of_pixels_see_color_place_and_texture():
     rng = np.random.default_rng(0)
     noise = rng.integers(100, 156, (1, 32, 32, 3), dtype=np.uint8)
     features = pixel_features(np.concatenate([noise, noise + 40, noise[:, :, ::-1], noise // 8 + 112]))
-    assert features.shape == (4, 297) and np.isfinite(features).all()
+    assert features.shape == (4, 290) and np.isfinite(features).all()
     assert all(not np.allclose(features[0], other) for other in features[1:])
 
 
@@ -225,9 +226,10 @@ def test_expectations_name_the_numbers_on_both_sides():
 def test_the_command_prints_draws_and_exits_with_1(faulty, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     assert main(["check", str(faulty), "--contact_sheet", str(sheet)]) == 1
-    output = capsys.readouterr().out
-    for text in ("4 contexts, 192 images", "\nProblems\n", "\nRemarks\n", "\nWhat to expect\n", f"{sheet}"):
-        assert text in output
+    output = capsys.readouterr()
+    for text in ("4 contexts, 192 images", "\nProblems\n", "\nRemarks\n", "\nWhat to expect\n"):
+        assert text in output.out
+    assert f"Contact sheet: {sheet}" in output.err
     assert np.asarray(Image.open(sheet)).std() > 10
 
 

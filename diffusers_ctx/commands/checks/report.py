@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ...context.names import normal_name
 from ...data import load_context_dataset
 from ...paths import local_path
 from .captions import find_telling_captions
@@ -92,6 +93,7 @@ def check_data(
         ValueError: if the data cannot be trained on at all, such as without an observational context.
     """
     dataset, findings = _load(source, obs_context=obs_context, text_column=text_column)
+    obs_context = normal_name(obs_context)
     table = read_images(dataset, local_path(source) if local_path(source).is_dir() else None)
     findings += find_imbalance(table)
     findings += find_small_and_unlike_sizes(table, resolution)

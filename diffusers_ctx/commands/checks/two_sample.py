@@ -108,7 +108,7 @@ def two_sample_test(
 
 
 def pixel_features(thumbnails: np.ndarray) -> np.ndarray:
-    """Features (n, 297) of small images (n, 32, 32, 3): colors of an 8 x 8 grid, how much brightness varies within its
+    """Features (n, 290) of small images (n, 32, 32, 3): colors of an 8 x 8 grid, how much brightness varies within its
     cells, a histogram of each channel, and mean and deviation of the channels and of horizontal and vertical edges."""
     pixels = thumbnails.astype(np.float32) / 255
     n, side = len(pixels), pixels.shape[1] // 8

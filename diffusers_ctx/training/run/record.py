@@ -164,6 +164,6 @@ def training_record(
 def _command() -> list[str]:
     """The command line of this process, without the launcher's own flags, which it cannot see."""
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ  # set by `accelerate launch` alone
-    module = getattr(sys.modules["__main__"].__spec__, "parent", None)  # of `-m`, which leaves a path of this machine
-    program = ["-m", module] if module else sys.argv[:1]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `-m`, which leaves a path of this machine in `argv`
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return [*(["accelerate", "launch"] if launched else ["python"]), *program, *sys.argv[1:]]
