@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .loading import adapter_argument, base_option, dtype_option, load_pipeline, output_dir_option
+from .loading import adapter_argument, base_option, dtype_option, known_interventions, load_pipeline, output_dir_option
 from .parameters import Context, ExistingPath, named
 
 
@@ -43,11 +43,16 @@ def counterfactual(
     Images are resized and cropped to the size that the adapter was trained on. Writes the counterfactual of each,
     and differences.png with all of them beside the images. Prints the names of the files.
     """
+    stems = [path.stem for path in images]
+    if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise click.UsageError(
+            f"Several images are called {', '.join(repeated)}, and so would be their counterfactuals."
+        )
     from ..plot.libraries import require
 
     require("matplotlib")  # before gigabytes are loaded
-    action, factual = dict(interventions), dict(factual_interventions or {})
-    pipeline = load_pipeline(adapter, base, dtype, [action, factual])
+    action, factual = known_interventions(adapter, [interventions, factual_interventions or {}])
+    pipeline = load_pipeline(adapter, base, dtype)
     from ..data.decoding import square_crop
     from ..data.encoded_images import read_image
     from ..plot import counterfactuals
@@ -57,11 +62,10 @@ def counterfactual(
     made = pipeline.counterfactual(pictures, action, factual, prompt, num_inference_steps).images
     name = named(action) or pipeline.context_module.config.obs_context
     output_dir.mkdir(parents=True, exist_ok=True)
-    files = [output_dir / f"{path.stem}-{name}.png" for path in images]
+    files = [output_dir / f"{stem}-{name}.png" for stem in stems]
     for file, picture in zip(files, made):
         picture.save(file)
         click.echo(file)
-    stems = [path.stem for path in images]
     counterfactuals(pictures, made, stems, f"do({name})" if action else name).savefig(
         output_dir / "differences.png", dpi=150
     )

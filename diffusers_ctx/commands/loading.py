@@ -25,34 +25,41 @@ output_dir_option = click.option(
 )
 
 
-def load_pipeline(adapter: str, base: str | None, dtype: str, contexts: Sequence[dict[str, float]]) -> Any:
+def known_interventions(adapter: str, contexts: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Strengths by concept of each context, none for the observational one, before gigabytes are loaded.
+
+    Raises:
+        BadParameter: if one intervenes on a concept that the adapter does not know.
+        AdapterError: if there is no such adapter.
+    """
+    from ..adapter_format import read_adapter_config
+    from ..hub import resolve_adapter_folder
+
+    config = read_adapter_config(resolve_adapter_folder(adapter))
+    interventions = [{} if set(context) == {config["obs_context"]} else context for context in contexts]
+    if unknown := sorted({name for context in interventions for name in context} - set(config["concepts"])):
+        raise click.BadParameter(
+            f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}.",
+            param_hint="'--interventions'",
+        )
+    return interventions
+
+
+def load_pipeline(adapter: str, base: str | None, dtype: str) -> Any:
     """A pipeline with the adapter, on a GPU if there is one.
 
     Args:
         adapter: its folder or Hub id.
         base: folder or Hub id of the base model; by default the one that the adapter names.
         dtype: name of the precision.
-        contexts: interventions to check before gigabytes are loaded; those that are the observational context's name
-            become none.
 
     Raises:
-        BadParameter: if one intervenes on a concept that the adapter does not know.
         AdapterError: if there is no such adapter, or it does not fit the base model.
         ValueError: if no base model is given and the adapter does not say enough to load one.
     """
     import torch
 
-    from ..adapter_format import read_adapter_config
-    from ..hub import resolve_adapter_folder
     from ..pipelines.adapted import load_adapted_pipeline
 
-    config = read_adapter_config(resolve_adapter_folder(adapter))
-    for context in contexts:
-        context.pop(config["obs_context"], None)
-        if unknown := [name for name in context if name not in config["concepts"]]:
-            raise click.BadParameter(
-                f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}.",
-                param_hint="'--interventions'",
-            )
     pipeline = load_adapted_pipeline(adapter, base, dtype=getattr(torch, dtype)).pipeline
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[attr-defined]

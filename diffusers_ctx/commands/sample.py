@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .loading import adapter_argument, base_option, dtype_option, load_pipeline, output_dir_option
+from .loading import adapter_argument, base_option, dtype_option, known_interventions, load_pipeline, output_dir_option
 from .parameters import Context, named
 
 
@@ -53,8 +53,8 @@ def sample(
 
     Writes each image, and grid.png with a row per context. Prints the names of the files.
     """
-    interventions = [dict(context) for context in contexts] or [{}]
-    pipeline = load_pipeline(adapter, base, dtype, interventions)
+    interventions = known_interventions(adapter, contexts) or [{}]
+    pipeline = load_pipeline(adapter, base, dtype)
     from PIL import Image
 
     from ..evaluation.grids import sample_rows

@@ -48,6 +48,7 @@ def test_commands_are_listed_in_the_order_of_their_use(capsys):
         (["sample", "quad", "--interventions", "quad1=2"], "write night, night+snow or night=0.5+snow"),
         (["sample", "quad", "--interventions", "nite+quad1"], "the adapter does not know nite; its concepts are"),
         (["counterfactual", "quad", "no.png", "--interventions", "size"], "there is no no.png"),
+        (["counterfactual", "quad", __file__, __file__, "--interventions", "size"], "called test_program"),
         (["push", "no-folder", "ada/weather"], "there is no no-folder"),
         (["train"], "Give the flags of the training"),
         (["train", "--max_train_step", "5"], "'--max_train_step'"),
