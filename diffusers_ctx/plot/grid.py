@@ -44,7 +44,7 @@ def image_grid(
             raise ValueError(f"`{what}_names` has {len(names)} names for {count} {what}s; give one each.")
     beside = _LETTER * max((len(line) for name in row_names or () for line in name.split("\n")), default=0)
     above = 0.25 * bool(column_names) + 0.3 * bool(title)
-    figure = new_figure(size * columns + beside, size * len(rows) + above)
+    figure = new_figure(size * columns + beside, size * len(rows) + above, w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, images in zip(axes, rows):
         for place in row[len(images) :]:
@@ -57,7 +57,6 @@ def image_grid(
         place.set_title(_label(name), fontsize="medium", parse_math=False)
     if title:
         figure.suptitle(_label(title), parse_math=False)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     return figure
 
 

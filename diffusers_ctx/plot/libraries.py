@@ -24,6 +24,10 @@ def require(module: str) -> Any:
         ) from error
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches. It belongs to no window, so that a server can draw it."""
-    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, **paddings: float) -> Figure:
+    """An empty figure of so many inches. It belongs to no window, so that a server can draw it.
+
+    `paddings` are those of matplotlib's `ConstrainedLayoutEngine`, where they are not to be its defaults.
+    """
+    layout = require("matplotlib.layout_engine").ConstrainedLayoutEngine(**paddings)
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout=layout)
