@@ -12,8 +12,9 @@ import torch
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.data import quad
-from diffusers_ctx.evaluation.grids import draw_grid, sample_rows
+from diffusers_ctx.evaluation.grids import sample_rows
 from diffusers_ctx.evaluation.images import to_uint8
+from diffusers_ctx.plot import draw_grid
 
 
 FOLDER = Path(__file__).parent / "guide"

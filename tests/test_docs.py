@@ -261,6 +261,7 @@ NOT_RUN = {
     "make ": "is what runs this test, or takes minutes: `make demo` is train_scripts/demo_quad.py",
     "accelerate launch": "needs a base model of gigabytes, several processes or hours; flags are parsed below",
     "python train_scripts/": "takes minutes; tests/test_train_base.py runs the script",
+    "diffusers-ctx ": "needs adapters and pictures of the reader's own; tests/commands runs the commands",
     "python benchmarks/": "takes minutes, or downloads pictures; tests/benchmarks runs the scripts",
     "FOLDERS=": "belongs to the command below it",
     "WEIGHTS=": "belongs to the command below it",

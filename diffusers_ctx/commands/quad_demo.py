@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import ComposablePipeline, embedded_adapter, embedded_base
 from ..data import quad
+from ..embedded import embedded_adapter, embedded_base
 from ..evaluation import sliced_wasserstein_distance
 from ..evaluation.grids import sample_rows
 from ..evaluation.images import to_uint8
+from ..pipelines import ComposablePipeline
 from ..plot import draw_grid
 from ..training import (
     ContextConfig,
