@@ -12,19 +12,42 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .context import ContextModule
-    from .pipelines import ComposablePipeline, ComposableXLPipeline
-
-# imported when they are asked for: PyTorch and diffusers take seconds, which `diffusers_ctx.hub` does not need
-_LAZY = {"ComposablePipeline": ".pipelines", "ComposableXLPipeline": ".pipelines", "ContextModule": ".context"}
+    from .pipelines import (
+        ComposableControlNetImg2ImgPipeline,
+        ComposableControlNetInpaintPipeline,
+        ComposableControlNetPipeline,
+        ComposableImg2ImgPipeline,
+        ComposableInpaintPipeline,
+        ComposablePipeline,
+        ComposableXLControlNetImg2ImgPipeline,
+        ComposableXLControlNetInpaintPipeline,
+        ComposableXLControlNetPipeline,
+        ComposableXLImg2ImgPipeline,
+        ComposableXLInpaintPipeline,
+        ComposableXLPipeline,
+    )
 
 __all__ = [
+    "ComposableControlNetImg2ImgPipeline",
+    "ComposableControlNetInpaintPipeline",
+    "ComposableControlNetPipeline",
+    "ComposableImg2ImgPipeline",
+    "ComposableInpaintPipeline",
     "ComposablePipeline",
+    "ComposableXLControlNetImg2ImgPipeline",
+    "ComposableXLControlNetInpaintPipeline",
+    "ComposableXLControlNetPipeline",
+    "ComposableXLImg2ImgPipeline",
+    "ComposableXLInpaintPipeline",
     "ComposableXLPipeline",
     "ContextModule",
     "__version__",
     "embedded_adapter",
     "embedded_base",
 ]
+
+# imported when they are asked for: PyTorch and diffusers take seconds, which `diffusers_ctx.hub` does not need
+_LAZY = {name: ".pipelines" for name in __all__ if name.endswith("Pipeline")} | {"ContextModule": ".context"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,38 @@
 from .composition import CompositionMixin
 from .conditioning import Conditioner
 from .outputs import ComposablePipelineOutput
-from .stable_diffusion import ComposablePipeline
-from .stable_diffusion_xl import ComposableXLPipeline
+from .stable_diffusion import (
+    ComposableControlNetImg2ImgPipeline,
+    ComposableControlNetInpaintPipeline,
+    ComposableControlNetPipeline,
+    ComposableImg2ImgPipeline,
+    ComposableInpaintPipeline,
+    ComposablePipeline,
+)
+from .stable_diffusion_xl import (
+    ComposableXLControlNetImg2ImgPipeline,
+    ComposableXLControlNetInpaintPipeline,
+    ComposableXLControlNetPipeline,
+    ComposableXLImg2ImgPipeline,
+    ComposableXLInpaintPipeline,
+    ComposableXLPipeline,
+)
 from .truncation import describe_truncated, truncation_unsaid
 
 
 __all__ = [
+    "ComposableControlNetImg2ImgPipeline",
+    "ComposableControlNetInpaintPipeline",
+    "ComposableControlNetPipeline",
+    "ComposableImg2ImgPipeline",
+    "ComposableInpaintPipeline",
     "ComposablePipeline",
     "ComposablePipelineOutput",
+    "ComposableXLControlNetImg2ImgPipeline",
+    "ComposableXLControlNetInpaintPipeline",
+    "ComposableXLControlNetPipeline",
+    "ComposableXLImg2ImgPipeline",
+    "ComposableXLInpaintPipeline",
     "ComposableXLPipeline",
     "CompositionMixin",
     "Conditioner",

@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-)
 
 from diffusers_ctx.context import Interventions, any_interventions, embed_captions
 
+from .auto import tell_auto_pipelines
 from .callbacks import callback_inputs, keeping_images
 from .conditioning import Conditioner
 from .counterfactual import CounterfactualMixin
@@ -28,9 +24,11 @@ from .outputs import ComposablePipelineOutput
 
 
 class CompositionMixin(CounterfactualMixin):
-    """Gives a text-to-image pipeline of diffusers interventions on the concepts of a context adapter.
+    """Gives a pipeline of diffusers interventions on the concepts of a context adapter.
 
-    It comes before the pipeline class in a list of bases: `class Mine(CompositionMixin, StableDiffusionPipeline)`.
+    The pipeline takes image prompts, as all those of Stable Diffusion do: the plain `__call__` denoises, and context
+    tokens come in as an image prompt. The mixin stands before the pipeline class in a list of bases: `class
+    Mine(CompositionMixin, StableDiffusionPipeline)`.
     """
 
     _plain_class: type[DiffusionPipeline]
@@ -42,7 +40,7 @@ class CompositionMixin(CounterfactualMixin):
             cls._plain_class = next(base for base in bases if base is not cls)
         if cls.__call__ is CompositionMixin.__call__:
             cls.__call__ = _with_signature_of(cls._plain_class.__call__)  # type: ignore[method-assign]
-        _tell_auto_pipelines(cls, cls._plain_class)
+        tell_auto_pipelines(cls, cls._plain_class)
 
     @torch.no_grad()
     def __call__(
@@ -56,8 +54,9 @@ class CompositionMixin(CounterfactualMixin):
     ) -> ComposablePipelineOutput | tuple:
         r"""Generates images under interventions.
 
-        Takes every argument of the plain pipeline's `__call__`, and those below. With an adapter, `height` and
-        `width` are by default those that it was trained at, or those of `latents`.
+        Takes every argument of the plain pipeline's `__call__`, and those below. Where the plain pipeline would by
+        default make images of the UNet's size, `height` and `width` are those that the adapter was trained at, or
+        those of `latents`.
 
         Args:
             interventions: concepts to intervene on: a list of names, a mapping from names to strengths in [0, 1], or
@@ -173,10 +172,12 @@ class CompositionMixin(CounterfactualMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _default_size(self, arguments: dict[str, Any]) -> dict[str, int]:
-        """Height and width, where they are left open: those of training, or of given latents if the UNet asks."""
+        """Height and width, where they are left open: those of training, or of latents if they have to be told."""
+        if "height" not in arguments or "controlnet" in self.components:
+            return {}  # an image has the size
         height = width = self._training_resolution
         if arguments["latents"] is not None:
-            if self.unet.config.addition_embed_type != "text_time":
+            if "mask_image" not in arguments and self.unet.config.addition_embed_type != "text_time":
                 return {}
             height, width = (side * self.vae_scale_factor for side in arguments["latents"].shape[-2:])
         return {"height": arguments["height"] or height, "width": arguments["width"] or width}
@@ -224,18 +225,6 @@ def _with_signature_of(plain_call: Any) -> Any:
     signature = ours.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
     vars(__call__)["__signature__"] = signature
     return __call__
-
-
-def _tell_auto_pipelines(cls: type[CompositionMixin], plain_class: type[DiffusionPipeline]) -> None:
-    """Lets diffusers' `AutoPipelineFor....from_pipe` make from a pipeline of `cls` what it makes of a plain one.
-
-    For text to image that is `cls` itself.
-    """
-    tasks = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
-    models = [model for model, kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if kind is plain_class]
-    for task in tasks:
-        if models and models[0] in task:
-            task[cls.__name__] = cls if task is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else task[models[0]]
 
 
 def _with_noise(

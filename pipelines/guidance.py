@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,14 +24,11 @@ def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Ten
     """
 
     def add_contrast(module, args, kwargs, output):
-        rows = slice(-len(observational_tokens), None)  # under classifier-free guidance, the prompt's come second
         sample, timestep = args
-        conditions = {name: c[rows] for name, c in kwargs["added_cond_kwargs"].items() if name != "image_embeds"}
-        kwargs = {
-            **kwargs,
-            "encoder_hidden_states": kwargs["encoder_hidden_states"][rows],
-            "added_cond_kwargs": conditions | {"image_embeds": [observational_tokens]},
-        }
+        # under classifier-free guidance, the prompt's rows come second
+        rows = slice(-len(observational_tokens), None)
+        kwargs = _rows_of(kwargs, len(sample), rows)
+        kwargs["added_cond_kwargs"] = kwargs["added_cond_kwargs"] | {"image_embeds": [observational_tokens]}
         observational = module.forward(sample[rows], timestep, **kwargs)[0]
         contrast = (scale - 1) * (output[0][rows] - observational)
         return (output[0] + contrast.repeat(len(sample) // len(contrast), 1, 1, 1), *output[1:])
@@ -40,3 +38,13 @@ def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Ten
         yield
     finally:
         handle.remove()
+
+
+def _rows_of(value: Any, num_rows: int, rows: slice) -> Any:
+    """These rows of all that has a row for each sample, such as the residuals of a ControlNet."""
+    if isinstance(value, dict):
+        return {name: _rows_of(entry, num_rows, rows) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rows_of(entry, num_rows, rows) for entry in value]
+    is_per_row = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num_rows
+    return value[rows] if is_per_row else value

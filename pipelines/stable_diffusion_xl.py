@@ -1,8 +1,15 @@
-"""A Stable Diffusion XL pipeline that composes interventions on concepts."""
+"""Pipelines of Stable Diffusion XL that compose interventions on concepts."""
 
 from __future__ import annotations
 
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from .composition import CompositionMixin
 
@@ -21,3 +28,23 @@ class ComposableXLPipeline(CompositionMixin, StableDiffusionXLPipeline):
     >>> pipe("a street in Lisbon", interventions=["night", "snow"]).images[0]
     ```
     """
+
+
+class ComposableXLImg2ImgPipeline(CompositionMixin, StableDiffusionXLImg2ImgPipeline):
+    r"""[`StableDiffusionXLImg2ImgPipeline`] with interventions, like [`ComposableImg2ImgPipeline`]."""
+
+
+class ComposableXLInpaintPipeline(CompositionMixin, StableDiffusionXLInpaintPipeline):
+    r"""[`StableDiffusionXLInpaintPipeline`] with interventions, like [`ComposableInpaintPipeline`]."""
+
+
+class ComposableXLControlNetPipeline(CompositionMixin, StableDiffusionXLControlNetPipeline):
+    r"""[`StableDiffusionXLControlNetPipeline`] with interventions, like [`ComposableControlNetPipeline`]."""
+
+
+class ComposableXLControlNetImg2ImgPipeline(CompositionMixin, StableDiffusionXLControlNetImg2ImgPipeline):
+    r"""[`StableDiffusionXLControlNetImg2ImgPipeline`] with interventions, like [`ComposableControlNetPipeline`]."""
+
+
+class ComposableXLControlNetInpaintPipeline(CompositionMixin, StableDiffusionXLControlNetInpaintPipeline):
+    r"""[`StableDiffusionXLControlNetInpaintPipeline`] with interventions, like [`ComposableControlNetPipeline`]."""

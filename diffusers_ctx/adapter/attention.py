@@ -289,7 +289,8 @@ def _fit_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any])
     if "image_embeds" not in added:
         raise ValueError(
             "This UNet has a context adapter, and the pipeline passes no context tokens; use `ComposablePipeline` or"
-            " `ComposableXLPipeline`, or call `unload_context_adapter()` first."
+            " its relative for the task, such as `ComposableImg2ImgPipeline.from_pipe(pipe)`, or call"
+            " `unload_context_adapter()` first."
         )
     tokens, rows = added["image_embeds"][0], len(args[0] if args else kwargs["sample"])
     if len(tokens) == rows:

@@ -19,7 +19,12 @@ from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
+from diffusers_ctx import (
+    ComposableImg2ImgPipeline,
+    ComposablePipeline,
+    ComposableXLImg2ImgPipeline,
+    ComposableXLPipeline,
+)
 from diffusers_ctx.adapter import LORA_ADAPTER
 
 
@@ -266,15 +271,23 @@ def test_pipelines_are_made_from_one_another(pipeline):
         back.set_progress_bar_config(disable=True)
         np.testing.assert_array_equal(images(back), expected)
     img2img = AutoPipelineForImage2Image.from_pipe(pipeline)
-    assert type(img2img) is (StableDiffusionXLImg2ImgPipeline if is_xl(pipeline) else StableDiffusionImg2ImgPipeline)
-    assert type(AutoPipelineForText2Image.from_pipe(img2img)) is plain
+    stock, ours = (
+        (StableDiffusionXLImg2ImgPipeline, ComposableXLImg2ImgPipeline)
+        if is_xl(pipeline)
+        else (StableDiffusionImg2ImgPipeline, ComposableImg2ImgPipeline)
+    )
+    assert type(img2img) is (stock if type(pipeline) is plain else ours)
+    assert type(AutoPipelineForText2Image.from_pipe(img2img)) is type(pipeline)
     img2img.set_progress_bar_config(disable=True)
     arguments = {"prompt": PROMPTS[0], "image": expected, "num_inference_steps": 4}
-    if has_adapter(pipeline):
-        with pytest.raises(ValueError, match=r"use `ComposablePipeline`.*or call `unload_context_adapter\(\)` first"):
-            img2img(**arguments)
-        pipeline.unload_context_adapter()
     assert len(img2img(**arguments).images) == 1
+    if has_adapter(pipeline):
+        unaware = stock.from_pipe(pipeline)
+        unaware.set_progress_bar_config(disable=True)
+        with pytest.raises(ValueError, match=r"use `ComposablePipeline`.*or call `unload_context_adapter\(\)` first"):
+            unaware(**arguments)
+        pipeline.unload_context_adapter()
+        assert len(unaware(**arguments).images) == 1
 
 
 # LoRAs of the user's own
