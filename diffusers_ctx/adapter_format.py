@@ -22,6 +22,7 @@ INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 CONFIG_NAME = "context_adapter_config.json"
 WEIGHTS_NAME = "context_adapter.safetensors"
 MODULE_FOLDER = "context_module"
+ADAPTER_FOLDER = "context_adapter"  # of a pipeline that is saved with its adapter
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 CARD_NAME = "README.md"
 RECORD_NAME = "training_config.json"

@@ -62,6 +62,7 @@ def load_adapted_pipeline(
     kind = {cls.__name__: cls for cls in (ComposablePipeline, ComposableXLPipeline)}[pipeline_name(config)]
     checker = {"safety_checker": None, "requires_safety_checker": False} if kind is ComposablePipeline else {}
     pipeline = kind.from_pretrained(base, revision=revision, variant=variant, cache_dir=cache_dir, **checker)
+    pipeline.unload_context_adapter()  # that was saved with it
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     source = {
         "adapter": os.fspath(adapter),

@@ -33,6 +33,9 @@ from .weights import check_base, load_attention, read_attention
 
 logger = logging.get_logger(__name__)
 
+SAVED_ADAPTER = "_context_adapter"  # names, in a pipeline's config, the folder of the adapter that is saved with it
+_DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
+
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):
     """Gives a pipeline with a `unet` and a `scheduler` a context adapter: loads it, sets its scale and unloads it."""
@@ -54,14 +57,24 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a pipeline, as in diffusers.
+        """Loads a pipeline, as in diffusers, and the context adapter that was saved with it, if there is one.
 
         Raises:
             OSError: if there is no such folder or repository; a mistyped folder does not wait for the network.
+            AdapterError: if an adapter was saved with it and cannot be loaded.
         """
         if kwargs.get("cache_dir"):
             kwargs["cache_dir"] = local_path(kwargs["cache_dir"])
-        return super().from_pretrained(local_or_hub(pretrained_model_name_or_path), **kwargs)  # type: ignore[misc]
+        name = local_or_hub(pretrained_model_name_or_path)
+        pipeline = super().from_pretrained(name, **kwargs)  # type: ignore[misc]
+        options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
+        try:
+            saved = cls.load_config(name, **options)  # type: ignore[attr-defined]
+        except OSError:  # a pipeline in a single file has none
+            return pipeline
+        if subfolder := saved.get(SAVED_ADAPTER):
+            pipeline.load_context_adapter(name, subfolder=subfolder, **options)
+        return pipeline
 
     def load_context_adapter(
         self,

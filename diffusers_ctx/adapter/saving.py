@@ -13,11 +13,11 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo
 
-from ..adapter_format import CONFIG_NAME, LORA_WEIGHTS_NAME, MODULE_FOLDER, Mode, public_name
+from ..adapter_format import ADAPTER_FOLDER, CONFIG_NAME, LORA_WEIGHTS_NAME, MODULE_FOLDER, Mode, public_name
 from ..hub import push_adapter_folder, render_model_card, save_model_card
 from ..paths import local_path
 from .attention import attached_adapter, context_module_detached, has_context_module
-from .loader import ContextAdapterLoaderMixin
+from .loader import SAVED_ADAPTER, ContextAdapterLoaderMixin
 from .lora_layers import check_unfused, lora_detached, other_loras
 from .offloading import check_no_disk_offload
 from .scheduler import plain_scheduler
@@ -30,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 class ContextAdapterMixin(ContextAdapterLoaderMixin):
     """Gives a pipeline with a `unet` and a `scheduler` all methods of a context adapter: these and its base's."""
+
+    _is_saved_with_adapter = False  # while `save_pretrained` runs
 
     def save_context_adapter(
         self, save_directory: str | os.PathLike, *, mode: Mode | None = None, card: dict[str, Any] | None = None
@@ -73,24 +75,35 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
         save_model_card(render_model_card(config, **(card or {})), folder)
         return folder
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Saves the plain pipeline, which stock diffusers loads.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, context_adapter: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the plain pipeline, which stock diffusers loads, and on request the context adapter with it.
 
-        `save_context_adapter` saves the adapter. The active LoRA of a text encoder is saved beside its weights, as in
-        diffusers; `save_lora_weights` saves others. A UNet that was trained as a whole is saved with the noise
-        schedule of training.
+        The active LoRA of a text encoder is saved beside its weights, as in diffusers; `save_lora_weights` saves
+        others. A UNet that was trained as a whole is saved with the noise schedule of training.
+
+        Args:
+            save_directory: folder to write to; created if missing.
+            context_adapter: whether to save the adapter too, in a folder of its own within the pipeline's.
+                `from_pretrained` of this library's pipelines then loads both, and stock diffusers the plain pipeline.
+                `save_context_adapter` saves the adapter alone.
+            kwargs: arguments of diffusers, such as `variant`, or `push_to_hub=True` and `repo_id`.
 
         Raises:
-            ValueError: if LoRAs are fused into the weights.
+            ValueError: if LoRAs are fused into the weights, or no adapter is loaded and one is to be saved.
+            RuntimeError: if a part of the adapter that is to be saved has been removed or replaced.
         """
         folder = local_path(save_directory)
-        if has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
-            logger.warning(
-                "The pipeline is saved without its context adapter; call `save_context_adapter` or"
-                " `push_context_adapter` for that as well."
-            )
         for model in self._lora_models.values():
             check_unfused(model)
+        if context_adapter:
+            self.save_context_adapter(folder / ADAPTER_FOLDER)
+        elif has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
+            logger.warning(
+                "The pipeline is saved without its context adapter; pass `context_adapter=True` to save both, or call"
+                " `save_context_adapter` or `push_context_adapter` for the adapter."
+            )
         left_out = other_loras(self.unet) | save_loras_of_text_encoders(text_encoders_of(self.components), folder)
         if left_out:
             logger.warning(
@@ -101,7 +114,17 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
             stack.enter_context(context_module_detached(self.unet))
             for model in self._lora_models.values():
                 stack.enter_context(lora_detached(model))
+            self._is_saved_with_adapter = context_adapter
+            stack.callback(setattr, self, "_is_saved_with_adapter", False)
             super().save_pretrained(str(folder), **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: it says where an adapter is that is saved with it."""
+        config = super().to_json_string()  # type: ignore[misc]
+        if not self._is_saved_with_adapter:
+            return config
+        # stock diffusers ignores names that begin with an underscore
+        return json.dumps(json.loads(config) | {SAVED_ADAPTER: ADAPTER_FOLDER}, indent=2, sort_keys=True) + "\n"
 
     def push_context_adapter(
         self,
