@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_ctx.context import Interventions, any_interventions, embed_captions
+from diffusers_ctx.context import any_interventions, embed_captions
 
 from .auto import tell_auto_pipelines
 from .callbacks import callback_inputs, keeping_images
 from .conditioning import Conditioner
-from .counterfactual import CounterfactualMixin
 from .guidance import context_guidance
 from .noise import fork_generator_randn
 from .outputs import ComposablePipelineOutput
+from .references import ReferencedInterventions, split_references
+from .sweep import SweepMixin
 
 
-class CompositionMixin(CounterfactualMixin):
+class CompositionMixin(SweepMixin):
     """Gives a pipeline of diffusers interventions on the concepts of a context adapter.
 
     The pipeline takes image prompts, as all those of Stable Diffusion do: the plain `__call__` denoises, and context
@@ -46,7 +47,7 @@ class CompositionMixin(CounterfactualMixin):
     def __call__(
         self,
         *args,
-        interventions: Interventions | Sequence[Interventions] = None,
+        interventions: ReferencedInterventions | Sequence[ReferencedInterventions] = None,
         exogenous_noise: torch.Tensor | None = None,
         context_guidance_scale: float = 1.0,
         match_prompt: bool | None = None,
@@ -60,8 +61,9 @@ class CompositionMixin(CounterfactualMixin):
 
         Args:
             interventions: concepts to intervene on: a list of names, a mapping from names to strengths in [0, 1], or
-                one of these per prompt. `None` is the observational context, which is not the plain pipeline:
-                `set_context_scale(0)` is.
+                one of these per prompt. A reference image in the place of a strength gives its concept the value that
+                it shows. `None` is the observational context, which is not the plain pipeline: `set_context_scale(0)`
+                is.
             exogenous_noise (`torch.Tensor` of shape (number of images, N, d_z), *optional*): the concepts' noise. By
                 default it is drawn with `generator`, which is not advanced, or with torch's global one on the CPU.
             context_guidance_scale (`float`): amplifies (above 1) or weakens (below 1) the contrast between the
@@ -98,12 +100,15 @@ class CompositionMixin(CounterfactualMixin):
         arguments |= self._default_size(arguments)
         prompt, prompt_embeds = arguments["prompt"], arguments["prompt_embeds"]
         images_per_prompt = arguments["num_images_per_prompt"]
-        mask = self._mask(interventions, _number_of_prompts(prompt, prompt_embeds))
+        num_prompts = _number_of_prompts(prompt, prompt_embeds)
+        interventions, references = split_references(interventions, num_prompts)
+        mask = self._mask(interventions, num_prompts)
         mask = mask.repeat_interleave(images_per_prompt, dim=0)
         captions = None
         if self._matches_prompt(match_prompt, exogenous_noise):
             captions = self._captions_of(prompt, prompt_embeds).repeat_interleave(images_per_prompt, dim=0)
         noise = self._prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
+        noise = self._transplant(noise, [given for given in references for _ in range(images_per_prompt)])
         tokens = self._context_tokens(noise, mask)
         if arguments["callback_on_step_end"] is not None:
             names = callback_inputs(arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"])

@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ctx.adapter import ContextAdapterMixin, add_context_tokens
-from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
-from diffusers_ctx.autoencoding import decode_latents, encode_pixels, to_pixels
-from diffusers_ctx.context import GaussianPosterior, Interventions
+from diffusers_ctx.adapter import add_context_tokens
+from diffusers_ctx.autoencoding import decode_latents, to_pixels
+from diffusers_ctx.context import Interventions
 
+from .abduction import AbductionMixin
 from .callbacks import StepCallback, callback_inputs, keeping_images
 from .conditioning import Conditioner
-from .inversion import Model, denoise, invert, noise_schedule
+from .edit import OnPath, contrast
+from .inversion import Model, denoise, inverse_path, noise_schedule
 from .outputs import ComposablePipelineOutput
+from .references import ReferencedInterventions, number_of_sets, split_references
 
 
-class CounterfactualMixin(ContextAdapterMixin):
-    """Gives a pipeline with a context adapter what goes from images back to noise."""
-
-    vae: AutoencoderKL
-    vae_scale_factor: int
-    image_processor: VaeImageProcessor
-    maybe_free_model_hooks: Callable[[], None]
-    _clip_features: ClipFeatures | None = None  # loaded by `load_posterior_encoder`
-
-    @torch.no_grad()
-    def infer_exogenous_noise(
-        self,
-        image: PipelineImageInput,
-        factual_interventions: Interventions | Sequence[Interventions] = None,
-    ) -> torch.Tensor:
-        """The exogenous noise (B, N, d_z) that explains images: the mean of its posterior.
-
-        Args:
-            image: one image or several, as PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W). PIL images are
-                resized and cropped to the size that the adapter was trained on; arrays and tensors keep their size.
-                Floating-point values lie in [0, 1], integers in 0 to 255.
-            factual_interventions: the interventions under which the images arose, as in `__call__`; `None` if they
-                are observational.
-
-        Raises:
-            ValueError: if no adapter is loaded, a concept is unknown, or the posterior's image encoder is missing.
-        """
-        pixels = self._preprocess(image)
-        mask = self._mask(factual_interventions, len(pixels))
-        noise = self._posterior(pixels, self._encode_images(pixels), mask).mean
-        self.maybe_free_model_hooks()
-        return noise
+class CounterfactualMixin(AbductionMixin):
+    """Gives a pipeline with a context adapter counterfactuals of images."""
 
     @torch.no_grad()
     def counterfactual(
         self,
         image: PipelineImageInput,
-        interventions: Interventions | Sequence[Interventions] = None,
+        interventions: ReferencedInterventions | Sequence[ReferencedInterventions] = None,
         factual_interventions: Interventions | Sequence[Interventions] = None,
         prompt: str | list[str] = "",
         num_inference_steps: int = 50,
@@ -70,6 +40,9 @@ class CounterfactualMixin(ContextAdapterMixin):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        mask_image: PipelineImageInput | None = None,
+        context_guidance_scale: float = 1.0,
     ) -> ComposablePipelineOutput | tuple:
         r"""What given images would have been under other interventions.
 
@@ -77,14 +50,18 @@ class CounterfactualMixin(ContextAdapterMixin):
         denoising ODE. Action replaces the factual mechanisms by those of `interventions`. Prediction generates from
         both noises. Equal interventions return the images, as far as the VAE and the inversion can.
 
+        Guidance above 1 is no part of the inversion, which it would keep from converging. Instead, the factual image
+        is generated too, with guidance, and what it misses of the inversion's path at each step is added to both:
+        equal interventions return the images all the same.
+
         Args:
             image: one image or several, see `infer_exogenous_noise`.
-            interventions: those of the counterfactual, as in `__call__`.
+            interventions: those of the counterfactual, as in `__call__`; or, for a single image, several sets of them
+                in a list, each of which makes a counterfactual of it.
             factual_interventions: those under which the images arose.
             prompt: describes the images; one for all or one each.
             num_inference_steps: steps of the inversion, and of the generation.
-            guidance_scale: classifier-free guidance, used in the inversion and in the generation; up to 1 there is
-                none. Inversion becomes less exact the higher it is.
+            guidance_scale: classifier-free guidance of the generation; up to 1 there is none.
             negative_prompt: what guidance leads away from; one for all or one each.
             generator: draws the exogenous noise from its posterior: repeated calls show how much the images leave
                 open. By default the noise is the posterior's mean, and the result deterministic.
@@ -94,10 +71,15 @@ class CounterfactualMixin(ContextAdapterMixin):
             callback_on_step_end: called after each step of the generation with the pipeline, the step's number, its
                 timestep and a dictionary of tensors; `"latents"` in what it returns replaces them.
             callback_on_step_end_tensor_inputs: names of the tensors for the callback; there is `"latents"` alone.
+            mask_image: where the images may change, as in inpainting: white may, black is kept to the pixel, and grey
+                mixes the two. One for all or one each, of the images' size; PIL images are resized and cropped with
+                them.
+            context_guidance_scale: amplifies (above 1) or weakens (below 1) the contrast between `interventions` and
+                `factual_interventions`: 0 returns the images. 1 costs nothing.
 
         Raises:
-            ValueError: if no adapter is loaded, a concept is unknown, numbers of prompts or generators do not fit,
-                `num_inference_steps` is below 1, or the callback asks for other tensors.
+            ValueError: if no adapter is loaded, a concept is unknown, numbers of prompts, masks or generators do not
+                fit, `num_inference_steps` is below 1, or the callback asks for other tensors.
         """
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be 1 or more.")
@@ -106,71 +88,74 @@ class CounterfactualMixin(ContextAdapterMixin):
         if unknown:
             raise ValueError(f"Callbacks of counterfactuals are given `latents`, and no {sorted(unknown)}.")
         pixels = self._preprocess(image)
-        factual_mask, mask = (self._mask(given, len(pixels)) for given in (factual_interventions, interventions))
-        if isinstance(generator, list) and len(generator) != len(pixels):
-            raise ValueError(f"`generator` has {len(generator)} entries for {len(pixels)} images.")
+        num_images = len(pixels)
+        copies = (number_of_sets(interventions) or 1) if num_images == 1 else 1
+        interventions, references = split_references(interventions, num_images * copies)
+        factual_mask = self._mask(factual_interventions, num_images)
+        mask = self._mask(interventions, num_images * copies)
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` has {len(generator)} entries for {num_images} images.")
+        region = None if mask_image is None else self._region(mask_image, pixels)
+        texts = _one_each(prompt, num_images, "prompt")
+        negative = _one_each(negative_prompt or "", num_images, "negative_prompt") if guidance_scale > 1 else []
+
         latents = self._encode_images(pixels)
         posterior = self._posterior(pixels, latents, factual_mask)
         noise = posterior.mean
         if generator is not None:
             noise = posterior.at(randn_tensor(noise.shape, generator, noise.device, noise.dtype))
-        texts = _one_each(prompt, len(latents), "prompt")
-        if guidance_scale > 1:
-            texts = _one_each(negative_prompt or "", len(latents), "negative_prompt") + texts
-        conditioner = Conditioner.of(self)
-        geometry = conditioner.full_image_geometry(latents).repeat(len(texts) // len(latents), 1)
-        conditions = conditioner.unet_kwargs(conditioner.encode_captions(texts), geometry)
-
-        def model_under(context: torch.Tensor) -> Model:
-            return self._guided_model(conditions, self._context_tokens(noise, context), guidance_scale)
-
-        def on_step(step: int, timestep: int, sample: torch.Tensor) -> torch.Tensor:
-            if callback_on_step_end is None:
-                return sample
-            callback = keeping_images(callback_on_step_end, len(sample))
-            return callback(self, step, timestep, dict.fromkeys(names, sample)).get("latents", sample)
+        factual = self._context_tokens(noise, factual_mask)
+        noise = self._transplant(noise.repeat(copies, 1, 1), references)
+        tokens = self._context_tokens(noise, mask)
+        inverted = self._model(factual, latents, texts)
+        factual, texts, negative = factual.repeat(copies, 1, 1, 1), texts * copies, negative * copies
+        if negative:  # the factual images first
+            tokens, factual = torch.cat([factual, tokens]), torch.cat([factual, factual])
+            texts, negative = texts * 2, negative * 2
+        model = self._model(tokens, latents, texts, negative, guidance_scale)
+        if context_guidance_scale != 1:
+            origin = self._model(factual, latents, texts, negative, guidance_scale)
+            model = contrast(model, origin, context_guidance_scale)
 
         schedule = noise_schedule(self.scheduler.config, num_inference_steps, latents.device)
         # in single precision, or generation would not undo the inversion
-        diffusion_noise = invert(model_under(factual_mask), latents.float(), *schedule)
+        path = inverse_path(inverted, latents.float(), *schedule)
+
+        def callback(step: int, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+            if callback_on_step_end is None:
+                return sample
+            checked = keeping_images(callback_on_step_end, len(sample))
+            return checked(self, step, timestep, dict.fromkeys(names, sample)).get("latents", sample)
+
+        on_step = OnPath(path, callback, bool(negative), region)
         self._num_timesteps, self._interrupt = num_inference_steps, False  # callbacks use them, as in a call
         is_interrupted = lambda: self._interrupt  # noqa: E731
         with self._scaled_for_call():
-            predicted = denoise(model_under(mask), diffusion_noise, *schedule, on_step, is_interrupted)
+            x = path[0].repeat(len(tokens) // num_images, 1, 1, 1)
+            predicted = denoise(model, x, *schedule, on_step, is_interrupted)[-len(mask) :]
         images = predicted.to(latents.dtype)
         if output_type != "latent":
             decoded = decode_latents(self.vae, images)
+            if region is not None:
+                decoded = torch.lerp(pixels.to(decoded), decoded, region.to(decoded))
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ComposablePipelineOutput(images, noise) if return_dict else (images, noise)
 
-    def load_posterior_encoder(
-        self, pretrained_model_name_or_path: str | None = None, cache_dir: str | os.PathLike | None = None
-    ) -> None:
-        """Loads the CLIP image encoder whose features the posterior of an adapter was trained on.
-
-        `infer_exogenous_noise` and `counterfactual` call it if the adapter needs it and the pipeline has no component
-        `image_encoder`.
-
-        Args:
-            pretrained_model_name_or_path: folder or Hub id; by default the name in the adapter's config, which is
-                without its path if it was a local folder.
-            cache_dir: where downloads are kept.
-
-        Raises:
-            ValueError: if it cannot be loaded, or no adapter is loaded that names it.
-        """
-        name = pretrained_model_name_or_path or self._require_context_module().config.posterior_encoder_model
-        if name is None:
-            raise ValueError(
-                "The adapter's posterior uses the image encoder of the pipeline that it was trained on: load one that"
-                " has it as component `image_encoder`, or name the CLIP model."
-            )
-        self._clip_features = ClipFeatures.from_pretrained(name, cache_dir)
-
-    def unload_context_adapter(self) -> None:
-        super().unload_context_adapter()
-        self._clip_features = None
+    def _model(
+        self,
+        tokens: torch.Tensor,
+        latents: torch.Tensor,
+        texts: list[str],
+        negative: Sequence[str] = (),
+        guidance_scale: float = 1.0,
+    ) -> Model:
+        """The UNet under a context's tokens and texts; with negative ones, guided away from these."""
+        conditioner = Conditioner.of(self)
+        texts = [*negative, *texts]
+        geometry = conditioner.full_image_geometry(latents[:1]).repeat(len(texts), 1)
+        conditions = conditioner.unet_kwargs(conditioner.encode_captions(texts), geometry)
+        return self._guided_model(conditions, tokens, guidance_scale)
 
     def _guided_model(self, conditions: dict[str, Any], tokens: torch.Tensor, guidance_scale: float) -> Model:
         """The UNet under a context's tokens; with guidance, the unconditional half of `conditions` comes first."""
@@ -186,52 +171,17 @@ class CounterfactualMixin(ContextAdapterMixin):
 
         return model
 
-    def _posterior(self, pixels: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
-        """The posterior of the exogenous noise of images that arose under the factual interventions of a mask."""
-        inputs = self._posterior_input(pixels, latents)
-        with self._context_module_on_device() as (module, device):
-            return module.posterior(inputs.to(device), mask.to(device))
-
-    def _posterior_input(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        config = self._require_context_module().config
-        image_features = self._image_features(config.posterior_encoder)
-        if image_features is None:
-            return latents
-        if image_features.channels != config.posterior_in_channels:
+    def _region(self, mask_image: PipelineImageInput, pixels: torch.Tensor) -> torch.Tensor:
+        """How much each pixel may change (B or 1, 1, H, W), in [0, 1]."""
+        mask = (
+            to_pixels(mask_image, self.image_processor, self._training_resolution).mean(dim=1, keepdim=True) / 2 + 0.5
+        )
+        if mask.shape[2:] != pixels.shape[2:] or len(mask) not in (1, len(pixels)):
             raise ValueError(
-                f"The image encoder has features of {image_features.channels} channels, and the adapter's posterior"
-                f" takes {config.posterior_in_channels}: call `load_posterior_encoder(...)` with the CLIP model that"
-                f" it was trained with, {config.posterior_encoder_model or 'the image encoder of its base model'}."
+                f"`mask_image` is {len(mask)} of height and width {tuple(mask.shape[2:])}, for {len(pixels)} images of"
+                f" {tuple(pixels.shape[2:])}; give one for all or one each, of their size."
             )
-        return image_features(pixels.to(self._execution_device), latents)
-
-    def _image_features(self, encoder: Literal["vae", "unet", "clip"]) -> ImageFeatures | None:
-        """Extracts the features that a posterior takes; `None` if it takes latents.
-
-        Raises:
-            ValueError: if the image encoder is not there and cannot be loaded.
-        """
-        if encoder == "vae":
-            return None
-        if encoder == "unet":
-            return Conditioner.of(self).unet_features()
-        if self._clip_features is None and getattr(self, "image_encoder", None) is not None:
-            return ClipFeatures(self.image_encoder)
-        if self._clip_features is None:
-            self.load_posterior_encoder()
-        return self._clip_features
-
-    def _preprocess(self, image: PipelineImageInput) -> torch.Tensor:
-        return to_pixels(image, self.image_processor, self._training_resolution)
-
-    @property
-    def _training_resolution(self) -> int:
-        """Height and width, in pixels, of the images that the adapter was trained on."""
-        return self._require_context_module().config.posterior_sample_size * self.vae_scale_factor
-
-    def _encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, _ = encode_pixels(self.vae, pixels, self._execution_device)
-        return mean
+        return mask
 
 
 def _one_each(texts: str | list[str], num_images: int, name: str) -> list[str]:

@@ -91,17 +91,31 @@ def invert(
     prediction_type: str,
     num_iterations: int = 3,
 ) -> torch.Tensor:
-    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`: `denoise` then returns to `x`.
+    """Follows the ODE back, from `x` at the clean end up to `timesteps[0]`: `denoise` then returns to `x`."""
+    return inverse_path(model, x, alphas, timesteps, prediction_type, num_iterations)[0]
+
+
+def inverse_path(
+    model: Model,
+    x: torch.Tensor,
+    alphas: torch.Tensor,
+    timesteps: Sequence[int],
+    prediction_type: str,
+    num_iterations: int = 3,
+) -> list[torch.Tensor]:
+    """The samples at each of `timesteps` through which `denoise` would come to `x`; the last one is `x`.
 
     Each step solves the step of `denoise` for `x_t` by fixed-point iteration, evaluating the model `num_iterations`
     times at the current guess of `x_t` (Pan et al. 2023, arXiv 2309.04907); the usual inversion evaluates it once, at
     `x_s`. It iterates on what the model itself predicts: for a model of the noise, the velocity varies too fast with
     `x_t` near the noisy end to converge.
     """
+    path = [x]
     for t, s in reversed(list(pairwise(timesteps))):
         a, b = ddim_coefficients(alphas[t], alphas[s], prediction_type)
         guess = x
         for _ in range(num_iterations):
             guess = (x - b * model(guess, t)) / a
         x = guess
-    return x
+        path.append(x)
+    return path[::-1]
