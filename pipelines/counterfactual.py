@@ -105,10 +105,10 @@ class CounterfactualMixin(AbductionMixin):
         if generator is not None:
             noise = posterior.at(randn_tensor(noise.shape, generator, noise.device, noise.dtype))
         factual = self._context_tokens(noise, factual_mask)
-        noise = self._transplant(noise.repeat(copies, 1, 1), references)
+        noise = self._transplant(_repeat(noise, copies), references)
         tokens = self._context_tokens(noise, mask)
         inverted = self._model(factual, latents, texts)
-        factual, texts, negative = factual.repeat(copies, 1, 1, 1), texts * copies, negative * copies
+        factual, texts, negative = _repeat(factual, copies), texts * copies, negative * copies
         if negative:  # the factual images first
             tokens, factual = torch.cat([factual, tokens]), torch.cat([factual, factual])
             texts, negative = texts * 2, negative * 2
@@ -131,13 +131,13 @@ class CounterfactualMixin(AbductionMixin):
         self._num_timesteps, self._interrupt = num_inference_steps, False  # callbacks use them, as in a call
         is_interrupted = lambda: self._interrupt  # noqa: E731
         with self._scaled_for_call():
-            x = path[0].repeat(len(tokens) // num_images, 1, 1, 1)
+            x = _repeat(path[0], len(tokens) // num_images)
             predicted = denoise(model, x, *schedule, on_step, is_interrupted)[-len(mask) :]
         images = predicted.to(latents.dtype)
         if output_type != "latent":
             decoded = decode_latents(self.vae, images)
             if region is not None:
-                decoded = torch.lerp(pixels.to(decoded), decoded, region.to(decoded))
+                decoded = torch.lerp(pixels.to(decoded), decoded.clamp(-1, 1), region.to(decoded))
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return ComposablePipelineOutput(images, noise) if return_dict else (images, noise)
@@ -190,3 +190,8 @@ def _one_each(texts: str | list[str], num_images: int, name: str) -> list[str]:
     if len(texts) != num_images:
         raise ValueError(f"`{name}` has {len(texts)} entries for {num_images} images; give one for all or each.")
     return list(texts)
+
+
+def _repeat(rows: torch.Tensor, copies: int) -> torch.Tensor:
+    """Rows, several times over; once they are what they were, down to the layout in memory that sums depend on."""
+    return rows if copies == 1 else torch.cat([rows] * copies)
