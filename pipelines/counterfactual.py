@@ -50,9 +50,9 @@ class CounterfactualMixin(AbductionMixin):
         denoising ODE. Action replaces the factual mechanisms by those of `interventions`. Prediction generates from
         both noises. Equal interventions return the images, as far as the VAE and the inversion can.
 
-        Guidance above 1 is no part of the inversion, which it would keep from converging. Instead, the factual image
-        is generated too, with guidance, and what it misses of the inversion's path at each step is added to both:
-        equal interventions return the images all the same.
+        Guidance above 1 is no part of the inversion, which it would make less exact. Instead, the factual image is
+        generated too, with guidance, and what it misses of the inversion's path at each step is added to both: equal
+        interventions return the images all the same.
 
         Args:
             image: one image or several, see `infer_exogenous_noise`.
