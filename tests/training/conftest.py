@@ -14,9 +14,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import make_components, make_xl_pipeline
+from forked import ForkedProgram, accelerate_launch, complete
 from hub.hub_double import HubDouble
 from PIL import Image
 
@@ -167,47 +167,39 @@ def create_stage(trainer: ContextTrainer) -> DiffusionStage:
     return trainer.adapter_stage
 
 
-def launch(
-    options: dict,
-    *,
-    num_processes: int = 1,
-    environment: dict[str, str] | None = None,
-    config_file: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Runs the training script as a user does, on the CPU; with `config_file`, the options are written there."""
-    arguments = flags(options)
-    if config_file is not None:
-        config_file.write_text(yaml.safe_dump(options))
-        arguments = [str(config_file)]
-    return launch_script(SCRIPT, arguments, num_processes, environment)
-
-
 def launch_script(
-    script: Path, arguments: list, num_processes: int, environment: dict[str, str] | None = None
+    script: Path, arguments: list, num_processes: int = 1, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script by `accelerate launch`, on the CPU."""
-    launcher = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-    if num_processes > 1:  # `--cpu` would start a single process
-        launcher += ["--multi_gpu", f"--num_processes={num_processes}", "--main_process_port=0"]
-    else:
-        launcher += ["--cpu", "--num_processes=1"]
-    run = accelerate_launch(launcher, script, arguments, environment)
+    """Runs a script as a user does, by `accelerate launch`, on the CPU. Each of its processes imports the library
+    again: what is not about that runs [`launch_forked`]."""
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *launcher_flags(num_processes)]
+    run = subprocess.run(
+        [*command, script, *arguments],
+        env=environment or dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     # two gloo processes may abort at their exit, after all is written: judge those by their files
     assert run.returncode == 0 or num_processes > 1, run.stderr
     return run
 
 
-def accelerate_launch(
-    launcher: list, script: Path, arguments: list, environment: dict[str, str] | None = None, timeout: float = 600
+def launch_forked(
+    script: Path, arguments: list, launcher: list | None = None, timeout: float = 180
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with these flags of its own; a run that hangs fails the test."""
-    return subprocess.run(
-        [Path(sys.executable).with_name("accelerate"), "launch", *launcher, script, *arguments],
-        env=environment or dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Runs a script by `accelerate launch`, in forks, with these flags of the launcher; by default in two processes
+    on the CPU. A run that hangs fails the test."""
+    return complete(ForkedProgram(accelerate_launch, [*(launcher or launcher_flags(2)), script, *arguments]), timeout)
+
+
+def launcher_flags(num_processes: int) -> list[str]:
+    """Of `accelerate launch`, on the CPU."""
+    shared = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    if num_processes == 1:
+        return [*shared, "--cpu", "--num_processes=1"]
+    # `--cpu` would start a single process
+    return [*shared, "--multi_gpu", f"--num_processes={num_processes}", "--main_process_port=0"]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from diffusers_ctx.evaluation.features import clip_features
 from diffusers_ctx.keyed_random import keyed_generator, keyed_seed
 from diffusers_ctx.pipelines.adapted import load_adapted_pipeline, recorded_base
 
-from .conftest import EVALUATION_SCRIPT, files_in, flags, launch_script
+from .conftest import EVALUATION_SCRIPT, files_in, flags, launch_forked
 
 
 PICTURES = ("grid.png", "graph.png", "counterfactuals.png")
@@ -185,7 +185,7 @@ def resumed(results, adapter, held_out, base_model, tmp_path_factory) -> Path:
         shutil.rmtree(output_dir / name)
     (output_dir / "samples" / "night" / "00001.unfinished").write_bytes(b"of a run that died")
     arguments = [adapter, held_out, *flags(make_options(base_model, output_dir))]
-    run = launch_script(EVALUATION_SCRIPT, arguments, num_processes=2)
+    run = launch_forked(EVALUATION_SCRIPT, arguments)
     assert (output_dir / "graph.png").exists(), run.stderr
     assert (output_dir / "results.md").read_text() in run.stdout
     return output_dir

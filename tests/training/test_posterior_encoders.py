@@ -16,7 +16,16 @@ from diffusers_ctx.training.diffusion.validation import validation_losses
 from diffusers_ctx.training.encoding.images import ImageTransform, load_images
 from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
-from .conftest import create_stage, create_trainer, encoded_trainer, flags, launch, load_trainer, make_options
+from .conftest import (
+    SCRIPT,
+    create_stage,
+    create_trainer,
+    encoded_trainer,
+    flags,
+    launch_forked,
+    load_trainer,
+    make_options,
+)
 from .test_training_script import weights_of
 
 
@@ -153,7 +162,7 @@ def test_two_processes_learn_what_one_does(options, encoders, tmp_path):
     options |= encoders["unet"] | {"random_flip": True, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     expected = weights_of(create_trainer(options).train())
     folder = tmp_path / "two"
-    run = launch(options | {"output_dir": str(folder), "train_batch_size": 2}, num_processes=2)
+    run = launch_forked(SCRIPT, flags(options | {"output_dir": str(folder), "train_batch_size": 2}))
     assert (folder / "README.md").exists(), run.stderr
     got = weights_of(folder)
     assert got.keys() == expected.keys()

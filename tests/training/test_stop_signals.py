@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import ForkedProgram, accelerate_launch, run_script
 
 from diffusers_ctx.evaluation.grids import sample_rows
 from diffusers_ctx.training.diffusion import validation
@@ -20,7 +19,7 @@ from diffusers_ctx.training.run.checkpoints import list_checkpoints
 from diffusers_ctx.training.run.concept_checkpoint import PROGRESS_NAME
 from diffusers_ctx.training.run.stop_signals import StopSignals
 
-from .conftest import SCRIPT, create_trainer, flags, load_trainer, make_options
+from .conftest import SCRIPT, create_trainer, flags, launcher_flags, load_trainer, make_options
 from .test_training_script import weights_of
 
 
@@ -45,19 +44,12 @@ def options_of(base_model: Path, photos: Path, output_dir: Path) -> dict:
     )
 
 
-def start(options: dict, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
-    # without the launcher, which would stand between the signal and the run
-    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *flags(options)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
+def start(options: dict) -> ForkedProgram:
+    """The training script without the launcher, which would stand between the signal and the run."""
+    return ForkedProgram(run_script, SCRIPT, flags(options))
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], bool], process: ForkedProgram) -> None:
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < end, "the run ended before it could be stopped"
@@ -68,8 +60,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 def undisturbed(base_model, photos, tmp_path_factory) -> dict[str, torch.Tensor]:
     output_dir = tmp_path_factory.mktemp("undisturbed") / "adapter"
     process = start(options_of(base_model, photos, output_dir))
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     return weights_of(output_dir)
 
 
@@ -92,7 +84,7 @@ def test_a_signal_while_the_concepts_are_learned_saves_what_they_have_come_to(
 ):
     folder = tmp_path / "adapter"
     options = options_of(base_model, photos, folder)
-    process = start(options, stderr=subprocess.PIPE)
+    process = start(options)
     wait_for((folder / PROGRESS_NAME).exists, process)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
@@ -159,8 +151,8 @@ def test_a_killed_run_goes_on(base_model, photos, undisturbed, tmp_path, moment)
 
 def finish_and_compare(options: dict, undisturbed: dict[str, torch.Tensor], folder: Path) -> None:
     process = start(options)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     got = weights_of(folder)
     assert got.keys() == undisturbed.keys()
     assert not [name for name in got if not torch.equal(got[name], undisturbed[name])]
@@ -232,17 +224,8 @@ def test_in_other_threads_nothing_is_caught():
     assert answers == [False]
 
 
-def start_two(options: dict) -> subprocess.Popen:
-    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
-    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    environment = dict(os.environ) | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        [*launcher, SCRIPT, *flags(options)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_two(options: dict) -> ForkedProgram:
+    return ForkedProgram(accelerate_launch, [*launcher_flags(2), SCRIPT, *flags(options)])
 
 
 def test_two_processes_stop_after_the_same_step(base_model, photos, tmp_path):
@@ -269,6 +252,6 @@ def test_two_processes_stop_while_the_concepts_are_learned_and_go_on(base_model,
     output, _ = process.communicate(timeout=120)
     assert output.count("Stopped by a signal while the concepts were learned") == 1 and not list_checkpoints(folder)
     process = start_two(options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     torch.testing.assert_close(weights_of(folder), undisturbed, atol=1e-4, rtol=0)

@@ -14,7 +14,7 @@ from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
-from .conftest import SCRIPT, XL_SCRIPT, flags, launch_script, make_options
+from .conftest import SCRIPT, XL_SCRIPT, flags, launch_forked, make_options
 from .test_trainable import moved
 from .test_training_script import weights_of
 
@@ -145,7 +145,7 @@ def test_two_processes_train_as_one(base, photos, tmp_path):
     }
     train(base, photos, tmp_path / "one", train_batch_size=4, **shared)
     options = make_options(base, photos, tmp_path / "two", train_batch_size=2, **shared)
-    launched = launch_script(XL_SCRIPT if base.name.endswith("-xl") else SCRIPT, flags(options), 2)
+    launched = launch_forked(XL_SCRIPT if base.name.endswith("-xl") else SCRIPT, flags(options))
     assert (tmp_path / "two" / "README.md").exists(), launched.stderr
     expected, got = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert got.keys() == expected.keys() and any("text_encoder" in name for name in expected)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
+from forked import ForkedProgram, run_script
 from hub.hub_double import TOKEN, USER, client_environment, run_client
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import parse_training_config
 
-from .conftest import create_trainer, files_in, flags, launch, make_options
+from .conftest import SCRIPT, create_trainer, files_in, flags, launch_script, make_options
 
 
 REPO = f"{USER}/weather"
@@ -84,7 +86,7 @@ def run(base_model, photos, hub, tmp_path_factory) -> SimpleNamespace:
         report_to="tensorboard",
     )
     environment = client_environment(hub.endpoint, root, HF_TOKEN=TOKEN)
-    launched = launch(options | {"push_to_hub": True}, environment=environment)
+    launched = launch_script(SCRIPT, flags(options | {"push_to_hub": True}), environment=environment)
     return SimpleNamespace(options=options, output_dir=output_dir, log=launched.stderr)
 
 
@@ -184,7 +186,10 @@ def resumed(run, tmp_path_factory) -> Path:
     shutil.copytree(run.output_dir / "checkpoint-3", output_dir / "checkpoint-3")
     (output_dir / "unfinished-checkpoint-5").mkdir()
     changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest", "dataloader_num_workers": 2}
-    launch(run.options | changes, config_file=root / "options.yaml")
+    (root / "options.yaml").write_text(yaml.safe_dump(run.options | changes))
+    program = ForkedProgram(run_script, SCRIPT, [root / "options.yaml"])
+    _, errors = program.communicate(180)
+    assert program.returncode == 0, errors
     return output_dir
 
 
@@ -223,10 +228,8 @@ def one_and_two(base_model, photos, parquet, tmp_path_factory) -> tuple[Path, Pa
         "cache_dir": str(root / "cache"),
     }
     create_trainer(make_options(base_model, photos, root / "one", train_batch_size=4, **shared)).train()
-    launch(
-        make_options(base_model, None, root / "two", dataset_name=str(parquet), train_batch_size=2, **shared),
-        num_processes=2,
-    )
+    options = make_options(base_model, None, root / "two", dataset_name=str(parquet), train_batch_size=2, **shared)
+    launch_script(SCRIPT, flags(options), num_processes=2)
     return root / "one", root / "two"
 
 
