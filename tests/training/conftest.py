@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import make_components, make_xl_pipeline
-from forked import ForkedProgram, accelerate_launch, complete
+from forked import ForkedProgram, accelerate_launch, complete, run_script
 from hub.hub_double import HubDouble
 from PIL import Image
 
@@ -191,6 +191,12 @@ def launch_forked(
     """Runs a script by `accelerate launch`, in forks, with these flags of the launcher; by default in two processes
     on the CPU. A run that hangs fails the test."""
     return complete(ForkedProgram(accelerate_launch, [*(launcher or launcher_flags(2)), script, *arguments]), timeout)
+
+
+def run_forked(script: Path, arguments: list) -> None:
+    """Runs a script in a fork; one that fails fails the test."""
+    run = complete(ForkedProgram(run_script, script, arguments), timeout=180)
+    assert run.returncode == 0, run.stderr
 
 
 def launcher_flags(num_processes: int) -> list[str]:

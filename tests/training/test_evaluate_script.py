@@ -1,4 +1,4 @@
-"""The evaluation: once in this process, and once as users run the script, by `accelerate launch` in two processes."""
+"""The evaluation: once in this process, and once by the script in two processes."""
 
 import json
 import shutil

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from forked import ForkedProgram, run_script
 from hub.hub_double import TOKEN, USER, client_environment, run_client
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.training import parse_training_config
 
-from .conftest import SCRIPT, create_trainer, files_in, flags, launch_script, make_options
+from .conftest import SCRIPT, create_trainer, files_in, flags, launch_script, make_options, run_forked
 
 
 REPO = f"{USER}/weather"
@@ -187,9 +186,7 @@ def resumed(run, tmp_path_factory) -> Path:
     (output_dir / "unfinished-checkpoint-5").mkdir()
     changes = {"output_dir": str(output_dir), "resume_from_checkpoint": "latest", "dataloader_num_workers": 2}
     (root / "options.yaml").write_text(yaml.safe_dump(run.options | changes))
-    program = ForkedProgram(run_script, SCRIPT, [root / "options.yaml"])
-    _, errors = program.communicate(180)
-    assert program.returncode == 0, errors
+    run_forked(SCRIPT, [root / "options.yaml"])
     return output_dir
 
 
