@@ -1,6 +1,11 @@
 """Tiny real components that several tests share."""
 
+import gc
 import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
@@ -17,6 +22,7 @@ from diffusers_ctx.adapter import attach_context_module, context_attention_layer
 
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: nothing of that is garbage, and looking takes a fourth of the time
 
 CONCEPTS = ["night", "snow", "fog"]
 
@@ -149,6 +155,24 @@ def attach_random_module(pipeline):
     for layer in context_attention_layers(pipeline.unet).values():
         torch.nn.init.normal_(layer["value"].weight, std=0.5)
     return pipeline
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage from here on, and does not look through what imports have made."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a program in this process as `python program arguments` does; returns what it prints."""
+
+    def run(program: Path, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [str(program), *map(str, arguments)])
+        runpy.run_path(str(program), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

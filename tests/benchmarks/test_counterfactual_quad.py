@@ -1,8 +1,6 @@
 """The script that holds counterfactuals against the simulator's, run as a user does."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from provenance import adapter_digest
@@ -10,11 +8,9 @@ from provenance import adapter_digest
 from diffusers_ctx import embedded_adapter
 
 
-def test_it_measures_axioms_and_the_distance_to_the_truth(tmp_path):
+def test_it_measures_axioms_and_the_distance_to_the_truth(run_program, tmp_path):
     script, output = Path(__file__).parents[2] / "benchmarks" / "counterfactual_quad.py", tmp_path / "found.json"
-    command = [sys.executable, script, embedded_adapter("quad"), "--n", "12", "--num_inference_steps", "10"]
-    run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_program(script, embedded_adapter("quad"), "--n", 12, "--num_inference_steps", 10, "--output", output)
     found = json.loads(output.read_text())
     assert found["adapter"] == adapter_digest(embedded_adapter("quad")) and found["commit"]
     published = json.loads((script.parent / "results" / "quad-context-counterfactuals.json").read_text())

@@ -1,8 +1,6 @@
 """The benchmark's pictures show the numbers they are made from."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +47,7 @@ def test_the_best_method_is_on_top_with_its_means(results):
     assert pairs[0] > pairs[1]
 
 
-def test_figures_are_drawn_from_the_results(tmp_path):
+def test_figures_are_drawn_from_the_results(run_program, tmp_path):
     program = RESULTS.parent / "figures.py"
     folder = RESULTS / "quad" / "independent-seed0-images4000-steps1000"
     options = [
@@ -62,6 +60,6 @@ def test_figures_are_drawn_from_the_results(tmp_path):
         "--shipped",
         RESULTS / "quad-context.json",
     ]
-    subprocess.run([sys.executable, program, folder, *options], check=True)
+    run_program(program, folder, *options)
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {"compositions.png", "errors.png", "interference.png", "graphs.png", "curves.png"}

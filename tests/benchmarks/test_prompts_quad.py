@@ -1,8 +1,6 @@
 """The script that holds samples against their prompts, run as a user does, and what it counts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +17,12 @@ def test_shapes_that_are_the_captions_are_counted():
     assert shape_met(values, captions) == 2 / 3
 
 
-def test_it_measures_shares_with_matching_noise_and_without(tmp_path):
+def test_it_measures_shares_with_matching_noise_and_without(run_program, tmp_path):
     script, output = Path(__file__).parents[2] / "benchmarks" / "prompts_quad.py", tmp_path / "prompts.json"
-    command = [sys.executable, script, embedded_adapter("quad"), "--n", "60", "--combinations", "quad4"]
-    run = subprocess.run([*command, "--output", output], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    options = ["--n", 60, "--combinations", "quad4", "--output", output]
+    printed = run_program(script, embedded_adapter("quad"), *options)
     metrics = json.loads(output.read_text())["quad4"]
     plain, matching = (metrics[noise]["shape_met"] for noise in ("any", "matching"))
     assert metrics["any"]["shape_met_real"] > 0.9
     assert plain + 0.15 < matching <= 1
-    assert f"quad4, matching noise: shape_met {matching:.4f}" in run.stdout
+    assert f"quad4, matching noise: shape_met {matching:.4f}" in printed
