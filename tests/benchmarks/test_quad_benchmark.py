@@ -55,6 +55,21 @@ def setting(tmp_path_factory) -> QuadSetting:
     )
 
 
+@pytest.fixture(scope="module")
+def prompt_lora(setting, tmp_path_factory) -> Path:
+    """The folder of a LoRA that prompts name contexts to."""
+    folder = tmp_path_factory.mktemp("methods") / "prompt-lora"
+    PromptLora().train(setting, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_per_context(setting, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("methods") / "lora-per-context"
+    LoraPerContext().train(replace(setting, baseline_steps=7), folder)  # one for each
+    return folder
+
+
 def make_module(module_class):
     edges = [tuple(edge.split("->")) for edge in oracle_graph(True)]
     return module_class(quad.CONCEPTS, token_dim=8, num_hidden_factors=2, noise_dim=1, concept_dim=1, graph=edges)
@@ -128,30 +143,28 @@ def test_prompts_name_the_context_and_batches_have_the_asked_contexts_alone(sett
     assert name_concepts(setting.bed, "a circle", ["quad1", "quad2"]) == "a circle, b, d"
 
 
-def test_scores_that_are_added_are_those_of_the_lora(setting, tmp_path):
-    PromptLora().train(setting, tmp_path / "prompt-lora")
+def test_scores_that_are_added_are_those_of_the_lora(setting, prompt_lora):
     captions = ["a picture of a circle"] * 3
-    alone = PromptLora().load(setting, tmp_path / "prompt-lora")
+    alone = PromptLora().load(setting, prompt_lora)
     method = ComposableDiffusion("prompt-lora", PromptLora())
-    composed = method.load(setting, tmp_path / "composable")
+    composed = method.load(setting, prompt_lora.parent / "composable")
     assert np.array_equal(alone(captions, ["quad1"], 0), composed(captions, ["quad1"], 0))
     # with one concept, the loop samples as the LoRA does
-    pipeline, predictor = PromptLora().load_predictor(setting, tmp_path / "prompt-lora")
+    pipeline, predictor = PromptLora().load_predictor(setting, prompt_lora)
     loop = in_batches(lambda batch, noise: draw(pipeline, predictor, setting, batch, ["quad1"], noise), captions, 0)
     summed, plain = loop.astype(int), alone(captions, [], 0).astype(int)
     expected = alone(captions, ["quad1"], 0).astype(int)
     assert np.abs(summed - expected).max() <= 1 < np.abs(plain - expected).max()
 
 
-def test_the_changes_of_two_concepts_are_added(setting, tmp_path):
+def test_the_changes_of_two_concepts_are_added(setting, prompt_lora):
     """Recomputed one prompt at a time, with the rotation that DDIM is."""
-    PromptLora().train(setting, tmp_path / "prompt-lora")
     captions, names = ["a picture of a circle", "a picture of a square"], ("quad1", "size")
-    composed = ComposableDiffusion("prompt-lora", PromptLora()).load(setting, tmp_path / "composable")(
+    composed = ComposableDiffusion("prompt-lora", PromptLora()).load(setting, prompt_lora.parent / "composable")(
         captions, names, 0
     )
 
-    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
+    pipeline = load_prompt_lora(setting, prompt_lora)
     scheduler = pipeline.scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(setting.num_inference_steps)
@@ -195,42 +208,42 @@ def add_by_hand(pipeline, folder: Path, weight: float = 1.0) -> None:
         getattr(layer, "base_layer", layer).weight.data += weight * up @ down
 
 
-def test_loras_of_several_contexts_are_added(setting, tmp_path):
-    setting = replace(setting, baseline_steps=7)  # one for each
-    LoraPerContext().train(setting, tmp_path)
-    composed = LoraPerContext().load(setting, tmp_path)
+def test_loras_of_several_contexts_are_added(setting, lora_per_context):
+    composed = LoraPerContext().load(setting, lora_per_context)
     captions = ["a picture of a circle"] * 3
     got = {names: composed(captions, names, 0).astype(int) for names in ((), ("quad4",), ("quad4", "size"))}
     pipeline = load_base(setting)
     for name in ("quad4", "size"):
-        add_by_hand(pipeline, tmp_path / name)
+        add_by_hand(pipeline, lora_per_context / name)
     expected = plain_sampler(pipeline, setting, lambda caption, _: caption)(captions, [], 0).astype(int)
     assert np.abs(got.pop(("quad4", "size")) - expected).max() <= 1
     assert min(np.abs(other - expected).max() for other in got.values()) > 1
 
 
-def test_what_loras_share_is_subtracted(setting, tmp_path):
-    setting = replace(setting, baseline_steps=7)
-    LoraPerContext().train(setting, tmp_path / "lora-per-context")
-    composed = LoraDifference("lora-per-context").load(setting, tmp_path / "lora-difference")
+def test_what_loras_share_is_subtracted(setting, lora_per_context):
+    composed = LoraDifference("lora-per-context").load(setting, lora_per_context.parent / "lora-difference")
     captions = ["a picture of a circle"] * 3
     pipeline = load_base(setting)
     for name, sign in {"quad4": 1, "size": 1, "obs": -1}.items():
-        add_by_hand(pipeline, tmp_path / "lora-per-context" / name, sign)
+        add_by_hand(pipeline, lora_per_context / name, sign)
     expected = plain_sampler(pipeline, setting, lambda caption, _: caption)(captions, [], 0).astype(int)
     assert np.abs(composed(captions, ("quad4", "size"), 0) - expected).max() <= 1
-    alone = LoraPerContext().load(setting, tmp_path / "lora-per-context")
+    alone = LoraPerContext().load(setting, lora_per_context)
     for names in ((), ("quad4",)):
         assert np.array_equal(composed(captions, names, 0), alone(captions, names, 0))
     assert np.abs(alone(captions, ("quad4", "size"), 0) - expected).max() > 1
 
 
 @pytest.mark.parametrize("method", [LoraPerContext(), LabelsOnly(context=ContextConfig(posterior_encoder="vae"))])
-def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(setting, tmp_path, method):
-    method.train(replace(setting, baseline_steps=7), tmp_path)
+def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(
+    setting, lora_per_context, tmp_path, method
+):
+    folder = lora_per_context if isinstance(method, LoraPerContext) else tmp_path
+    if folder is tmp_path:
+        method.train(setting, folder)
     captions = ["a picture of a circle"] * 3
-    pipeline, predictor = method.load_predictor(setting, tmp_path)
-    sample = method.load(setting, tmp_path)
+    pipeline, predictor = method.load_predictor(setting, folder)
+    sample = method.load(setting, folder)
     summed = in_batches(lambda batch, noise: draw(pipeline, predictor, setting, batch, ["size"], noise), captions, 0)
     assert np.abs(summed - sample(captions, ["size"], 0).astype(int)).max() <= 1
     latents, timestep = torch.randn(3, 4, 8, 8), torch.tensor(500)
@@ -239,18 +252,17 @@ def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(se
     assert (plain - changed).abs().max() > 1e-4
 
 
-def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, tmp_path):
-    setting = replace(setting, baseline_steps=6)
-    PromptLora().train(setting, tmp_path / "prompt-lora")
+def test_directions_of_concepts_are_added_to_the_lora_that_names_them(setting, prompt_lora):
+    setting, folder = replace(setting, baseline_steps=6), prompt_lora.parent / "sliders"  # a step for each
     method = ConceptSliders("prompt-lora")
-    method.train(setting, tmp_path / "sliders")
-    composed = method.load(setting, tmp_path / "sliders")
+    method.train(setting, folder)
+    composed = method.load(setting, folder)
     captions = ["a picture of a circle"] * 3
-    pipeline = load_prompt_lora(setting, tmp_path / "prompt-lora")
+    pipeline = load_prompt_lora(setting, prompt_lora)
     plain = plain_sampler(pipeline, setting, lambda caption, _: caption)
     before = plain(captions, [], 0).astype(int)
     for name in ("quad4", "size"):
-        add_by_hand(pipeline, tmp_path / "sliders" / name)
+        add_by_hand(pipeline, folder / name)
     expected = plain(captions, [], 0).astype(int)
     assert np.abs(composed(captions, ["quad4", "size"], 0) - expected).max() <= 1 < np.abs(before - expected).max()
     assert np.abs(composed(captions, [], 0) - before).max() <= 1
