@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +273,12 @@ PYTHON_PAGES = [page for page in PAGES if snippets(page) and name_of(page) not i
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
 def test_python_runs_on_what_comes_with_the_library(page, tmp_path, monkeypatch):
+    set_timesteps = DDIMScheduler.set_timesteps
+
+    def set_few_timesteps(scheduler: DDIMScheduler, steps: int, *arguments, **options) -> None:
+        set_timesteps(scheduler, min(steps, 3), *arguments, **options)  # not the default of 50
+
+    monkeypatch.setattr(DDIMScheduler, "set_timesteps", set_few_timesteps)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for code in snippets(page):
