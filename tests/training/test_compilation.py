@@ -11,7 +11,8 @@ from .conftest import create_trainer, make_options
 from .test_training_script import weights_of
 
 
-@pytest.mark.parametrize("train_text_encoder", [False, True])
+# with the text encoder, what is compiled has all of what it has without
+@pytest.mark.parametrize("train_text_encoder", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_training_is_plain_training_and_goes_on_as_such(
     base_model, photos, tmp_path, monkeypatch, train_text_encoder
 ):
