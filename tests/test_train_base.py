@@ -135,14 +135,14 @@ def attention_sizes(unet) -> set[int]:
 def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels, levels):
     sample = quad.generate(n=16, seed=0)
     folder = written(tmp_path / "quad", sample.images, sample.captions)
-    options = ["--output_dir", str(tmp_path / "base"), "--train_data_dir", str(folder), "--log_every", "5"]
-    options += ["--max_train_steps", "10", "--train_batch_size", "8", "--lr_warmup_steps", "2"]
-    options += ["--vae_channels", *["16"] * levels, "--unet_channels", "16", "32", "--save_every", "4"]
+    options = ["--output_dir", str(tmp_path / "base"), "--train_data_dir", str(folder), "--log_every", "2"]
+    options += ["--max_train_steps", "4", "--train_batch_size", "4", "--lr_warmup_steps", "2"]
+    options += ["--vae_channels", *["16"] * levels, "--unet_channels", "16", "32", "--save_every", "3"]
     for stage, train in {"autoencoder": script.train_autoencoder, "unet": script.train_unet}.items():
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), stage, *options, "--latent_channels", str(channels)])
         train(script.parse_args())
         logged = (tmp_path / "base" / "logs" / f"{stage}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in logged] == [5, 10]
+        assert [json.loads(line)["step"] for line in logged] == [2, 4]
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
     assert pipeline.unet.config.in_channels == pipeline.vae.config.latent_channels == channels
     assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64
