@@ -20,10 +20,9 @@ demo: install  ## train, sample and measure an adapter on a CPU, in 9 minutes
 test: install  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-fast: install  ## without the tests that launch processes, train, or draw many samples
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/evaluation tests/adapter \
-		tests/test_adapter_format.py tests/training/test_config.py tests/training/test_objective.py \
-		tests/training/test_scm_fit.py tests/training/test_initialization.py
+test-fast: install  ## without the tests that launch processes, train, measure, or draw many samples
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/adapter tests/test_adapter_format.py \
+		tests/training/test_config.py tests/training/test_objective.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
