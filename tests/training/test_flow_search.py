@@ -170,7 +170,7 @@ def test_an_intervention_that_narrows_is_not_folded():
     torch.manual_seed(0)
     module = ContextModule(["night", "snow"], token_dim=8, num_hidden_factors=1, noise_dim=1, concept_dim=1)
     image_codes = ImageCodes(mean, torch.full_like(mean, 0.1), labels)
-    values = search_flow(module, image_codes, contexts, ContextConfig(concept_steps=500), seed=1, show_progress=False)
+    values = search_flow(module, image_codes, contexts, ContextConfig(concept_steps=300), seed=1, show_progress=False)
     assert values.shape == (3 * n, 3, 1)
     night, snow = torch.cat(truth).T.numpy()
     read = values[..., 0].numpy()
