@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,8 @@ def attention_sizes(unet) -> set[int]:
 
 @pytest.mark.parametrize("channels, levels", [(4, 4), (8, 3)])
 def test_a_base_is_trained_on_folders(script, monkeypatch, tmp_path, channels, levels):
+    # as few as the scale of latents is measured on
+    monkeypatch.setattr(script, "Folders", partial(script.Folders, images_per_draw=512))
     sample = quad.generate(n=16, seed=0)
     folder = written(tmp_path / "quad", sample.images, sample.captions)
     options = ["--output_dir", str(tmp_path / "base"), "--train_data_dir", str(folder), "--log_every", "2"]
