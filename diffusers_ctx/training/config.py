@@ -199,10 +199,10 @@ class OptimizationConfig(OptionGroup):
         None, "Warm-up steps of the schedule, by default 500; the schedule constant has none.", at_least=0
     )
     snr_gamma: float | None = option(None, "γ of min-SNR weighting; 5.0 is usual.", above=0)
-    composition_weight: float = option(
-        0.0,
+    composition_weight: float | None = option(
+        None,
         "Weight of the composition loss: that interventions together change the prediction by the sum of what each of"
-        " them does.",
+        " them does. By default 1 where the adapter does without exogenous noise, and 0 otherwise.",
         at_least=0,
     )
     timestep_sampling: TimestepSampling = option("uniform", "Distribution of the timesteps.")

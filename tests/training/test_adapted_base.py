@@ -18,7 +18,7 @@ def test_a_base_that_was_saved_with_an_adapter_can_be_trained_on(photos, tmp_pat
     attach_random_module(pipeline)
     pipeline.save_pretrained(tmp_path / "base", context_adapter=True)
     trained = []
-    monkeypatch.setattr(ContextTrainer, "train", trained.append)
+    monkeypatch.setattr(ContextTrainer, "train", lambda trainer: trained.append(trainer))
     monkeypatch.setattr(sys, "argv", ["train", *flags(make_options(tmp_path / "base", photos, tmp_path / "adapter"))])
     if way == "script":
         runpy.run_path(str(SCRIPT), run_name="__main__")

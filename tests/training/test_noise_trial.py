@@ -20,7 +20,7 @@ from diffusers_ctx.training.encoding.batch import Batch
 from diffusers_ctx.training.encoding.latents import ContextLatents
 from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
-from .conftest import _reset_accelerate, create_trainer, encoded_trainer, files_in, make_options
+from .conftest import _reset_accelerate, create_stage, create_trainer, encoded_trainer, files_in, make_options
 
 
 def test_noise_is_left_out_of_the_values(context_module):
@@ -182,6 +182,20 @@ def test_noise_that_is_confirmed_stays(base_model, few_photos, tmp_path, monkeyp
     assert trainer._trial.goes_without is False
     assert trainer.context_module.config.nodes_without_noise == []
     assert json.loads(files_in(tmp_path / "adapter")[CONFIG_NAME])["format_version"] == 1
+
+
+def test_combinations_are_learned_by_default_where_there_is_no_noise(options):
+    learned = {}
+    for without in (False, True):
+        _reset_accelerate()
+        trainer = encoded_trainer(options | {"max_train_steps": 2})
+        module = trainer.context_module
+        module.leave_out_noise(module.node_names if without else [])
+        stage = create_stage(trainer)
+        stage.step = 1
+        learned[without] = stage._inputs(*next(trainer.batches.batches(1)))[1].combinations
+        assert stage.objective.composition_weight == 1
+    assert learned[False] is None and learned[True] is not None
 
 
 @pytest.mark.parametrize("changes, held_out", [({"try_noise": False}, 0), ({"validation_images": 5}, 15)])

@@ -25,7 +25,7 @@ from ..run.keyed_noise import KeyedNoise
 from .objective import DiffusionObjective, Draws
 
 
-TRIAL_SHARE = 0.5  # of the training, before the decision
+TRIAL_SHARE = 0.3  # of the training, before the decision
 _WITHOUT = 0.2  # share of the images that learn without noise until then
 _ENOUGH = 300  # images of each context: with as many, quad's concepts are found
 _HELD_OUT_PART = 8  # an eighth of the images

@@ -86,8 +86,9 @@ class DiffusionStage:
         cast_training_params([unet, *self.text_encoders], torch.float32)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         caption_encoder = CaptionEncoder(self.pipeline) if self.text_encoders else None
-        objective = DiffusionObjective(unet, scheduler, options.snr_gamma, caption_encoder, options.composition_weight)
-        self._noise_shape = objective.context_module.noise_shape
+        weight = 1.0 if options.composition_weight is None else options.composition_weight
+        objective = DiffusionObjective(unet, scheduler, options.snr_gamma, caption_encoder, weight)
+        self._module = objective.context_module
         learning = [p for part in split_parameters(unet, self.text_encoders) for p in part]
         optimizer = create_optimizer(learning, options, learning_rate)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -212,7 +213,7 @@ class DiffusionStage:
         noise = random.normal(*shape) + options.noise_offset * random.normal(*shape[:2], 1, 1)
         num_timesteps = self.pipeline.scheduler.config.num_train_timesteps
         timesteps = sample_timesteps(random.uniform(shape[0]), options.timestep_sampling, num_timesteps)
-        draws = Draws(noise, timesteps, random.normal(shape[0], *self._noise_shape))
+        draws = Draws(noise, timesteps, random.normal(shape[0], *self._module.noise_shape))
         dropped = random.uniform(shape[0]) < self.config.data.proportion_empty_prompts
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         batch = batch._replace(captions=captions)
@@ -241,14 +242,22 @@ class DiffusionStage:
                 )
 
     def _leave_out_noise(self) -> None:
-        module = self.accelerator.unwrap_model(self.objective).context_module
-        module.leave_out_noise(module.node_names)
+        self._module.leave_out_noise(self._module.node_names)
+
+    @property
+    def _composes(self) -> bool:
+        """Whether combinations are learned: by default where there is no exogenous noise."""
+        weight = self.config.optimization.composition_weight
+        if weight is not None:
+            return weight > 0
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP  # see `check_accelerator`
+        return not sharded and not self._module.has_noise.any()
 
     def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
         """Combinations that some images of a batch are to learn, once the singles are known."""
         count, num_concepts = batch.mask.shape
-        learned = self.config.optimization.composition_weight > 0 and num_concepts > 1
-        if not learned or self.step < _SINGLES_SHARE * self.max_train_steps:
+        singles_alone = self.step < _SINGLES_SHARE * self.max_train_steps
+        if singles_alone or num_concepts == 1 or not self._composes:
             return None
         chosen = random.uniform(count, 1) < COMPOSED_SHARE
         return chosen * draw_combinations(batch.mask, random.uniform(count, num_concepts + 1))
