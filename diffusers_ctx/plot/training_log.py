@@ -27,6 +27,8 @@ def read_training_log(path: str | Path) -> TrainingLog:
         ValueError: if the file is of another kind, or damaged.
     """
     path = local_path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
     if path.is_dir():
         return _of_folder(path)
     readers = {".csv": _csv_points, ".jsonl": _jsonl_points}

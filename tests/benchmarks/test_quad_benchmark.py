@@ -286,6 +286,7 @@ def test_a_log_has_every_tenth_step_and_the_last_one_as_a_resumed_run_told_them_
 
 def test_what_has_no_training_has_no_log(tmp_path):
     write_log(tmp_path, tmp_path / "row.csv")
+    write_log(tmp_path / "not-there", tmp_path / "row.csv")
     assert not list(tmp_path.iterdir())
 
 
