@@ -176,7 +176,7 @@ def test_logs_are_read_from_tables_lines_and_events(tmp_path):
 def test_what_is_no_log_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no log in"):
         plot.read_training_log(tmp_path)
-    with pytest.raises(FileNotFoundError, match="There is no .*runn"):
+    with pytest.raises(FileNotFoundError, match="runn"):
         plot.read_training_log(tmp_path / "runn")
     (tmp_path / "log.txt").touch()
     with pytest.raises(ValueError, match="is no log"):
