@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from diffusers_ctx.adapter import ContextAdapterMixin
+from diffusers_ctx.adapter import ContextAdapterMixin, attached_adapter
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
 from diffusers_ctx.autoencoding import encode_pixels, to_pixels
 from diffusers_ctx.context import GaussianPosterior, Interventions
@@ -27,7 +27,6 @@ class AbductionMixin(ContextAdapterMixin):
     vae_scale_factor: int
     image_processor: VaeImageProcessor
     maybe_free_model_hooks: Callable[[], None]
-    _clip_features: ClipFeatures | None = None  # loaded by `load_posterior_encoder`
 
     @torch.no_grad()
     def infer_exogenous_noise(
@@ -67,19 +66,21 @@ class AbductionMixin(ContextAdapterMixin):
             cache_dir: where downloads are kept.
 
         Raises:
-            ValueError: if it cannot be loaded, or no adapter is loaded that names it.
+            ValueError: if it cannot be loaded, no adapter is loaded, or neither you nor the adapter name it.
         """
-        name = pretrained_model_name_or_path or self._require_context_module().config.posterior_encoder_model
+        name = self._require_context_module().config.posterior_encoder_model
+        name = pretrained_model_name_or_path or name
         if name is None:
             raise ValueError(
                 "The adapter's posterior uses the image encoder of the pipeline that it was trained on: load one that"
                 " has it as component `image_encoder`, or name the CLIP model."
             )
-        self._clip_features = ClipFeatures.from_pretrained(name, cache_dir)
+        attached_adapter(self.unet).clip_features = ClipFeatures.from_pretrained(name, cache_dir)
 
-    def unload_context_adapter(self) -> None:
-        super().unload_context_adapter()
-        self._clip_features = None
+    @property
+    def _clip_features(self) -> ClipFeatures | None:
+        """What `load_posterior_encoder` has loaded: it goes with the adapter, and all pipelines of a UNet share it."""
+        return attached_adapter(self.unet).clip_features
 
     def _transplant(self, noise: torch.Tensor, references: Sequence[Mapping[str, Reference]]) -> torch.Tensor:
         """Noise (B, N, d_z) in which concepts have the noise of reference images, by name for each row.

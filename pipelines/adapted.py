@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 
-from diffusers_ctx.adapter_format import adapter_files, public_name, read_adapter_config
+from diffusers_ctx.adapter_format import ADAPTER_FOLDER, adapter_files, public_name, read_adapter_config
 from diffusers_ctx.embedded import called_base
 from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
@@ -87,7 +89,13 @@ def recorded_base(adapter: str, adapter_config: dict[str, Any]) -> str:
     """
     base = adapter_config["base_model_name_or_path"]
     if adapter_config["mode"] == "full":
-        return adapter  # its own pipeline is in the same place
+        # its own pipeline is in the same place, or around it where both were saved together
+        around = Path(adapter).parent
+        return (
+            str(around)
+            if Path(adapter).name == ADAPTER_FOLDER and (around / DiffusionPipeline.config_name).exists()
+            else adapter
+        )
     if embedded := called_base(base):
         return embedded
     if not base or "/" not in base:

@@ -55,6 +55,7 @@ class AttachedAdapter:
         lora_models: names of the components that the adapter came with LoRAs for.
         scale: the adapter's scale: 1 as trained, 0 the plain model.
         call_scale: what multiplies it in the call that is running.
+        clip_features: the CLIP image encoder that was loaded for its posterior.
     """
 
     plain_scheduler: Any = None
@@ -63,6 +64,7 @@ class AttachedAdapter:
     lora_models: frozenset[str] = frozenset()
     scale: float = 1.0
     call_scale: float = 1.0
+    clip_features: Any = None
 
 
 class ContextProjection(nn.Module):

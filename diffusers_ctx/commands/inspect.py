@@ -74,7 +74,7 @@ def _count_weights(path: Path) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
-def _metrics(folder: Path) -> dict[str, float]:
+def _metrics(folder: Path) -> dict[str, Any]:
     """What the card's metadata say was measured."""
     from huggingface_hub import ModelCard
 
@@ -83,7 +83,9 @@ def _metrics(folder: Path) -> dict[str, float]:
     if not (folder / CARD_NAME).is_file():
         return {}
     results = ModelCard.load(folder / CARD_NAME).data.eval_results or []
-    return {str(result.metric_name): result.metric_value for result in results}
+    return {
+        f"{result.metric_name or result.metric_type}, {result.dataset_name}": result.metric_value for result in results
+    }
 
 
 def _in_words(facts: dict[str, Any]) -> Iterator[str]:
@@ -113,7 +115,8 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
     if facts["metrics"]:
         yield "  metrics of the card"
         for name, metric in facts["metrics"].items():
-            yield f"  {'':14} {metric:.4g}  {name}"
+            shown = f"{metric:.4g}" if isinstance(metric, int | float) else metric
+            yield f"  {'':14} {shown}  {name}"
     else:
         yield f"  {'metrics':14} none in the card's metadata"
 
@@ -135,4 +138,5 @@ def _draw_graph(facts: dict[str, Any], file: Path) -> None:
 
     concepts = facts["concepts"]
     strengths = np.array(facts["graph"]["strengths"])[: len(concepts), : len(concepts)]
+    file.parent.mkdir(parents=True, exist_ok=True)
     causal_graph(strengths, concepts, threshold=_WEAKEST).savefig(file, dpi=150)

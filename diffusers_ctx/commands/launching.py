@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 
-PASSED_ON = {"ignore_unknown_options": True}
+PASSED_ON = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 """Settings of a command whose flags are another program's."""
 
 launcher_flags_option = click.option(

@@ -33,14 +33,15 @@ def known_interventions(adapter: str, contexts: Sequence[dict[str, float]]) -> l
         AdapterError: if there is no such adapter.
     """
     from ..adapter_format import read_adapter_config
+    from ..context.names import normal_name
     from ..hub import resolve_adapter_folder
 
     config = read_adapter_config(resolve_adapter_folder(adapter))
-    interventions = [{} if set(context) == {config["obs_context"]} else context for context in contexts]
+    named = [{normal_name(name): strength for name, strength in context.items()} for context in contexts]
+    interventions = [{} if set(context) == {config["obs_context"]} else context for context in named]
     if unknown := sorted({name for context in interventions for name in context} - set(config["concepts"])):
         raise click.BadParameter(
-            f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}.",
-            param_hint="'--interventions'",
+            f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}."
         )
     return interventions
 

@@ -18,6 +18,7 @@ from ..evaluation.grids import sample_rows
 from ..evaluation.images import to_uint8
 from ..pipelines import ComposablePipeline
 from ..plot import draw_grid
+from ..plot.libraries import require
 from ..training import (
     ContextConfig,
     ContextTrainer,
@@ -57,6 +58,7 @@ class QuadDemo:
 
     def run(self) -> None:
         """Prints what it does, the distances and where files are."""
+        require("ot")  # before minutes are spent: it measures distances
         start = time.time()
         shipped = self.output_dir / "shipped.png"
         self._draw(_load(Path(embedded_adapter("quad"))), shipped)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .labels import printable
 from .libraries import new_figure, require
+from .pictures import as_numbers
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def causal_graph(
         ValueError: if the strengths are not of the shape (N, N), are negative or not finite, or a true edge names no
             node.
     """
-    strengths = np.asarray(strengths, dtype=float)
+    strengths = as_numbers(strengths)
     if strengths.shape != (len(nodes), len(nodes)) or not (strengths >= 0).all() or not np.isfinite(strengths).all():
         raise ValueError(
             f"`strengths` has the shape {strengths.shape} for {len(nodes)} nodes; give numbers of 0 or more, one for"

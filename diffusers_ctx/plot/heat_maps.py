@@ -9,6 +9,7 @@ import numpy as np
 
 from .labels import printable
 from .libraries import new_figure
+from .pictures import as_numbers
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def heat_maps(
         ImportError: if matplotlib is not installed.
         ValueError: if there is no matrix, or one is not of the shape (R, C).
     """
-    arrays = {title: np.asarray(matrix, dtype=float) for title, matrix in matrices.items()}
+    arrays = {title: as_numbers(matrix) for title, matrix in matrices.items()}
     for title, matrix in arrays.items():
         if matrix.shape != (len(rows), len(columns)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The libraries of the figures, which are an extra."""
+"""The libraries of figures and metrics, which are an extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def require(module: str) -> Any:
-    """A module of a library that the figures need.
+    """A module of a library that figures or metrics need.
 
     Raises:
         ImportError: if the library is not installed, with the extra that has it.
@@ -19,9 +19,7 @@ def require(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"This picture needs {module.partition('.')[0]}; run `pip install diffusers-ctx[eval]`."
-        ) from error
+        raise ImportError(f"This needs {module.partition('.')[0]}; run `pip install diffusers-ctx[eval]`.") from error
 
 
 def new_figure(width: float, height: float, **paddings: float) -> Figure:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .labels import printable
 from .libraries import new_figure
+from .pictures import as_numbers
 
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def exogenous_noise(noise: Mapping[str, Any], nodes: Sequence[str], dimension: i
         ImportError: if matplotlib is not installed.
         ValueError: if there is no context, or the noise is not of the shape (B, N, d_z).
     """
-    arrays = {name: np.asarray(values, dtype=float) for name, values in noise.items()}
+    arrays = {name: as_numbers(values) for name, values in noise.items()}
     if not arrays:
         raise ValueError("There is no noise to draw; give that of at least one context.")
     for name, values in arrays.items():

@@ -30,6 +30,12 @@ def as_pixels(image: Any) -> np.ndarray:
     return pixels[..., :3].clip(0, 1)
 
 
+def as_numbers(values: Any) -> np.ndarray:
+    """An array of floats, from what NumPy reads or a tensor of any type on any device."""
+    is_tensor = hasattr(values, "detach")  # without PyTorch, which takes seconds to import
+    return np.asarray(values.detach().float().cpu() if is_tensor else values, dtype=float)
+
+
 def show(axes: Any, pixels: np.ndarray, **options: Any) -> Any:
     """Shows an image without ticks and frame; enlarged pixels stay sharp."""
     picture = axes.imshow(

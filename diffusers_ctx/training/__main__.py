@@ -5,13 +5,14 @@ It does what they do, wherever the library is installed, and for a Stable Diffus
 
 from diffusers import DiffusionPipeline
 
+from ..paths import local_or_hub
 from ..pipelines import ComposablePipeline, ComposableXLPipeline
 from . import ContextTrainer, parse_training_config
 
 
 def main() -> None:
     config = parse_training_config()
-    base, options = config.model.pretrained_model_name_or_path, config.loading_options()
+    base, options = local_or_hub(config.model.pretrained_model_name_or_path), config.loading_options()
     source = {name: options[name] for name in ("revision", "cache_dir")}
     if "XL" in DiffusionPipeline.load_config(base, **source)["_class_name"]:
         pipeline = ComposableXLPipeline.from_pretrained(base, **options)

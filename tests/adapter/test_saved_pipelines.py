@@ -13,8 +13,8 @@ from peft import LoraConfig
 
 from diffusers_ctx import ComposableImg2ImgPipeline, ComposablePipeline
 from diffusers_ctx.adapter import LORA_ADAPTER, set_context_scheduler
-from diffusers_ctx.adapter_format import AdapterError
-from diffusers_ctx.pipelines.adapted import load_adapted_pipeline
+from diffusers_ctx.adapter_format import ADAPTER_FOLDER, AdapterError, read_adapter_config
+from diffusers_ctx.pipelines.adapted import load_adapted_pipeline, recorded_base
 
 
 REPO = f"{USER}/weather"
@@ -92,6 +92,10 @@ def test_a_pipeline_that_was_trained_as_a_whole(tmp_path, caplog):
     pipeline.save_pretrained(tmp_path / "pipeline", context_adapter=True)
     ComposablePipeline.from_pretrained(tmp_path / "pipeline")
     assert "load the pipeline from" not in caplog.text
+    within = str(tmp_path / "pipeline" / ADAPTER_FOLDER)
+    assert recorded_base(within, read_adapter_config(tmp_path / "pipeline" / ADAPTER_FOLDER)) == str(
+        tmp_path / "pipeline"
+    )
 
 
 def test_without_it_the_pipeline_is_the_plain_one(tmp_path, caplog):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from scipy.stats import hypergeom
 
@@ -219,6 +221,10 @@ def test_expectations_name_the_numbers_on_both_sides():
     assert "with 300 images" in some[-1] and "; 1,000 images" in some[-1] and "750 steps" in some[0]
     assert "with 4,000 images" in many[-1] and "1500 steps" in many[0]
     assert any("`match_prompt`" in line for line in some)
+    held_out = expectations(["obs", "night"] * 280, [""] * 560)
+    assert "368 steps" in held_out[0] and held_out[1].startswith("35 images")
+    learned_from = expectations(["obs", "night", "snow"] * 70, ["a street"] * 210)
+    assert any(line.startswith("186 images to learn from have a caption") for line in learned_from)
     captioned = expectations(["obs", "night"] * 500, ["a street"] * 1000)
     assert not any("`match_prompt`" in line for line in captioned)
 
@@ -253,3 +259,19 @@ def test_without_scikit_learn_all_else_is_checked(clean, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     report = check_data(clean)
     assert report.tests == {} and "diffusers-ctx[eval]" in found(report, "two-sample test")[0].message
+
+
+def test_a_table_of_images_is_checked_too(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    columns = {"image": pictures, "context": ["obs", "obs", "night", "night"]}
+    Dataset.from_dict(columns, features=Features(image=ImageFeature(), context=Value("string"))).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    assert check_data(tmp_path).table.names == ["night", "obs"]
+
+
+def test_white_is_in_the_last_bin():
+    features = pixel_features(np.full((1, 32, 32, 3), 255, dtype=np.uint8))[0]
+    histograms = features[8 * 8 * 3 + 8 * 8 :][:24].reshape(8, 3)
+    np.testing.assert_array_equal(histograms, np.eye(8)[:, [7] * 3])

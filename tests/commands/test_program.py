@@ -48,6 +48,7 @@ def test_commands_are_listed_in_the_order_of_their_use(capsys):
         (["sample", "quad", "--interventions", "quad1=2"], "write night, night+snow or night=0.5+snow"),
         (["sample", "quad", "--interventions", "nite+quad1"], "the adapter does not know nite; its concepts are"),
         (["counterfactual", "quad", "no.png", "--interventions", "size"], "there is no no.png"),
+        (["counterfactual", "quad", __file__, "--interventions", "size"], "test_program.py cannot be read"),
         (["counterfactual", "quad", __file__, __file__, "--interventions", "size"], "called test_program"),
         (["push", "no-folder", "ada/weather"], "there is no no-folder"),
         (["train"], "Give the flags of the training"),
@@ -128,18 +129,20 @@ def test_samples_are_those_of_the_pipeline(tmp_path, capsys):
 
 
 def test_counterfactuals_are_those_of_the_pipeline(tmp_path, capsys):
-    image = Image.fromarray(quad.generate(["quad1"], n=1, seed=5).images[0])
+    image, other = map(Image.fromarray, quad.generate(["quad1"], n=2, seed=5).images)
     image.save(tmp_path / "photo.png")
-    arguments = ["counterfactual", "quad", str(tmp_path / "photo.png"), "--factual_interventions", "quad1"]
+    other.save(tmp_path / "other.png")
+    photos = [str(tmp_path / name) for name in ("photo.png", "other.png")]
+    arguments = ["counterfactual", "quad", *photos, "--factual_interventions", "quad1", "--batch_size", "1"]
     arguments += ["--interventions", "quad1+size", "--num_inference_steps", "2", "--output_dir", str(tmp_path)]
     assert main(arguments) == 0
-    written = [tmp_path / "photo-quad1+size.png", tmp_path / "differences.png"]
+    written = [tmp_path / name for name in ("photo-quad1+size.png", "other-quad1+size.png", "differences.png")]
     assert capsys.readouterr().out.split() == list(map(str, written))
     pipeline = ComposablePipeline.from_pretrained(embedded_base())
     pipeline.load_context_adapter(embedded_adapter("quad"))
     expected = pipeline.counterfactual([image], ["quad1", "size"], ["quad1"], num_inference_steps=2).images[0]
     assert np.abs(np.asarray(Image.open(written[0])).astype(int) - np.asarray(expected)).max() <= 1
-    assert Image.open(written[1]).size[0] > 300
+    assert Image.open(written[2]).size[0] > 300
 
 
 def test_an_adapter_is_pushed(tmp_path):

@@ -8,10 +8,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusers_ctx import plot
+from diffusers_ctx.plot.pictures import as_numbers
 
 
 RNG = np.random.default_rng(0)
@@ -117,6 +119,13 @@ def test_edges_lead_from_cause_to_effect_and_are_as_wide_as_they_are_strong(tmp_
         name: tuple(place) for name, place in places.items()
     }
     drawn(figure, tmp_path)
+
+
+def test_tensors_are_numbers_whatever_their_type():
+    strengths = torch.tensor([[0, 2.0], [0.5, 0]], dtype=torch.bfloat16, requires_grad=True)
+    np.testing.assert_array_equal(as_numbers(strengths), [[0, 2], [0.5, 0]])
+    assert len(plot.causal_graph(strengths, ["a", "b"]).axes[0].patches) == 2
+    plot.exogenous_noise({"obs": torch.randn(8, 2, 1, dtype=torch.bfloat16)}, ["a", "b"])
 
 
 def test_graphs_with_cycles_and_without_edges_are_drawn(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
+from diffusers_ctx import ComposableImg2ImgPipeline, ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import context_attention_layers
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 from diffusers_ctx.training.diffusion.validation import validation_losses
@@ -182,7 +182,9 @@ def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip
         pipeline.infer_exogenous_noise(image)
     pipeline.load_posterior_encoder(str(clip))
     expected = pipeline.infer_exogenous_noise(image)
-    pipeline.unload_context_adapter()
+    relative = ComposableImg2ImgPipeline.from_pipe(pipeline)
+    assert relative._clip_features is pipeline._clip_features
+    relative.unload_context_adapter()
     assert pipeline._clip_features is None
 
     pipeline = load(base_model, adapter)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...data.held_out import hold_out
+
 
 class Measured(NamedTuple):
     """What an adapter made of so many images of each context on quad.
@@ -37,21 +39,24 @@ def expectations(contexts: Sequence[str], captions: Sequence[str]) -> list[str]:
     from ...training.concepts.caption_fit import LEAST_CAPTIONED
     from ...training.config import ContextConfig
     from ...training.diffusion.noise_trial import trial_images
+    from ...training.diffusion.validation import HELD_OUT_SEED
 
-    smallest, captioned = min(Counter(contexts).values()), sum(map(bool, captions))
+    smallest, held_out = min(Counter(contexts).values()), trial_images(contexts)
+    learned, _ = hold_out(contexts, held_out, HELD_OUT_SEED)
+    captioned = sum(bool(captions[row]) for row in learned)
     lines = [
         f"The smallest context has {smallest} images: the concepts are learned in"
-        f" {ContextConfig().concept_steps_for(contexts)} steps by default."
+        f" {ContextConfig().concept_steps_for([contexts[row] for row in learned])} steps by default."
     ]
-    if held_out := trial_images(contexts):
+    if held_out:
         lines.append(
             f"{held_out} images of each context are held out, to try whether exogenous noise helps; if it does not,"
             " the adapter does without."
         )
     if captioned < LEAST_CAPTIONED:
         lines.append(
-            f"{captioned} images have a caption. What captions say is learned from {LEAST_CAPTIONED} on; with fewer,"
-            " samples are drawn without `match_prompt`."
+            f"{captioned} images to learn from have a caption. What captions say is learned from {LEAST_CAPTIONED} on;"
+            " with fewer, samples are drawn without `match_prompt`."
         )
     return [*lines, *_measured(smallest)]
 

@@ -79,6 +79,8 @@ def _read(image: dict[str, Any]) -> tuple[str | None, tuple[int, int], str, np.n
 
 
 def _within_context(path: str | None, root: Path | None) -> PurePath | None:
-    if path is None or root is None:
-        return None if path is None else PurePath(path)
+    if path is None:
+        return None
+    if root is None or not PurePath(path).is_relative_to(root):  # of a table of images
+        return PurePath(path)
     return PurePath(*PurePath(path).relative_to(root).parts[1:])

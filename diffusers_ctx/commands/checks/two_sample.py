@@ -114,9 +114,8 @@ def pixel_features(thumbnails: np.ndarray) -> np.ndarray:
     n, side = len(pixels), pixels.shape[1] // 8
     cells = pixels.reshape(n, 8, side, 8, side, 3)
     grey = cells.mean(axis=5)
-    histograms = np.stack(
-        [((pixels >= low) & (pixels < low + 0.125)).mean(axis=(1, 2)) for low in np.arange(8) / 8], axis=1
-    )
+    bins = thumbnails // 32
+    histograms = np.stack([(bins == place).mean(axis=(1, 2)) for place in range(8)], axis=1)
     edges = [np.abs(np.diff(pixels.mean(axis=3), axis=axis)).reshape(n, -1) for axis in (1, 2)]
     moments = [np.stack([part.mean(axis=1), part.std(axis=1)], axis=1) for part in edges]
     return np.concatenate(
