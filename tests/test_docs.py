@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -279,6 +279,12 @@ def test_python_runs_on_what_comes_with_the_library(page, tmp_path, monkeypatch)
         set_timesteps(scheduler, min(steps, 3), *arguments, **options)  # not the default of 50
 
     monkeypatch.setattr(DDIMScheduler, "set_timesteps", set_few_timesteps)
+    for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline):
+
+        def get_timesteps(pipeline, num_inference_steps: int, strength, device, get=kind.get_timesteps):
+            return get(pipeline, min(num_inference_steps, 3), strength, device)  # of which they leave out some
+
+        monkeypatch.setattr(kind, "get_timesteps", get_timesteps)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for code in snippets(page):
