@@ -84,7 +84,8 @@ def _metrics(folder: Path) -> dict[str, Any]:
         return {}
     results = ModelCard.load(folder / CARD_NAME).data.eval_results or []
     return {
-        f"{result.metric_name or result.metric_type}, {result.dataset_name}": result.metric_value for result in results
+        f"{result.metric_name or result.metric_type} ({result.dataset_name})": result.metric_value
+        for result in results
     }
 
 

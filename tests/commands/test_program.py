@@ -104,7 +104,7 @@ def test_inspect_shows_the_metrics_of_the_card(tmp_path, capsys):
     results = {"dataset": "quad", "metrics": {"SWD": {"obs": 0.25}}}
     render_model_card(read_adapter_config(folder), results=results).save(folder / "README.md")
     assert main(["inspect", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metrics"] == {"SWD, obs": 0.25}
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"SWD, obs (quad)": 0.25}
 
 
 def test_samples_are_those_of_the_pipeline(tmp_path, capsys):

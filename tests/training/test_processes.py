@@ -23,8 +23,13 @@ from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
 TRAIN = f"""
-import runpy
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+import runpy, traceback
+
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+except Exception:
+    traceback.print_exc()  # as Python does; of forks, torchrun shows the error of the first to fail alone
+    raise
 """
 # Accelerate leaves FSDP out without a GPU, and says nothing; otherwise all is as it would be with one
 WITH_FSDP = """
