@@ -68,8 +68,8 @@ class AbductionMixin(ContextAdapterMixin):
         Raises:
             ValueError: if it cannot be loaded, no adapter is loaded, or neither you nor the adapter name it.
         """
-        name = self._require_context_module().config.posterior_encoder_model
-        name = pretrained_model_name_or_path or name
+        config = self._require_context_module().config
+        name = pretrained_model_name_or_path or config.posterior_encoder_model
         if name is None:
             raise ValueError(
                 "The adapter's posterior uses the image encoder of the pipeline that it was trained on: load one that"

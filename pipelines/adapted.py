@@ -63,8 +63,8 @@ def load_adapted_pipeline(
     base = base or recorded_base(os.fspath(adapter), config)
     kind = {cls.__name__: cls for cls in (ComposablePipeline, ComposableXLPipeline)}[pipeline_name(config)]
     checker = {"safety_checker": None, "requires_safety_checker": False} if kind is ComposablePipeline else {}
-    pipeline = kind.from_pretrained(base, revision=revision, variant=variant, cache_dir=cache_dir, **checker)
-    pipeline.unload_context_adapter()  # that was saved with it
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir} | checker
+    pipeline = kind.from_pretrained(base, context_adapter=False, **options)
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     source = {
         "adapter": os.fspath(adapter),
@@ -90,12 +90,9 @@ def recorded_base(adapter: str, adapter_config: dict[str, Any]) -> str:
     base = adapter_config["base_model_name_or_path"]
     if adapter_config["mode"] == "full":
         # its own pipeline is in the same place, or around it where both were saved together
-        around = Path(adapter).parent
-        return (
-            str(around)
-            if Path(adapter).name == ADAPTER_FOLDER and (around / DiffusionPipeline.config_name).exists()
-            else adapter
-        )
+        folder = Path(adapter)
+        is_within = folder.name == ADAPTER_FOLDER and (folder.parent / DiffusionPipeline.config_name).exists()
+        return str(folder.parent) if is_within else adapter
     if embedded := called_base(base):
         return embedded
     if not base or "/" not in base:

@@ -20,7 +20,6 @@ def main() -> None:
         requires_safety_checker=False,
         **config.loading_options(),
     )
-    pipeline.unload_context_adapter()  # that was saved with the base, if any
     ContextTrainer(config, pipeline).train()
 
 

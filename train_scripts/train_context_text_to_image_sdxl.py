@@ -17,7 +17,6 @@ def main() -> None:
     pipeline = ComposableXLPipeline.from_pretrained(
         config.model.pretrained_model_name_or_path, **config.loading_options()
     )
-    pipeline.unload_context_adapter()  # that was saved with the base, if any
     ContextTrainer(config, pipeline).train()
 
 

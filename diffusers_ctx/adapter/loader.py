@@ -56,8 +56,12 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         return list(module.config.concepts) if module is not None else []
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, context_adapter: bool = True, **kwargs: Any
+    ) -> Any:
         """Loads a pipeline, as in diffusers, and the context adapter that was saved with it, if there is one.
+
+        `context_adapter=False` leaves that out.
 
         Raises:
             OSError: if there is no such folder or repository; a mistyped folder does not wait for the network.
@@ -67,6 +71,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             kwargs["cache_dir"] = local_path(kwargs["cache_dir"])
         name = local_or_hub(pretrained_model_name_or_path)
         pipeline = super().from_pretrained(name, **kwargs)  # type: ignore[misc]
+        if not context_adapter:
+            return pipeline
         options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
         try:
             saved = cls.load_config(name, **options)  # type: ignore[attr-defined]

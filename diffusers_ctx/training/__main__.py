@@ -20,7 +20,6 @@ def main() -> None:
         pipeline = ComposablePipeline.from_pretrained(
             base, safety_checker=None, requires_safety_checker=False, **options
         )
-    pipeline.unload_context_adapter()  # that was saved with the base, if any
     ContextTrainer(config, pipeline).train()
 
 

@@ -274,6 +274,7 @@ class TrainingConfig:
     def loading_options(self) -> dict[str, Any]:
         """Keyword arguments of a pipeline's `from_pretrained`."""
         return {
+            "context_adapter": False,  # a new one is learned
             "revision": self.model.revision,
             "variant": self.model.variant,
             "cache_dir": self.data.cache_dir,
