@@ -58,7 +58,12 @@ learn_from = DiffusionStage._learn_from
 def fail(self, batch, random):
     if self.step == 1 and self.accelerator.process_index == 1:
         {what}
-    return learn_from(self, batch, random)
+    try:
+        return learn_from(self, batch, random)
+    except RuntimeError:  # the other process is gone; of two forks that ended, torchrun names the first in order
+        if self.accelerator.process_index == 0:
+            signal.pause()
+        raise
 
 
 DiffusionStage._learn_from = fail
