@@ -211,6 +211,8 @@ def adapter_sampler(
     intervenes: bool = True,
     has_noise: bool = True,
     match_prompt: bool | None = False,
+    guidance_scale: float = 1.0,
+    context_guidance_scale: float = 1.0,
 ) -> Sampler:
     """Samples of a pipeline with an adapter.
 
@@ -220,6 +222,8 @@ def adapter_sampler(
         intervenes: whether the adapter is given the interventions.
         has_noise: whether samples have exogenous noise; zeros otherwise.
         match_prompt: whether noise is chosen to match the captions; `None` if the adapter has learned them.
+        guidance_scale: that of classifier-free guidance.
+        context_guidance_scale: that of the context.
     """
 
     def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
@@ -232,7 +236,8 @@ def adapter_sampler(
                 match_prompt=match_prompt,
                 generator=generator,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=1.0,
+                guidance_scale=guidance_scale,
+                context_guidance_scale=context_guidance_scale,
                 output_type="np",
             ).images
 
