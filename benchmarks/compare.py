@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train_batch_size", type=int, default=64, help="Images of a UNet step.")
     parser.add_argument("--n", type=int, default=35, help="Half the samples of each combination.")
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="Of samples, not of counterfactuals.")
     parser.add_argument("--cache_dir", type=local_path, default=Path("runs/sources"), help="What beds are made from.")
     parser.add_argument("--work_dir", type=local_path, default=Path("runs/compare"))
     parser.add_argument("--results_dir", type=local_path, default=RESULTS)
@@ -71,7 +72,7 @@ def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
     if not picture.exists():
         captions = bed.unseen((), COLUMNS, REAL_SEED).captions
         join_tiles([sample(captions, interventions, 0) for interventions in combinations(bed)]).save(picture)
-    if hasattr(method, "load_editor"):
+    if setting.guidance_scale == 1 and hasattr(method, "load_editor"):
         measure_edits(run, method.load_editor, setting, n)
 
 
@@ -139,7 +140,8 @@ def main() -> None:
         return
     base = args.base or Path(embedded_base())
     bed = create_bed(args.bed, args.cache_dir)
-    setting = Setting(bed=bed, base=str(base), train_batch_size=args.train_batch_size, **setting_options(args))
+    sampling = {"train_batch_size": args.train_batch_size, "guidance_scale": args.guidance_scale}
+    setting = Setting(bed=bed, base=str(base), **sampling, **setting_options(args))
     check_base(setting.base, setting.resolution)
     methods = create_bed_methods()
     options = {key: value for key, value in vars(args).items() if key not in _NOT_OPTIONS}

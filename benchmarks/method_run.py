@@ -16,7 +16,7 @@ from provenance import commit, machine
 from training_logs import write_log
 
 
-_OF_SAMPLING = ("n", "num_inference_steps")
+_OF_SAMPLING = ("n", "num_inference_steps", "guidance_scale")
 _OF_SETTINGS = (
     *("seed", "images_per_context", "train_steps", "concept_steps", "baseline_steps", "num_inference_steps"),
     "work_dir",
@@ -29,7 +29,7 @@ class MethodRun:
     Args:
         name: of the method.
         setting: what all methods share.
-        options: what results depend on; those in `n` and `num_inference_steps` do not concern training.
+        options: what results depend on; those of sampling do not concern training.
         results_dir: folder of results.
         budget: name of the folder within a setting's.
 
@@ -39,7 +39,8 @@ class MethodRun:
 
     def __init__(self, name: str, setting: Setting, options: dict[str, Any], results_dir: Path, budget: str):
         self.name, self.setting = name, setting
-        self.file = results_dir / f"{setting.name}-{budget}" / f"{name}.json"
+        guidance = "" if setting.guidance_scale == 1 else f"-guidance{setting.guidance_scale:g}"
+        self.file = results_dir / f"{setting.name}-{budget}{guidance}" / f"{name}.json"
         self.folder = setting.work_dir / f"{setting.name}-{budget}" / name
         self.results: dict[str, Any] = {"method": name, "options": options, "contexts": {}}
         if self.file.exists():

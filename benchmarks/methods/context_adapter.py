@@ -107,7 +107,12 @@ class ContextAdapter:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, setting.base, full=self.mode == "full")
-        return adapter_sampler(pipeline, setting.num_inference_steps, match_prompt=self.match_prompt)
+        return adapter_sampler(
+            pipeline,
+            setting.num_inference_steps,
+            match_prompt=self.match_prompt,
+            guidance_scale=setting.guidance_scale,
+        )
 
     def load_editor(self, setting: Setting, folder: Path) -> Editor:
         """Counterfactuals as a user makes them."""

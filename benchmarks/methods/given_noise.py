@@ -73,7 +73,9 @@ class LabelsOnly(Predicting, GivenNoise):
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_pipeline(folder, setting.base)
-        return adapter_sampler(pipeline, setting.num_inference_steps, has_noise=False)
+        return adapter_sampler(
+            pipeline, setting.num_inference_steps, has_noise=False, guidance_scale=setting.guidance_scale
+        )
 
     def load_predictor(self, setting: Setting, folder: Path) -> tuple[ComposablePipeline, Predictor]:
         pipeline = load_pipeline(folder, setting.base)

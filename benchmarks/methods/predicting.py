@@ -64,13 +64,27 @@ def draw(
 ) -> np.ndarray:
     """Samples (n, H, W, 3) in [0, 1] of a pipeline by its predictions."""
     scheduler, size = pipeline.scheduler, native_resolution(pipeline) // pipeline.vae_scale_factor
-    predict = predictor(captions, interventions)
+    predict = guided(predictor, captions, interventions, setting.guidance_scale)
     noise = torch.randn(len(captions), pipeline.unet.config.in_channels, size, size, generator=generator)
     latents = noise.to(device()) * scheduler.init_noise_sigma
     scheduler.set_timesteps(setting.num_inference_steps)
     for timestep in scheduler.timesteps:
         latents = scheduler.step(predict(latents, timestep), timestep, latents).prev_sample
     return decode(pipeline, latents)
+
+
+def guided(predictor: Predictor, captions: list[str], interventions: Sequence[str], scale: float) -> Prediction:
+    """Predictions under classifier-free guidance, whose unconditional half has the interventions, too."""
+    conditional = predictor(captions, interventions)
+    if scale == 1:
+        return conditional
+    unconditional = predictor([""] * len(captions), interventions)
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor | int) -> torch.Tensor:
+        without = unconditional(latents, timestep)
+        return without + scale * (conditional(latents, timestep) - without)
+
+    return predict
 
 
 def encode(pipeline: StableDiffusionPipeline, images: np.ndarray) -> torch.Tensor:

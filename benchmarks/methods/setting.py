@@ -45,6 +45,7 @@ class Setting:
         work_dir: folder of images, latents and weights.
         train_batch_size: images of a UNet step.
         resolution: height and width at which images are learned and drawn, in pixels.
+        guidance_scale: that of all samples; counterfactuals are made without guidance.
     """
 
     bed: Bed
@@ -58,6 +59,7 @@ class Setting:
     work_dir: Path
     train_batch_size: int = 64
     resolution: int = 64
+    guidance_scale: float = 1.0
 
     @property
     def name(self) -> str:

@@ -243,9 +243,15 @@ def test_predictions_that_can_be_added_are_those_that_the_method_samples_with(
         method.train(setting, folder)
     captions = ["a picture of a circle"] * 3
     pipeline, predictor = method.load_predictor(setting, folder)
-    sample = method.load(setting, folder)
-    summed = in_batches(lambda batch, noise: draw(pipeline, predictor, setting, batch, ["size"], noise), captions, 0)
-    assert np.abs(summed - sample(captions, ["size"], 0).astype(int)).max() <= 1
+    drawn = {}
+    for scale in (1.0, 3.0):
+        at = replace(setting, guidance_scale=scale)
+        drawn[scale] = method.load(at, folder)(captions, ["size"], 0).astype(int)
+        summed = in_batches(
+            lambda batch, noise, at=at: draw(pipeline, predictor, at, batch, ["size"], noise), captions, 0
+        )
+        assert np.abs(summed - drawn[scale]).max() <= 1
+    assert np.abs(drawn[1.0] - drawn[3.0]).max() > 1
     latents, timestep = torch.randn(3, 4, 8, 8), torch.tensor(500)
     with torch.no_grad():
         plain, changed = (predictor(captions, names)(latents, timestep) for names in ([], ["size"]))

@@ -155,7 +155,7 @@ def plain_sampler(pipeline: StableDiffusionPipeline, setting: Setting, prompt: C
                 [prompt(caption, interventions) for caption in batch],
                 generator=generator,
                 num_inference_steps=setting.num_inference_steps,
-                guidance_scale=1.0,
+                guidance_scale=setting.guidance_scale,
                 output_type="np",
             ).images
 

@@ -31,7 +31,8 @@ class MeanDifference:
 
     def load(self, setting: Setting, folder: Path) -> Sampler:
         pipeline = load_base(setting)
-        options = {"num_inference_steps": setting.num_inference_steps, "guidance_scale": 1.0, "output_type": "latent"}
+        steps, guidance = setting.num_inference_steps, setting.guidance_scale
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
 
         def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
             def sample_batch(batch: list[str], generator: torch.Generator) -> np.ndarray:
