@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
+from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base, plot
+from diffusers_ctx.adapter import collect_attention
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation.grids import sample_rows
 from diffusers_ctx.evaluation.images import to_uint8
-from diffusers_ctx.plot import draw_grid
 
 
 FOLDER = Path(__file__).parent / "guide"
@@ -26,7 +26,7 @@ GAP = ((0, 0), (1, 1), (1, 1), (0, 0))
 def save(name: str, rows: list[np.ndarray], labels: list[str]) -> None:
     """Writes rows of images with white gaps between them."""
     framed = [np.pad(images, GAP, constant_values=255) for images in rows]
-    draw_grid(framed, labels, SCALE).save(FOLDER / name)
+    plot.draw_grid(framed, labels, SCALE).save(FOLDER / name)
 
 
 def load() -> ComposablePipeline:
@@ -80,6 +80,22 @@ def draw_counterfactuals(pipe: ComposablePipeline) -> None:
     save("counterfactuals.png", [real.images, found, truth, difference], labels)
 
 
+def draw_attention(pipe: ComposablePipeline) -> None:
+    """Where in images the tokens of each concept act."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    with collect_attention(pipe.unet) as maps:
+        images = pipe(
+            ["a picture of a square"] * 3,
+            interventions=["quad1"],
+            generator=generators,
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+        ).images
+    nodes = pipe.context_module.node_names
+    figure = plot.attention_maps(images, maps.mean("up_blocks"), nodes, pipe.concepts)
+    figure.savefig(FOLDER / "attention.png", dpi=80)
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     pipe = load()
@@ -87,6 +103,7 @@ def main() -> None:
     draw_compositions(pipe)
     draw_strengths(pipe)
     draw_counterfactuals(pipe)
+    draw_attention(pipe)
 
 
 if __name__ == "__main__":

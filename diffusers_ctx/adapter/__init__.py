@@ -5,6 +5,7 @@ from .attention import (
     attached_context_module,
     context_attention_layers,
 )
+from .attention_maps import AttentionMaps, collect_attention
 from .lora_layers import LORA_ADAPTER, lora_detached
 from .saving import ContextAdapterMixin
 from .scheduler import set_context_scheduler
@@ -12,11 +13,13 @@ from .scheduler import set_context_scheduler
 
 __all__ = [
     "LORA_ADAPTER",
+    "AttentionMaps",
     "ContextAdapterMixin",
     "add_context_tokens",
     "attach_context_module",
     "attached_adapter",
     "attached_context_module",
+    "collect_attention",
     "context_attention_layers",
     "lora_detached",
     "set_context_scheduler",

@@ -3,6 +3,7 @@
 Only `draw_grid` makes a plain picture, pixel by pixel, and does without matplotlib.
 """
 
+from .attention import attention_maps
 from .counterfactuals import counterfactuals
 from .curves import training_curves
 from .graph import causal_graph
@@ -15,6 +16,7 @@ from .training_log import TrainingLog, read_training_log
 
 __all__ = [
     "TrainingLog",
+    "attention_maps",
     "causal_graph",
     "counterfactuals",
     "draw_grid",

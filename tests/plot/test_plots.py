@@ -81,6 +81,26 @@ def test_the_difference_map_is_the_mean_absolute_difference_on_one_scale(tmp_pat
         plot.counterfactuals([before[0]], [after[0][:4]])
 
 
+def test_attention_lies_over_each_image_on_one_scale(tmp_path):
+    maps = torch.rand(2, 3, 4, 4)
+    figure = plot.attention_maps(list(PICTURES[:2]), maps, ["night", "snow", "hidden_0"], ["snow", "night"])
+    rows = np.array(figure.axes[:6]).reshape(2, 3)
+    assert [axes.get_title() for axes in rows[0]] == ["image", "snow", "night"]
+    for row, picture, shares in zip(rows, PICTURES, maps.numpy()):
+        np.testing.assert_allclose(shown(row[0]), picture / 255)
+        for axes, index in zip(row[1:], (1, 0)):
+            under, over = axes.images
+            np.testing.assert_allclose(under.get_array(), (picture / 255).mean(axis=2))
+            np.testing.assert_allclose(over.get_array(), shares[index])
+            assert over.get_extent() == list(under.get_extent())
+            assert over.get_clim() == (0, pytest.approx(float(maps[:, :2].max())))
+    drawn(figure, tmp_path)
+    with pytest.raises(ValueError, match=r"1 images and 3 nodes need \(1, 3, h, w\)"):
+        plot.attention_maps([PICTURES[0]], maps, ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"names \['fog'\]"):
+        plot.attention_maps(list(PICTURES[:2]), maps, ["a", "b", "c"], ["fog"])
+
+
 def test_heat_maps_share_a_scale_and_leave_nan_blank(tmp_path):
     matrices = {"a": np.array([[0, 2.0], [0.5, np.nan]]), "b": np.eye(2)}
     figure = plot.heat_maps(matrices, ["r1", "r2"], ["c1", "c2"], "x", "y")
