@@ -157,10 +157,11 @@ class ContextTrainer:
         """Encodes images and captions."""
         config, pipeline = self.config, self.pipeline
         self.latents = self._encode(self._train_images, config.optimization.seed)
-        held_out = self._encode(self._held_out_images, HELD_OUT_SEED) if len(self._held_out_images) else None
+        has_held_out = len(self._held_out_images) > 0
+        self._held_out = self._encode(self._held_out_images, HELD_OUT_SEED) if has_held_out else None
         self._trial = None
-        if held_out is not None and self._tries_noise:
-            self._trial = NoiseTrial(held_out, config.optimization.train_batch_size, config.optimization.seed)
+        if self._held_out is not None and self._tries_noise:
+            self._trial = NoiseTrial(self._held_out, config.optimization.train_batch_size, config.optimization.seed)
         self._image_features = None  # not needed again: a model of their own gives its memory back
         if not config.data.streaming:
             share = (self.accelerator.process_index, self.accelerator.num_processes)
@@ -172,7 +173,7 @@ class ContextTrainer:
             waits = not self.accelerator.is_local_main_process
             self._encode_captions = CaptionCache(pipeline, captions, self._cache_dir, waits)
         self.validator = Validator(
-            config, pipeline, held_out if config.data.validation_images else None, self.accelerator, self.stop
+            config, pipeline, self._held_out if config.data.validation_images else None, self.accelerator, self.stop
         )
 
     def learn_concepts(self) -> None:
@@ -187,6 +188,7 @@ class ContextTrainer:
             self.config.optimization.seed,
             self._concept_checkpoint,
             self._encode_captions,
+            self._held_out,
         )
         try:
             stage.run()

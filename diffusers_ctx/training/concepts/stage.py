@@ -37,6 +37,7 @@ from ..run.concept_checkpoint import ConceptCheckpoint, Stateful
 from ..run.keyed_noise import KeyedNoise
 from ..run.tracking import track_concepts
 from .caption_fit import fit_captions
+from .held_out import held_out_contrast
 from .losses import unit_directions
 from .objective import ConceptObjective
 from .search import ImageCodes, search_flow
@@ -55,6 +56,7 @@ _READING_WEIGHT = 20.0
 _MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
 _CODES_AT_ONCE = 512
 _TRACKED_STEPS = 10
+_HELD_OUT_STEPS = 50  # after which held-out images are read, all of them
 
 
 class Part(Enum):
@@ -81,6 +83,7 @@ class ConceptStage:
         checkpoint: saves what has been learned, and resumes from it, if the stage can be interrupted.
         encode_captions: what text encoders make of captions, see [`~pipelines.Conditioner.encode_captions`]; without
             it, captions are not learned.
+        held_out: images that trackers hear of and nothing learns from, if there are any.
     """
 
     def __init__(
@@ -92,12 +95,13 @@ class ConceptStage:
         seed: int,
         checkpoint: ConceptCheckpoint | None = None,
         encode_captions: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+        held_out: ContextLatents | None = None,
     ):
         self.accelerator, self.module, self.latents = accelerator, context_module, latents
         self._steps = options.concept_steps_for(latents.contexts)
         self.options = replace(options, concept_steps=self._steps)
         self.seed = seed
-        self.checkpoint, self.encode_captions = checkpoint, encode_captions
+        self.checkpoint, self.encode_captions, self.held_out = checkpoint, encode_captions, held_out
         self.show_progress = accelerator.is_main_process
         contexts, self.labels = latents.masks.unique(dim=0, return_inverse=True)
         channels, size = latents.mean.shape[2], latents.mean.shape[-1]
@@ -245,9 +249,20 @@ class ConceptStage:
             schedule.step()
             optimizer.zero_grad()
             self._steps_done += 1
-            if self.accelerator.trackers and (self._steps_done % _TRACKED_STEPS == 0 or step == steps - 1):
+            is_last = step == steps - 1
+            if self.accelerator.trackers and (self._steps_done % _TRACKED_STEPS == 0 or is_last):
                 track_concepts(self.accelerator, self._numbers(metrics), self._steps_done)
+            if self.accelerator.trackers and (self._steps_done % _HELD_OUT_STEPS == 0 or is_last):
+                self._track_held_out(part)
         return metrics
+
+    def _track_held_out(self, part: Part) -> None:
+        """Tells trackers the contrast of held-out images, once there are values that can be read off images."""
+        if self.held_out is None or part is Part.CODE or self.options.posterior_type != "inverse":
+            return
+        contrast = held_out_contrast(self.module, self.held_out)
+        metrics = {f"held_out_contrast/{name}": nats.item() for name, nats in contrast.items()}
+        track_concepts(self.accelerator, metrics, self._steps_done)
 
     def _skip(self, steps: int) -> None:
         for _ in range(steps):
