@@ -12,6 +12,7 @@ from .check import check
 from .counterfactual import counterfactual
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .push import push
 from .sample import sample
@@ -24,7 +25,7 @@ PROBLEMS, WRONG_USE, STOPPED = 1, 2, 130
 _SECTIONS = {
     "Begin": (demo, check),
     "Learn": (train, evaluate),
-    "Use": (sample, counterfactual, inspect, push),
+    "Use": (sample, counterfactual, inspect, export, push),
 }
 
 

@@ -20,7 +20,7 @@ from diffusers_ctx.commands.program import program
 from diffusers_ctx.data import quad
 
 
-COMMANDS = ["demo", "check", "train", "evaluate", "sample", "counterfactual", "inspect", "push"]
+COMMANDS = ["demo", "check", "train", "evaluate", "sample", "counterfactual", "inspect", "export", "push"]
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "transformers", "diffusers", "accelerate", "datasets", "sklearn"}
 
 
@@ -51,6 +51,8 @@ def test_commands_are_listed_in_the_order_of_their_use(capsys):
         (["counterfactual", "quad", __file__, "--interventions", "size"], "test_program.py cannot be read"),
         (["counterfactual", "quad", __file__, __file__, "--interventions", "size"], "called test_program"),
         (["push", "no-folder", "ada/weather"], "there is no no-folder"),
+        (["export", "quad"], "Missing option '--output_dir'"),
+        (["export", "quad", "--output_dir", "a", "--adapter_only", "--pretrained_model_name_or_path", "b"], "no base"),
         (["train"], "Give the flags of the training"),
         (["train", "--max_train_step", "5"], "'--max_train_step'"),
         (["train", "--pretrained_model_name_or_path", "b", "--max_train_steps", "x"], "invalid int value: 'x'"),

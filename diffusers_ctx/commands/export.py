@@ -1,0 +1,50 @@
+"""`diffusers-ctx export`: an adapter and its base model in one folder, or the adapter in half precision."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from .loading import adapter_argument, base_option, dtype_option
+from .parameters import LocalPath
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  diffusers-ctx export quad --output_dir quad-pipeline
+  diffusers-ctx export weather-context --output_dir weather-pipeline --dtype float16
+  diffusers-ctx export weather-context --output_dir weather-fp16 --dtype float16 --adapter_only"""
+)
+@adapter_argument
+@click.option("--output_dir", type=LocalPath(), required=True, metavar="FOLDER", help="Folder to write to.")
+@click.option("--adapter_only", is_flag=True, help="Leave the base model out: copy the adapter in this precision.")
+@base_option
+@dtype_option
+def export(adapter: str, output_dir: Path, adapter_only: bool, base: str | None, dtype: str) -> None:
+    """Write a pipeline with its adapter to one folder.
+
+    ComposablePipeline.from_pretrained(FOLDER) loads both, ComposableXLPipeline for Stable Diffusion XL; nothing else
+    is needed then. Stock diffusers loads the plain base model from it. Prints the folder.
+    """
+    if adapter_only and base is not None:
+        raise click.UsageError("--adapter_only takes no base model.")
+    import torch
+
+    from ..adapter.copying import copy_adapter
+    from ..adapter_format import ADAPTER_FOLDER, CARD_NAME, RECORD_NAME
+    from ..hub import resolve_adapter_folder
+    from ..pipelines.adapted import load_adapted_pipeline
+
+    folder = resolve_adapter_folder(adapter)
+    if adapter_only:
+        copy_adapter(folder, output_dir, getattr(torch, dtype))
+    else:
+        pipeline = load_adapted_pipeline(adapter, base, dtype=getattr(torch, dtype)).pipeline
+        pipeline.save_pretrained(output_dir, context_adapter=True)  # type: ignore[attr-defined]
+        for name in (CARD_NAME, RECORD_NAME):  # which say what was trained and measured
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, output_dir / ADAPTER_FOLDER / name)
+    click.echo(output_dir)

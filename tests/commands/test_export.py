@@ -1,0 +1,58 @@
+"""`diffusers-ctx export`: what it writes loads, and draws the same images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
+from diffusers_ctx.adapter_format import ADAPTER_FOLDER
+from diffusers_ctx.commands import main
+
+
+CARD = Path(embedded_adapter("quad"), "README.md").read_text(encoding="utf-8")
+
+
+def sample(pipeline: ComposablePipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    return pipeline("a circle", interventions=["quad1"], generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.fixture(scope="module")
+def expected() -> np.ndarray:
+    pipeline = ComposablePipeline.from_pretrained(embedded_base())
+    pipeline.load_context_adapter(embedded_adapter("quad"))
+    return sample(pipeline)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 0.03)])
+def test_a_pipeline_with_its_adapter(dtype, tolerance, expected, tmp_path, capsys):
+    folder = tmp_path / "pipeline"
+    assert main(["export", "quad", "--output_dir", str(folder), "--dtype", dtype]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    loaded = ComposablePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    np.testing.assert_allclose(sample(loaded), expected, atol=tolerance)
+    assert type(DiffusionPipeline.from_pretrained(folder)) is StableDiffusionPipeline
+    assert (folder / ADAPTER_FOLDER / "README.md").read_text(encoding="utf-8") == CARD
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+
+
+def test_an_adapter_of_half_the_size_loads_into_any_pipeline(expected, tmp_path):
+    folder = tmp_path / "adapter"
+    assert main(["export", "quad", "--output_dir", str(folder), "--dtype", "float16", "--adapter_only"]) == 0
+    assert (folder / "README.md").read_text(encoding="utf-8") == CARD
+    for name in ("context_adapter.safetensors", "pytorch_lora_weights.safetensors"):
+        whole, half = load_file(Path(embedded_adapter("quad"), name)), load_file(folder / name)
+        for key, weight in whole.items():
+            torch.testing.assert_close(half[key], weight.half(), rtol=0, atol=0)
+    for dtype, tolerance in ((torch.float32, 0.03), (torch.bfloat16, 0.3)):
+        pipeline = ComposablePipeline.from_pretrained(embedded_base(), torch_dtype=dtype)
+        pipeline.load_context_adapter(folder)
+        assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {dtype}
+        assert np.abs(sample(pipeline) - expected).max() < tolerance
+    assert main(["export", str(folder), "--output_dir", str(folder), "--adapter_only"]) == 1
