@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     "README.md",
     "benchmarks/README.md",
+    "docs/bases.md",
     "docs/demo.md",
     "docs/evaluation.md",
     "docs/method.md",
@@ -315,6 +316,18 @@ def full_size() -> list[str]:
     return table(["random weights, one H100", "ms a step", "peak GiB", "trained weights", "in float32"], rows)
 
 
+def adapter_sizes() -> list[str]:
+    results = load("adapter_sizes.json")
+    rows = []
+    for name, case in results.items():
+        if name != "concepts":
+            module, others = case["context_module"], case["attention"] + case["lora"]
+            weights = [case["attention"], case["lora"], module]
+            bytes_of = [4 * (others + module), 2 * others + 4 * module]
+            rows.append([name, *(f"{n / 1e6:.1f} M" for n in weights), *(f"{n / 1e6:,.0f} MB" for n in bytes_of)])
+    return table(["mode `lora`", "keys and values", "LoRA", "context module", "on disk", "in float16"], rows)
+
+
 def seeds_of_the_comparison() -> list[str]:
     """What `python benchmarks/quad.py --table` prints of the dependent variant with 4,000 images."""
     sys.path.append(str(ROOT / "benchmarks"))
@@ -342,6 +355,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "epsilon-bases": epsilon_bases,
     "step-times": step_times,
     "full-size": full_size,
+    "adapter-sizes": adapter_sizes,
     "seeds-of-the-comparison": seeds_of_the_comparison,
 }
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
