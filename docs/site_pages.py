@@ -23,6 +23,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "diffusers_ctx/assets/quad-context/README.md": "shipped_adapter.md",
+    "diffusers_ctx/assets/pictures-base/README.md": "pictures_base.md",
 }
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[#)])")
 _FOOTNOTE = re.compile(r"\[(\d+)\]")  # in the benchmarks' tables; two of them in a row would be a link
