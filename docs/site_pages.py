@@ -1,11 +1,13 @@
 """Makes one site of docs/ and of the pages that lie elsewhere in the repository: a hook of mkdocs.
 
 Links between pages are written as GitHub follows them, relative to the file. Here, README and some other pages outside
-docs/ become pages of the site, and so does each source file that a page links to; links are rewritten to them.
+docs/ become pages of the site, and so do Jupyter notebooks and each source file that a page links to; links are
+rewritten to them.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -31,9 +33,12 @@ _FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages outside docs/, and the source files that pages link to."""
+    """Adds the pages outside docs/, notebooks, and the source files that pages link to."""
     for path, name in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / path).read_text(encoding="utf-8")))
+    for notebook in sorted((ROOT / "docs").rglob("*.ipynb")):
+        path = notebook.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, _site_name(path), content=_notebook_page(notebook)))
     linked = {path for file in files.documentation_pages() for path in _linked_paths(file)}
     for path in sorted(linked - set(OUTSIDE)):
         if path.startswith("docs/"):
@@ -76,7 +81,7 @@ def _repository_path(src_uri: str) -> str | None:
 def _site_name(path: str) -> str:
     """The name in the site of a file of the repository."""
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
     return OUTSIDE.get(path) or f"source/{path}" + (".md" if path.endswith(".py") else "")
 
 
@@ -100,6 +105,16 @@ def _in_site(address: str, source: str, src_uri: str) -> str:
 
 def _resolve(address: str, source: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), address))
+
+
+def _notebook_page(notebook: Path) -> str:
+    """The cells of a notebook, and where to download it."""
+    parts = [f'<a href="{notebook.name}" download>Download this notebook</a>']
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    parts[:2] = parts[1::-1]  # the title comes first
+    return "\n\n".join(parts) + "\n"
 
 
 def _code_page(path: str) -> str:
