@@ -6,6 +6,7 @@ from .attention import (
     context_attention_layers,
 )
 from .attention_maps import AttentionMaps, collect_attention
+from .copying import copy_adapter
 from .lora_layers import LORA_ADAPTER, lora_detached
 from .saving import ContextAdapterMixin
 from .scheduler import set_context_scheduler
@@ -21,6 +22,7 @@ __all__ = [
     "attached_context_module",
     "collect_attention",
     "context_attention_layers",
+    "copy_adapter",
     "lora_detached",
     "set_context_scheduler",
 ]

@@ -33,7 +33,7 @@ def export(adapter: str, output_dir: Path, adapter_only: bool, base: str | None,
         raise click.UsageError("--adapter_only takes no base model.")
     import torch
 
-    from ..adapter.copying import copy_adapter
+    from ..adapter import copy_adapter
     from ..adapter_format import ADAPTER_FOLDER, CARD_NAME, RECORD_NAME
     from ..hub import resolve_adapter_folder
     from ..pipelines.adapted import load_adapted_pipeline
