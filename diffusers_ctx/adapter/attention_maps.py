@@ -62,7 +62,11 @@ class AttentionMaps:
 
     @property
     def layers(self) -> dict[str, torch.Tensor]:
-        """Maps (B, N, h, w) by the name of the layer, each as large as its layer's features."""
+        """Maps (B, N, h, w) by the name of the layer, each as large as its layer's features.
+
+        Raises:
+            ValueError: if no images were made, or the adapter's scale was 0.
+        """
         if not self._sums:
             raise ValueError(
                 "No attention to context tokens was seen; make images while the maps are collected, at a scale above"
@@ -77,7 +81,7 @@ class AttentionMaps:
             layers: beginning of the names of layers to take, such as `up_blocks`; by default all.
 
         Raises:
-            ValueError: if no such layer was listened to, or no images were made.
+            ValueError: if no such layer was listened to, or as in `layers`.
         """
         chosen = [maps for name, maps in self.layers.items() if name.startswith(layers)]
         if not chosen:
