@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .paths import local_path
+
 
 _FOLDER = Path(__file__).parent / "assets"
 _BASES = {"quad": "quad-base", "pictures": "pictures-base"}
@@ -60,3 +62,17 @@ def embedded_adapter(name: str) -> str:
     if name not in _ADAPTERS:
         raise ValueError(f"There is no embedded adapter '{name}'; there are {list(_ADAPTERS)}.")
     return str(_FOLDER / _ADAPTERS[name])
+
+
+def embedded_adapters() -> list[str]:
+    """Names of the shipped adapters."""
+    return list(_ADAPTERS)
+
+
+def embedded_or_given(name: str) -> str:
+    """The folder of the shipped adapter of that name, unless there is a path of that name here; else `name` itself.
+
+    Raises:
+        ValueError: if it names the home folder of an unknown user.
+    """
+    return embedded_adapter(name) if name in _ADAPTERS and not local_path(name).exists() else name

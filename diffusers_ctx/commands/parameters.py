@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..embedded import embedded_adapter
+from ..embedded import embedded_or_given
 from ..paths import local_path
 
 
@@ -38,12 +38,7 @@ class Adapter(click.ParamType):
     name = "adapter"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if local_path(value).exists():
-            return value
-        try:
-            return embedded_adapter(value)
-        except ValueError:
-            return value  # for the Hub
+        return embedded_or_given(value)
 
 
 class Context(click.ParamType):

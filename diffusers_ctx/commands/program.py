@@ -17,6 +17,7 @@ from .inspect import inspect
 from .push import push
 from .sample import sample
 from .train import train
+from .ui import ui
 
 
 NAME = "diffusers-ctx"
@@ -25,7 +26,7 @@ PROBLEMS, WRONG_USE, STOPPED = 1, 2, 130
 _SECTIONS = {
     "Begin": (demo, check),
     "Learn": (train, evaluate),
-    "Use": (sample, counterfactual, inspect, export, push),
+    "Use": (sample, counterfactual, ui, inspect, export, push),
 }
 
 

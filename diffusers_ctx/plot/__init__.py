@@ -6,7 +6,7 @@ Only `draw_grid` makes a plain picture, pixel by pixel, and does without matplot
 from .attention import attention_maps
 from .counterfactuals import counterfactuals
 from .curves import training_curves
-from .graph import causal_graph
+from .graph import causal_graph, effects
 from .grid import image_grid, strength_strip
 from .heat_maps import edge_strengths, heat_maps, interference
 from .noise import exogenous_noise
@@ -21,6 +21,7 @@ __all__ = [
     "counterfactuals",
     "draw_grid",
     "edge_strengths",
+    "effects",
     "exogenous_noise",
     "heat_maps",
     "image_grid",

@@ -20,8 +20,19 @@ from diffusers_ctx.commands.program import program
 from diffusers_ctx.data import quad
 
 
-COMMANDS = ["demo", "check", "train", "evaluate", "sample", "counterfactual", "inspect", "export", "push"]
-HEAVY = {"torch", "numpy", "PIL", "matplotlib", "transformers", "diffusers", "accelerate", "datasets", "sklearn"}
+COMMANDS = ["demo", "check", "train", "evaluate", "sample", "counterfactual", "ui", "inspect", "export", "push"]
+HEAVY = {
+    "torch",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "gradio",
+    "sklearn",
+}
 
 
 def test_help_answers_without_heavy_imports():

@@ -141,6 +141,24 @@ def test_edges_lead_from_cause_to_effect_and_are_as_wide_as_they_are_strong(tmp_
     drawn(figure, tmp_path)
 
 
+def test_interventions_cut_what_causes_them_and_light_what_they_cause():
+    strengths = np.zeros((4, 4))
+    strengths[1, 0] = strengths[2, 1] = strengths[3, 2] = 1.0  # a -> b -> c -> d
+    nodes = ["a", "b", "c", "d"]
+    (axes,) = plot.causal_graph(strengths, nodes, intervened=["b"]).axes
+    fills = [tuple(color) for color in axes.collections[0].get_facecolor()]
+    assert fills[0] == (1, 1, 1, 1) and fills[2] == fills[3] and len({*fills}) == 3
+    assert [edge.get_linestyle() for edge in axes.patches] == ["dotted", "solid", "solid"]
+    assert plot.effects(strengths, nodes, ["b"]) == ["c", "d"]
+    assert plot.effects(strengths, nodes, ["a", "c"]) == ["b", "d"]
+    assert plot.effects(strengths, nodes, []) == []
+    strengths[0, 3] = 1.0  # a cycle, which the intervention cuts
+    assert plot.effects(strengths, nodes, ["b"]) == ["a", "c", "d"]
+    for draw in (plot.effects, lambda *given: plot.causal_graph(*given[:2], intervened=given[2])):
+        with pytest.raises(ValueError, match=r"`intervened` names \['e'\]"):
+            draw(strengths, nodes, ["e"])
+
+
 def test_tensors_are_numbers_whatever_their_type():
     strengths = torch.tensor([[0, 2.0], [0.5, 0]], dtype=torch.bfloat16, requires_grad=True)
     np.testing.assert_array_equal(as_numbers(strengths), [[0, 2], [0.5, 0]])

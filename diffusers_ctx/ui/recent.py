@@ -1,0 +1,29 @@
+"""A short memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """Remembers the values that were asked for last. It is for one thread at a time.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: dict[Hashable, T] = {}  # the oldest first
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of a key; made if it is not remembered."""
+        value = self._values.pop(key) if key in self._values else make()
+        self._values[key] = value
+        while len(self._values) > self._size:
+            del self._values[next(iter(self._values))]
+        return value

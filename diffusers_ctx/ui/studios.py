@@ -1,0 +1,58 @@
+"""The studios that are open."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from ..embedded import embedded_adapters
+from .recent import Recent
+from .studio import Studio
+
+
+_OPEN = 2
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Studios:
+    """Opens a studio for an adapter, once: visitors who choose the same one share it.
+
+    The two that were chosen last stay open.
+
+    Args:
+        dtype: precision of all models.
+        hub_only: whether to refuse folders, as a page has to whose visitors have no business with the machine's files.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, hub_only: bool = False) -> None:
+        self._dtype = dtype
+        self._hub_only = hub_only
+        self._lock = Lock()
+        self._open: Recent[Studio] = Recent(_OPEN)
+
+    def open(self, adapter: str, base: str | None = None) -> Studio:
+        """The studio of an adapter.
+
+        Args:
+            adapter: name of one that comes with the library, folder, or Hub id.
+            base: folder or Hub id of the base model; by default the one that the adapter names.
+
+        Raises:
+            ValueError: as [`Studio`]; if no adapter is named; for folders where these are refused.
+        """
+        if not adapter:
+            raise ValueError("Name an adapter: one of the list, a folder, or a repository on the Hub.")
+        if self._hub_only:
+            _refuse_folders(adapter, base)
+        with self._lock:
+            return self._open.get((adapter, base), lambda: Studio(adapter, base, self._dtype))
+
+
+def _refuse_folders(adapter: str, base: str | None) -> None:
+    for name in (adapter, base):
+        is_of_hub = name is None or (_HUB_ID.fullmatch(name) and ".." not in name and not Path(name).exists())
+        if not is_of_hub and name not in embedded_adapters():
+            raise ValueError(f"'{name}' is no name on the Hub, such as owner/name, and this page opens no folders.")
