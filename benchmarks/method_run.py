@@ -54,6 +54,9 @@ class MethodRun:
     def sampler(self, method: Method) -> Sampler:
         """What the method samples with, after its training unless that is done."""
         self._check_work_dir()
+        trained = self.folder / "trained.json"
+        if "seconds" not in self.results and trained.exists():  # for samples of another kind
+            self.add(**json.loads(trained.read_text()))
         if "seconds" not in self.results:
             self.setting.latents()  # encoded once for all methods: not a part of this one's time
             start = time.monotonic()
@@ -62,7 +65,11 @@ class MethodRun:
             finally:
                 spent = self.results.get("spent", 0.0) + time.monotonic() - start
                 self.add(spent=spent)
-            self.add(seconds=spent, unet_steps=method.steps(self.setting), commit=commit(), machine=machine())
+            steps = method.steps(self.setting)
+            record = {"seconds": spent, "unet_steps": steps, "commit": commit(), "machine": machine()}
+            self.add(**record)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trained.write_text(json.dumps(record) + "\n")
         log = self.file.with_suffix(".csv")
         if not log.exists():
             write_log(self.folder, log)

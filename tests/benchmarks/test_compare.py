@@ -137,3 +137,11 @@ def test_methods_are_trained_and_measured_once(options, tmp_path, monkeypatch, c
     assert all(table.count(f"| {name} |") == 2 for name in methods)
     assert "| *real images* |" in table and "| *unchanged* |" in table
     assert list(results["counterfactuals"]) == ["quad1", "quad1+quad2"]
+
+    guided = ["--guidance_scale", "3", "--methods", "labels-only"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options, *guided])
+    compare.main()  # the weights are there
+    again = json.loads((folder.with_name(f"{folder.name}-guidance3") / "labels-only.json").read_text())
+    plain = json.loads((folder / "labels-only.json").read_text())
+    assert again["seconds"] == plain["seconds"] and "counterfactuals" not in again
+    assert again["contexts"]["obs"]["swd"] != plain["contexts"]["obs"]["swd"]
