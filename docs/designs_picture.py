@@ -39,13 +39,15 @@ def main() -> None:
     parser.add_argument("--output", type=local_path, default=ROOT / "docs" / "designs.png")
     parser.add_argument("--columns", type=int, default=12)
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache_dir", type=local_path, default=ROOT / "runs" / "sources")
     args = parser.parse_args()
 
     bed = create_bed("designs", args.cache_dir)
     pipeline = load_pipeline(args.adapter or embedded_adapter("designs"), embedded_base("pictures"))
-    sample = adapter_sampler(pipeline, args.num_inference_steps, match_prompt=None)
+    scales = {"guidance_scale": args.guidance_scale}
+    sample = adapter_sampler(pipeline, args.num_inference_steps, match_prompt=None, **scales)
     rows, names = [], []
     for name, interventions in ROWS.items():
         real = bed.unseen(interventions, args.columns, REAL_SEED)
