@@ -1,6 +1,7 @@
 """The tutorial runs from its first line to its last, offline, against a Hub on loopback.
 
-By default with few images and steps, which is the only change to its commands; `pytest -m slow` runs it word for word.
+By default with few images and steps, and in processes that need not import the library again; `pytest -m slow` runs it
+word for word.
 """
 
 import os
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from forked import ForkedProgram, complete, run_script
 from hub.hub_double import TOKEN, USER, HubDouble, run_client
 from PIL import Image
 
@@ -49,13 +52,25 @@ def follow(folder: Path, hub: HubDouble, fewer: bool) -> None:
             exec(compile(code, "tutorial.md", "exec"), session)
         else:
             assert language == ""
-            program, *arguments = shlex.split(code.replace("\\\n", " "))
-            assert program == "accelerate"
-            command = [str(Path(sys.executable).with_name(program)), *arguments]
-            run = subprocess.run(
-                command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=3600
-            )
+            program, subcommand, *arguments = shlex.split(code.replace("\\\n", " "))
+            assert (program, subcommand) == ("accelerate", "launch")
+            environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+            run = (run_in_fork if fewer else launch)(arguments, environment)
             assert run.returncode == 0, run.stderr
+
+
+def launch(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
+
+
+def run_in_fork(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs the script that these arguments of `accelerate launch` name."""
+    options = launch_command_parser().parse_args(arguments)
+    script = ForkedProgram(
+        run_script, Path(options.training_script), options.training_script_args, environment=environment
+    )
+    return complete(script, timeout=600)
 
 
 @pytest.mark.parametrize("fewer", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few-steps", "as-written"])

@@ -30,6 +30,8 @@ SCRIPT = SCRIPTS / "train_context_text_to_image.py"
 EVALUATION_SCRIPT = SCRIPTS / "evaluate_context_adapter.py"
 XL_SCRIPT = SCRIPTS / "train_context_text_to_image_sdxl.py"
 IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest
+WITHOUT_SEARCH = {"posterior_type": "amortized"}
+"""Options of runs in which the search for a flow, half of their time, has no part in what is tested."""
 
 
 @pytest.fixture(autouse=True)

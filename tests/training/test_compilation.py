@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-from .conftest import create_trainer, make_options
+from .conftest import WITHOUT_SEARCH, create_trainer, make_options
 from .test_training_script import weights_of
 
 
@@ -20,7 +20,7 @@ def test_compiled_training_is_plain_training_and_goes_on_as_such(
     options = make_options(
         base_model, photos, tmp_path / "plain", max_train_steps=3, unfreeze_after=0.3, checkpointing_steps=2
     )
-    options["train_text_encoder"] = train_text_encoder
+    options |= WITHOUT_SEARCH | {"train_text_encoder": train_text_encoder}
     options["adam_epsilon"] = 1e-3  # the usual one would divide rounding errors by themselves
     create_trainer(options).train()
     with monkeypatch.context() as patch:

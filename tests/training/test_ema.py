@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from .conftest import create_stage, create_trainer, encoded_trainer
+from .conftest import WITHOUT_SEARCH, create_stage, create_trainer, encoded_trainer
+
+
+@pytest.fixture
+def options(options):
+    return options | WITHOUT_SEARCH
 
 
 def test_what_is_saved_is_the_moving_average_of_the_weights(options):

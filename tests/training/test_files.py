@@ -4,18 +4,18 @@ import errno
 import fcntl
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import ForkedProgram, run_script
 
 from diffusers_ctx.training.run.files import run_lock
 
 from .conftest import create_trainer, encoded_trainer, files_in
 from .test_processes import TRAIN, launch
+from .test_stop_signals import wait_for
 
 
 HOLD = textwrap.dedent("""
@@ -23,8 +23,9 @@ HOLD = textwrap.dedent("""
     from pathlib import Path
     from diffusers_ctx.training.run.files import run_lock
 
-    with run_lock(Path(sys.argv[1])):
-        print("held", flush=True)
+    folder, held = map(Path, sys.argv[1:])
+    with run_lock(folder):
+        held.touch()
         time.sleep(600)
 """)
 
@@ -36,12 +37,15 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def other_run(folder) -> Iterator[subprocess.Popen]:
+def other_run(folder, tmp_path) -> Iterator[ForkedProgram]:
     """A process that holds the folder."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+    script, held = tmp_path / "hold.py", tmp_path / "held"
+    script.write_text(HOLD)
+    process = ForkedProgram(run_script, script, [folder, held])
+    wait_for(held.exists, process)
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.usefixtures("other_run")

@@ -8,11 +8,16 @@ from conftest import make_pipeline, make_xl_pipeline
 
 from diffusers_ctx.pipelines import describe_truncated, truncation_unsaid
 
-from .conftest import IMAGES, create_trainer
+from .conftest import IMAGES, WITHOUT_SEARCH, create_trainer
 
 
 LONG = "a street " * 30
 LIBRARIES = ("diffusers", "transformers", "diffusers_ctx")
+
+
+@pytest.fixture
+def options(options):
+    return options | WITHOUT_SEARCH
 
 
 @pytest.fixture

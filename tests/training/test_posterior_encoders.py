@@ -18,6 +18,7 @@ from diffusers_ctx.training.run.keyed_noise import KeyedNoise
 
 from .conftest import (
     SCRIPT,
+    WITHOUT_SEARCH,
     create_stage,
     create_trainer,
     encoded_trainer,
@@ -38,12 +39,18 @@ def clip(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encoders(clip) -> dict[str, dict]:
     return {
         "unet": {"posterior_encoder": "unet"},
         "clip": {"posterior_encoder": "clip", "posterior_encoder_model": str(clip)},
     }
+
+
+@pytest.fixture(scope="module")
+def clip_adapter(base_model, photos, encoders, tmp_path_factory) -> Path:
+    changes = encoders["clip"] | WITHOUT_SEARCH
+    return create_trainer(make_options(base_model, photos, tmp_path_factory.mktemp("clip"), **changes)).train()
 
 
 def load(base: Path, adapter: Path) -> ComposablePipeline:
@@ -173,9 +180,8 @@ def test_two_processes_learn_what_one_does(options, encoders, tmp_path):
 # a CLIP model that is not there, and one that the pipeline has
 
 
-def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip):
-    adapter = create_trainer(options | encoders["clip"]).train()
-    pipeline = load(base_model, adapter)
+def test_only_abduction_needs_the_clip_model(clip_adapter, base_model, clip):
+    pipeline = load(base_model, clip_adapter)
     pipeline("a street", interventions=["snow"], num_inference_steps=1)
     image = torch.rand(1, 3, 32, 32)
     with pytest.raises(ValueError, match="'tiny-clip' cannot be loaded; give the folder"):
@@ -187,7 +193,7 @@ def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip
     relative.unload_context_adapter()
     assert pipeline._clip_features is None
 
-    pipeline = load(base_model, adapter)
+    pipeline = load(base_model, clip_adapter)
     pipeline.register_modules(image_encoder=CLIPVisionModel.from_pretrained(clip))
     assert torch.equal(pipeline.infer_exogenous_noise(image), expected)
     shape = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -198,10 +204,9 @@ def test_only_abduction_needs_the_clip_model(options, encoders, base_model, clip
         pipeline.infer_exogenous_noise(image)
 
 
-def test_a_name_that_can_be_loaded_is_loaded_when_it_is_needed(options, encoders, base_model, clip, monkeypatch):
-    adapter = create_trainer(options | encoders["clip"]).train()
+def test_a_name_that_can_be_loaded_is_loaded_when_it_is_needed(clip_adapter, base_model, clip, monkeypatch):
     monkeypatch.chdir(clip.parent)  # where the recorded name is that of a folder
-    pipeline = load(base_model, adapter)
+    pipeline = load(base_model, clip_adapter)
     assert pipeline._clip_features is None
     assert (
         pipeline.infer_exogenous_noise(torch.rand(1, 3, 32, 32)).isfinite().all()
@@ -212,7 +217,7 @@ def test_a_name_that_can_be_loaded_is_loaded_when_it_is_needed(options, encoders
 def test_the_image_encoder_of_the_base_model_is_taken(options, base_model, clip):
     own = ComposablePipeline.from_pretrained(base_model, safety_checker=None)
     own.register_modules(image_encoder=CLIPVisionModel.from_pretrained(clip))
-    given = {"posterior_encoder": "clip"}
+    given = {"posterior_encoder": "clip"} | WITHOUT_SEARCH
     adapter = ContextTrainer(parse_training_config(flags(options | given)), own).train()
     config = json.loads((adapter / "context_module" / "config.json").read_text())
     assert config["posterior_encoder"] == "clip" and config["posterior_encoder_model"] is None

@@ -18,7 +18,16 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from diffusers_ctx.training import parse_training_config
 from diffusers_ctx.training.checks import check_accelerator
 
-from .conftest import SCRIPT, SCRIPTS, create_trainer, encoded_trainer, flags, launch_forked, make_options
+from .conftest import (
+    SCRIPT,
+    SCRIPTS,
+    WITHOUT_SEARCH,
+    create_trainer,
+    encoded_trainer,
+    flags,
+    launch_forked,
+    make_options,
+)
 from .test_training_script import ADAPTER_WEIGHTS, weights_of
 
 
@@ -165,7 +174,7 @@ def test_without_shards_it_cannot_go_on_from_there(whole_and_sharded):
 
 def test_a_whole_unet_of_shards_is_saved(base_model, photos, tmp_path):
     shared = {"mode": "full", "unfreeze_after": 0.0, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
-    shared["gradient_checkpointing"] = True
+    shared |= WITHOUT_SEARCH | {"gradient_checkpointing": True}
     create_trainer(make_options(base_model, photos, tmp_path / "whole", train_batch_size=4, **shared)).train()
     options = make_options(base_model, photos, tmp_path / "sharded", train_batch_size=2, **shared)
     launched = launch(tmp_path, WITH_FSDP + TRAIN, options, "fsdp2.yaml")
@@ -181,6 +190,7 @@ def test_a_whole_unet_of_shards_is_saved(base_model, photos, tmp_path):
 def test_a_single_process_may_be_launched_as_one_of_several(base_model, photos, tmp_path, config_file):
     """The first two steps leave the LoRA as it is, and both kinds wait for its gradients nevertheless."""
     shared = {"unfreeze_after": 0.5, "max_train_steps": 4, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+    shared |= WITHOUT_SEARCH
     create_trainer(make_options(base_model, photos, tmp_path / "plain", **shared)).train()
     options = make_options(base_model, photos, tmp_path / "launched", **shared)
     program = WITH_FSDP + TRAIN if config_file == "fsdp2.yaml" else TRAIN
@@ -259,7 +269,8 @@ def test_deepspeed_as_it_cannot_train(config, changes, options_changed, precisio
 def test_a_last_batch_for_one_process_alone_is_left_out(base_model, photos, tmp_path):
     # 21 rows an epoch: five batches of four, of which each process takes two
     shared = {"max_train_steps": 5, "learning_rate": 1e-3, "adam_epsilon": 1e-3, "unfreeze_after": 0.0}
-    shared["composition_weight"] = 1.0  # images that learn combinations are the same, wherever they are
+    # images that learn combinations are the same, wherever they are
+    shared |= WITHOUT_SEARCH | {"composition_weight": 1.0}
     create_trainer(make_options(base_model, photos, tmp_path / "one", train_batch_size=8, **shared)).train()
     launch(tmp_path, TRAIN, make_options(base_model, photos, tmp_path / "two", train_batch_size=4, **shared))
     assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"))
@@ -285,7 +296,7 @@ def test_one_process_may_encode_for_longer_than_others_may_wait_for_an_answer(op
     ],
 )
 def test_a_process_that_fails_ends_the_run(options, tmp_path, what, error):
-    changes = {"train_batch_size": 2, "max_train_steps": 500, "checkpointing_steps": 1}
+    changes = WITHOUT_SEARCH | {"train_batch_size": 2, "max_train_steps": 500, "checkpointing_steps": 1}
     launched = launch(tmp_path, FAILING.format(what=what) + TRAIN, options | changes)
     assert launched.returncode != 0 and error in launched.stderr
     assert {path.name for path in (tmp_path / "adapter").glob("[!.]*")} == {"checkpoint-0", "checkpoint-1"}

@@ -8,8 +8,13 @@ import torch
 
 from diffusers_ctx import ComposablePipeline, ContextModule
 
-from .conftest import create_trainer
+from .conftest import WITHOUT_SEARCH, create_trainer
 from .test_training_script import weights_of
+
+
+@pytest.fixture
+def options(options):
+    return options | WITHOUT_SEARCH
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora"])

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.pipelines import Conditioner
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 
-from .conftest import SCRIPT, XL_SCRIPT, flags, launch_forked, make_options
+from .conftest import SCRIPT, WITHOUT_SEARCH, XL_SCRIPT, flags, launch_forked, make_options
 from .test_trainable import moved
 from .test_training_script import weights_of
 
@@ -23,7 +24,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture(params=["base_model", "xl_base_model"])
+@pytest.fixture(scope="module", params=["base_model", "xl_base_model"])
 def base(request) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -37,7 +38,7 @@ def load_pipeline(base: Path):
 def train(base: Path, photos: Path, output_dir: Path, **changes):
     """The pipeline that was trained."""
     options = {"train_text_encoder": True, "unfreeze_after": 0.5, "max_train_steps": 4, "learning_rate": 1e-3}
-    options = make_options(base, photos, output_dir, **options | changes)
+    options = make_options(base, photos, output_dir, **WITHOUT_SEARCH | options | changes)
     trainer = ContextTrainer(parse_training_config(flags(options)), load_pipeline(base))
     trainer.train()
     return trainer.pipeline
@@ -58,16 +59,23 @@ def trained_at(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in weights.items() if "text_encoder" in name}
 
 
-def test_the_lora_learns_and_all_else_in_the_text_encoders_stays(base, photos, tmp_path):
+@pytest.fixture(scope="module")
+def run(base, photos, tmp_path_factory) -> SimpleNamespace:
+    """A run with a checkpoint after each step. The LoRA is unfrozen after the second, at half of training."""
+    options = {"max_train_steps": 5, "checkpointing_steps": 1, "use_ema": True}
+    output_dir = tmp_path_factory.mktemp("run") / "adapter"
+    return SimpleNamespace(options=options, output_dir=output_dir, pipeline=train(base, photos, output_dir, **options))
+
+
+def test_the_lora_learns_and_all_else_in_the_text_encoders_stays(base, run):
     before = {name: model.state_dict() for name, model in text_encoders(load_pipeline(base)).items()}
-    pipeline = train(base, photos, tmp_path, checkpointing_steps=1, use_ema=True)
-    states = [trained_at(tmp_path, step) for step in range(1, 5)]
+    states = [trained_at(run.output_dir, step) for step in range(1, 5)]
     assert all(".lora_" in name and any(part in name for part in PROJECTIONS) for name in states[0])
     # the last layer of the first text encoder of SDXL has no part in what the UNet is told
     idle = {name for name in states[0] if ".text_encoder." in name and "layers.1." in name}
-    assert moved(states[0], states[1]) == set()  # it is unfrozen with the UNet's LoRA, at half of training
+    assert moved(states[0], states[1]) == set()  # it is unfrozen with the UNet's LoRA
     assert moved(states[1], states[3]) == states[0].keys() - idle
-    for name, model in text_encoders(pipeline).items():
+    for name, model in text_encoders(run.pipeline).items():
         after = {key.replace(".base_layer", ""): weight for key, weight in model.state_dict().items()}
         assert len(after) > len(before[name])
         assert all(torch.equal(after[key], weight) for key, weight in before[name].items())
@@ -95,22 +103,19 @@ def test_the_saved_adapter_gives_the_images_of_the_pipeline_that_trained(base, p
     np.testing.assert_array_equal(sample(fresh, interventions=["snow"]), with_text_lora)
 
 
-def test_the_weights_are_a_lora_of_diffusers_and_name_no_folder(base, photos, tmp_path):
-    pipeline = train(base, photos, tmp_path / "adapter")
-    parts = {key.split(".")[0] for key in safetensors.torch.load_file(tmp_path / "adapter" / LORA_WEIGHTS)}
-    assert parts == {"unet", *text_encoders(pipeline)}
-    assert str(base).encode() not in (tmp_path / "adapter" / LORA_WEIGHTS).read_bytes()
+def test_the_weights_are_a_lora_of_diffusers_and_name_no_folder(base, run):
+    parts = {key.split(".")[0] for key in safetensors.torch.load_file(run.output_dir / LORA_WEIGHTS)}
+    assert parts == {"unet", *text_encoders(run.pipeline)}
+    assert str(base).encode() not in (run.output_dir / LORA_WEIGHTS).read_bytes()
     stock = DiffusionPipeline.from_pretrained(base)
-    stock.load_lora_weights(str(tmp_path / "adapter"))
+    stock.load_lora_weights(str(run.output_dir))
     assert set(stock.get_list_adapters()) == parts
 
 
-def test_resuming_is_never_having_stopped(base, photos, tmp_path):
-    shared = {"max_train_steps": 5, "use_ema": True, "checkpointing_steps": 3}
-    train(base, photos, tmp_path / "whole", **shared)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    train(base, photos, tmp_path / "resumed", resume_from_checkpoint="latest", **shared)
-    expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "resumed")
+def test_resuming_is_never_having_stopped(base, photos, run, tmp_path):
+    shutil.copytree(run.output_dir / "checkpoint-3", tmp_path / "checkpoint-3")
+    train(base, photos, tmp_path, resume_from_checkpoint="latest", **run.options)
+    expected, got = weights_of(run.output_dir), weights_of(tmp_path)
     assert got.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(got[name], expected[name])]
 
@@ -136,6 +141,7 @@ def test_in_half_precision_the_lora_is_not_rounded(base, photos, tmp_path):
 
 def test_two_processes_train_as_one(base, photos, tmp_path):
     shared = {
+        **WITHOUT_SEARCH,
         "train_text_encoder": True,
         "unfreeze_after": 0.3,
         "max_train_steps": 3,

@@ -15,7 +15,7 @@ from diffusers_ctx import ComposablePipeline, embedded_base
 from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.training.diffusion.trainable import count_learned, prepare_mode, split_parameters
 
-from .conftest import create_trainer, load_trainer, make_options
+from .conftest import WITHOUT_SEARCH, create_trainer, load_trainer, make_options
 
 
 ATTENTION = [
@@ -108,6 +108,11 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@pytest.fixture
+def options(options):
+    return options | WITHOUT_SEARCH
+
+
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_the_backbone_waits_for_the_adapter(options, mode):
     options |= {"mode": mode, "max_train_steps": 4, "unfreeze_after": 0.5, "checkpointing_steps": 1}
@@ -184,8 +189,8 @@ def test_gradient_checkpointing_changes_no_result(base_model, photos, tmp_path):
     folders = []
     for checkpointing in (False, True):
         folder = tmp_path / str(checkpointing)
-        options = make_options(base_model, photos, folder, mode="lora", max_train_steps=4, unfreeze_after=0.5)
-        create_trainer(options | {"gradient_checkpointing": checkpointing}).train()
+        changes = WITHOUT_SEARCH | {"gradient_checkpointing": checkpointing, "max_train_steps": 4}
+        create_trainer(make_options(base_model, photos, folder, mode="lora", unfreeze_after=0.5, **changes)).train()
         folders.append(folder)
     for name in ("context_adapter.safetensors", "pytorch_lora_weights.safetensors"):
         plain, checkpointed = (safetensors.torch.load_file(folder / name) for folder in folders)
@@ -194,8 +199,8 @@ def test_gradient_checkpointing_changes_no_result(base_model, photos, tmp_path):
 
 
 def test_a_full_pipeline_that_learned_in_bf16_is_saved_in_float32_and_samples(base_model, photos, tmp_path):
-    options = make_options(base_model, photos, tmp_path / "full", mode="full", mixed_precision="bf16")
-    trainer = create_trainer(options)
+    changes = WITHOUT_SEARCH | {"mode": "full", "mixed_precision": "bf16"}
+    trainer = create_trainer(make_options(base_model, photos, tmp_path / "full", **changes))
     folder = trainer.train()
     pipeline = ComposablePipeline.from_pretrained(folder, safety_checker=None)
     assert {model.dtype for model in (pipeline.unet, pipeline.text_encoder, pipeline.vae)} == {torch.float32}

@@ -17,7 +17,7 @@ from diffusers_ctx.training.diffusion.objective import Draws
 from diffusers_ctx.training.diffusion.validation import validation_losses
 from diffusers_ctx.training.encoding.batch import Batch
 
-from .conftest import IMAGES, create_stage, create_trainer, encoded_trainer, load_trainer
+from .conftest import IMAGES, WITHOUT_SEARCH, create_stage, create_trainer, encoded_trainer, load_trainer
 from .test_training_script import weights_of
 
 
@@ -33,6 +33,11 @@ def test_so_many_of_each_context_are_held_out():
     assert hold_out(CONTEXTS, 0) == (list(range(8)), [])
     with pytest.raises(ValueError, match="'snow' has 3 images, so 3 cannot"):
         hold_out(CONTEXTS, 3)
+
+
+@pytest.fixture
+def options(options):
+    return options | WITHOUT_SEARCH
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from .conftest import (
     create_stage,
     encoded_trainer,
     flags,
-    launch_script,
     load_trainer,
     make_options,
     run_forked,
@@ -40,10 +39,7 @@ def test_the_script_trains_an_adapter_that_loads(xl_base_model, photos, tmp_path
         num_validation_images=2,
         use_ema=True,
     )
-    if mode == "lora":
-        launch_script(XL_SCRIPT, flags(options))
-    else:
-        run_forked(XL_SCRIPT, flags(options))
+    run_forked(XL_SCRIPT, flags(options))
     assert (tmp_path / "validation" / "step-3.png").exists()
     pipeline = ComposableXLPipeline.from_pretrained(tmp_path if mode == "full" else xl_base_model)
     pipeline.load_context_adapter(tmp_path)
@@ -65,7 +61,7 @@ def test_it_is_evaluated_with_its_own_pipeline(xl_base_model, photos, tmp_path):
         "num_inference_steps": 2,
         "num_counterfactuals": 2,
     }
-    launch_script(EVALUATION_SCRIPT, [str(adapter), str(photos), *flags(options)])
+    run_forked(EVALUATION_SCRIPT, [str(adapter), str(photos), *flags(options)])
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert {"night", "snow", "obs"} <= set(results["contexts"])
 
