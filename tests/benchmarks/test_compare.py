@@ -107,6 +107,7 @@ def setting(tmp_path_factory):
         concept_steps=2,
         baseline_steps=14,
         num_inference_steps=20,
+        train_batch_size=8,
         work_dir=tmp_path_factory.mktemp("work"),
     )
 
@@ -115,7 +116,7 @@ def setting(tmp_path_factory):
 def options(tmp_path):
     return [
         *["quad-binary", "--images_per_context", "12", "--train_steps", "2", "--concept_steps", "4", "--n", "2"],
-        *["--baseline_steps", "7", "--num_inference_steps", "1"],
+        *["--baseline_steps", "7", "--num_inference_steps", "1", "--train_batch_size", "8"],
         *["--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path / "results")],
     ]
 

@@ -37,6 +37,7 @@ def setting(tmp_path_factory) -> QuadSetting:
         concept_steps=4,
         baseline_steps=0,
         num_inference_steps=2,
+        train_batch_size=8,
         work_dir=work_dir,
         base=str(work_dir / "base"),
     )

@@ -51,6 +51,7 @@ def setting(tmp_path_factory) -> QuadSetting:
         concept_steps=4,
         baseline_steps=3,
         num_inference_steps=2,
+        train_batch_size=8,
         work_dir=tmp_path_factory.mktemp("benchmark"),
     )
 
