@@ -11,30 +11,16 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
 from beds.registry import BEDS, create_bed
-from diffusers import StableDiffusionPipeline
 from grids import join_tiles
 from measure_bed import REAL_SEED, at_resolution, shares_right
-from methods.setting import device, in_batches
+from methods.plain import load_plain, sample_prompts
 
 from diffusers_ctx.paths import expand_home, local_path
 
 
 _COLUMNS = 12
-
-
-def sample(folder: str, captions: list[str], num_inference_steps: int, guidance_scale: float) -> np.ndarray:
-    """Samples (n, R, R, 3) uint8 of a base, with seed 0."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device())
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
-        options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "output_type": "np"}
-        return pipeline(prompts, generator=generator, **options).images
-
-    return in_batches(sample_batch, captions, seed=0)
+_SAMPLE_SEED = 0
 
 
 def main() -> None:
@@ -49,7 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     bed = create_bed(args.bed, args.cache_dir)
     real = bed.unseen((), args.n, REAL_SEED)
-    samples = sample(args.base, real.captions, args.num_inference_steps, args.guidance_scale)
+    samples = sample_prompts(
+        load_plain(args.base), real.captions, _SAMPLE_SEED, args.num_inference_steps, args.guidance_scale
+    )
     samples = at_resolution(samples, bed.resolution)
     read, read_of_real = bed.read(samples), bed.read(real.images)
     shares = shares_right(bed, read, real.attributes, real.attributes, read_of_real)

@@ -11,10 +11,8 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusionPipeline
 from measure import REAL_B_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift, shape_met
-from methods.setting import device, in_batches
+from methods.plain import load_plain, sample_prompts
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import read_attributes
@@ -36,14 +34,8 @@ def sample_pooled(
     """A base's samples, real images, and the other real ones whose captions the samples have; with these captions."""
     real, _ = pooled(images_per_context, REAL_SEED)
     real_b, captions = pooled(images_per_context, REAL_B_SEED + len(quad.contexts()))
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device())
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sample_batch(prompts: list[str], generator: torch.Generator) -> np.ndarray:
-        options = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0, "output_type": "np"}
-        return pipeline(prompts, generator=generator, **options).images
-
-    return in_batches(sample_batch, captions, SAMPLE_SEED), real, real_b, captions
+    samples = sample_prompts(load_plain(folder), captions, SAMPLE_SEED, num_inference_steps)
+    return samples, real, real_b, captions
 
 
 def measure_base(folder: str, images_per_context: int, num_inference_steps: int) -> dict[str, Any]:

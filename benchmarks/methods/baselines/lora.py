@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from diffusers_ctx.data import ContextBalancedSampler
 
+from ..plain import load_plain, sample_prompts
 from ..predicting import Prediction, Predictor
-from ..setting import Sampler, Setting, device, in_batches
+from ..setting import Sampler, Setting, device
 
 
 RANK = 16
@@ -30,8 +31,7 @@ _EMBEDDINGS_RATE = 10  # times the LoRA's
 
 
 def load_base(setting: Setting) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(setting.base, torch_dtype=torch.float32).to(device())
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_plain(setting.base)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False)
     return pipeline
@@ -150,15 +150,7 @@ def plain_sampler(pipeline: StableDiffusionPipeline, setting: Setting, prompt: C
     """Samples the prompts `prompt(caption, interventions)`."""
 
     def sample(captions: Sequence[str], interventions: Sequence[str], seed: int) -> np.ndarray:
-        def sample_batch(batch: list[str], generator: torch.Generator) -> np.ndarray:
-            return pipeline(
-                [prompt(caption, interventions) for caption in batch],
-                generator=generator,
-                num_inference_steps=setting.num_inference_steps,
-                guidance_scale=setting.guidance_scale,
-                output_type="np",
-            ).images
-
-        return in_batches(sample_batch, captions, seed)
+        prompts = [prompt(caption, interventions) for caption in captions]
+        return sample_prompts(pipeline, prompts, seed, setting.num_inference_steps, setting.guidance_scale)
 
     return sample
