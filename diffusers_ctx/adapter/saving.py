@@ -98,7 +98,7 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
         for model in self._lora_models.values():
             check_unfused(model)
         if context_adapter:
-            self.save_context_adapter(folder / ADAPTER_FOLDER)
+            self.save_context_adapter(folder / ADAPTER_FOLDER, card={"within_pipeline": True})
         elif has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
             logger.warning(
                 "The pipeline is saved without its context adapter; pass `context_adapter=True` to save both, or call"

@@ -38,6 +38,7 @@ def render_model_card(
     training: Mapping[str, Any] | None = None,
     pictures: Sequence[str] | None = None,
     license: str | None = None,
+    within_pipeline: bool = False,
 ) -> ModelCard:
     """The model card of the adapter with this config.
 
@@ -53,6 +54,7 @@ def render_model_card(
             `hyperparameters` (mappings).
         pictures: file names of the pictures to show, relative to the adapter's folder.
         license: the adapter's licence in the Hub's spelling, such as `apache-2.0`.
+        within_pipeline: whether the adapter's folder is one of its pipeline's, whose `from_pretrained` loads both.
 
     Raises:
         ValueError: if `results` or `training` has an unknown key, or if `results` has no `dataset`.
@@ -66,16 +68,22 @@ def render_model_card(
     base_model = _hub_id(config.get("base_model_name_or_path"))
     concepts = config["concepts"]
     adapter_argument = repo_id or "path/to/this/folder"
+    base_argument = base_model or "path/to/the/checkpoint"
+    if within_pipeline:
+        base_argument = "path/to/the/pipeline"
+    elif config["mode"] == "full":  # the adapter is saved in the folder of its own pipeline
+        base_argument = adapter_argument
+    is_embedded = _is_embedded(config) and config["mode"] != "full" and not within_pipeline
     columns = {**results.get("metrics", {}), **results.get("references", {})}
     content = _template().render(
         metadata=_metadata(config, base_model, repo_id, results, license).to_yaml(),
         marker=_MARKER,
         title=repo_id or "Context adapter: " + ", ".join(concepts),
         base=_base_in_words(base_model, config),
-        embedded_base=config["base_model_name_or_path"] if config["mode"] != "full" and _is_embedded(config) else None,
-        # an adapter of mode `full` is saved in the folder of its own pipeline
-        base_argument=adapter_argument if config["mode"] == "full" else base_model or "path/to/the/checkpoint",
+        embedded_base=config["base_model_name_or_path"] if is_embedded else None,
+        base_argument=base_argument,
         adapter_argument=adapter_argument,
+        within_pipeline=within_pipeline,
         obs_context=config["obs_context"],
         concepts=concepts,
         composed=concepts[:2],

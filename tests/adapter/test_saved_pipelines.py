@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,24 @@ def test_a_pipeline_that_was_trained_as_a_whole(tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_its_card_loads_both(tmp_path, mode):
+    pipeline = attach_random_module(make_pipeline())
+    if mode == "full":
+        folder = pipeline.save_context_adapter(tmp_path / "adapter", mode=mode)
+        pipeline.unload_context_adapter()
+        pipeline.load_context_adapter(folder)
+    pipeline.save_pretrained(tmp_path / "pipeline", context_adapter=True)
+    card = (tmp_path / "pipeline" / ADAPTER_FOLDER / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)\nprompt = ", card, flags=re.DOTALL)
+    session: dict = {}
+    exec(code.replace("path/to/the/pipeline", str(tmp_path / "pipeline")), session)
+    loaded = session["pipe"]
+    loaded.set_progress_bar_config(disable=True)
+    expected = sample(pipeline, interventions=["snow"])
+    np.testing.assert_allclose(sample(loaded, interventions=["snow"]), expected, atol=1e-5)
+
+
 def test_without_it_the_pipeline_is_the_plain_one(tmp_path, caplog):
     pipeline = attach_random_module(make_pipeline())
     pipeline.save_pretrained(tmp_path, context_adapter=True)
@@ -141,7 +160,9 @@ def test_a_repository_loads_in_a_fresh_process_and_then_offline(tmp_path):
     (tmp_path / "home").mkdir()
     with HubDouble() as hub:
         hub.add_repo(REPO, files)
-        for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
-            client = run_client(SAMPLE, REPO, endpoint=hub.endpoint, hf_home=tmp_path / "home", **variables)
-            assert client.returncode == 0, client.stderr
-            assert float(client.stdout.split("sum")[1]) == pytest.approx(expected.astype(float).sum(), rel=1e-5)
+        client = run_client(SAMPLE, REPO, endpoint=hub.endpoint, hf_home=tmp_path / "home")
+    assert client.returncode == 0, client.stderr
+    assert float(client.stdout.split("sum")[1]) == pytest.approx(expected.astype(float).sum(), rel=1e-5)
+    loaded = ComposablePipeline.from_pretrained(REPO, cache_dir=tmp_path / "home" / "hub")  # tests are offline
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(sample(loaded, interventions=["snow"]), expected, atol=1e-5)
