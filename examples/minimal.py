@@ -49,9 +49,8 @@ class Flow(nn.ModuleList):
         """Values (n, 2) of codes (n, 2), and `log |det dc/dx|` (n,)."""
         log_det = torch.zeros(len(x))
         for coupling in self:
-            one, other = x.unbind(1)
-            log_scale, shift = coupling(one[:, None]).unbind(1)
-            x = torch.stack([other * log_scale.tanh().exp() + shift, one], dim=1)
+            log_scale, shift = coupling(x[:, :1]).unbind(1)
+            x = torch.stack([x[:, 1] * log_scale.tanh().exp() + shift, x[:, 0]], dim=1)
             log_det = log_det + log_scale.tanh()
         return x, log_det
 
@@ -95,17 +94,15 @@ def main(seed: int = 0) -> dict[str, float]:
         penalty = 10 * scm.edges.prod() ** 2 + 0.03 * scm.edges.abs().sum()  # on cycles, and a little on edges
         return contrast * cross_entropy(log_prob, context[row]) + nll_loss(log_prob, context[row]) + penalty
 
+    def flow_loss(flow: Flow, scm: SCM, row: Tensor) -> Tensor:
+        c, log_det = flow(codes[row])
+        return loss(scm, c, row, contrast=10) - log_det.mean()
+
     def search(attempt: nn.ModuleList, steps: int = 150) -> float:
-        def flow_loss(row: Tensor) -> Tensor:
-            flow, scm = attempt
-            c, log_det = flow(codes[row])
-            return loss(scm, c, row, contrast=10) - log_det.mean()
+        return minimize(lambda row: flow_loss(*attempt, row), attempt, steps, 1e-2)
 
-        return minimize(flow_loss, attempt, steps, 1e-2)
-
-    attempts = [nn.ModuleList([Flow(mlp(1, 2) for _ in range(4)), SCM()]) for _ in range(4)]
-    best = min(attempts, key=search)  # from bad starts, a concept's sign is lost
-    search(best, 600)
+    best = min((nn.ModuleList([Flow(mlp(1, 2) for _ in range(4)), SCM()]) for _ in range(4)), key=search)
+    search(best, 600)  # from bad starts, a concept's sign is lost
     values = best[0](codes)[0].detach()
 
     # 3. What causes what: the causal model again, by maximum likelihood on these values, the best of several starts.
