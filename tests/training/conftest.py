@@ -21,6 +21,7 @@ from hub.hub_double import HubDouble
 from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
+from diffusers_ctx.evaluation.grids import sample_rows
 from diffusers_ctx.training import ContextTrainer, parse_training_config
 from diffusers_ctx.training.diffusion.stage import DiffusionStage
 
@@ -40,6 +41,13 @@ def accelerate_as_in_a_new_process():
     _reset_accelerate()
     yield
     _reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def few_steps_of_validation_images(monkeypatch):
+    num_inference_steps, *others = sample_rows.__defaults__
+    assert num_inference_steps == 25
+    monkeypatch.setattr(sample_rows, "__defaults__", (3, *others))
 
 
 def _reset_accelerate() -> None:
