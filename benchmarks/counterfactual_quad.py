@@ -54,13 +54,16 @@ class Counterfactuals:
 
 
 def measure_intervention(
-    counterfactuals: Counterfactuals, sample: quad.QuadSample, interventions: tuple[str, ...]
+    counterfactuals: Counterfactuals, sample: quad.QuadSample, of_images: np.ndarray, interventions: tuple[str, ...]
 ) -> dict[str, float]:
-    """Errors of pixels in [0, 1], and of attributes in unit coordinates; lower is better."""
+    """Errors of pixels in [0, 1], and of attributes in unit coordinates; lower is better.
+
+    `of_images` are the attributes (n, F) that are read off the sample's images.
+    """
     truth = sample.counterfactual(interventions).images
     made = counterfactuals(sample.images, interventions)
     back = counterfactuals(made, (), factual=interventions)
-    read, of_truth, of_images = (read_attributes(images).values for images in (made, truth, sample.images))
+    read, of_truth = (read_attributes(images).values for images in (made, truth))
     moves = np.array([name in may_move(interventions, sample.dependent) for name in quad.FACTORS])
     effect = counterfactual_effectiveness(read, of_truth, attribute_difference)
     return {
@@ -100,9 +103,9 @@ def main() -> None:
     composition = measure_composition(counterfactuals, sample)
     for name, error in composition.items():
         print(f"no intervention, {name}: {error:.4f}", flush=True)
-    interventions = {}
+    interventions, of_images = {}, read_attributes(sample.images).values
     for names in INTERVENTIONS:
-        metrics = interventions["+".join(names)] = measure_intervention(counterfactuals, sample, names)
+        metrics = interventions["+".join(names)] = measure_intervention(counterfactuals, sample, of_images, names)
         print(
             f"do({', '.join(names)}): " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True
         )
