@@ -22,7 +22,8 @@ test: install  ## all tests
 
 test-fast: install  ## without the tests that launch processes, train, measure, or draw many samples
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/adapter tests/test_adapter_format.py \
-		tests/training/test_config.py tests/training/test_objective.py
+		tests/test_paths.py tests/hub/test_model_card.py tests/training/test_config.py tests/training/test_objective.py \
+		tests/pipelines/test_composable_pipeline.py tests/pipelines/test_inversion.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
