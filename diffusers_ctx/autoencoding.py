@@ -20,22 +20,6 @@ _NUMBERS = "biuf"  # kinds of data types of arrays
 _ROUNDING = 1e-2  # of values in half precision, and of those that resampling leaves beyond white
 
 
-def native_resolution(pipeline: Any) -> int:
-    """Height and width of the images that a pipeline's UNet is made for, in pixels.
-
-    Raises:
-        ValueError: if its configuration does not say, or they are no squares.
-    """
-    size = pipeline.unet.config.sample_size
-    sides = {size} if isinstance(size, int | None) else set(size)
-    if len(sides) != 1 or None in sides:
-        raise ValueError(
-            f"The base model's UNet has the `sample_size` {size}, which does not say the side of a square; give"
-            " `resolution`, in pixels."
-        )
-    return sides.pop() * pipeline.vae_scale_factor
-
-
 def latent_size(vae: AutoencoderKL, resolution: int) -> int:
     """Height and width of the latents of images whose height and width is `resolution`, in pixels."""
     return resolution // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -107,28 +91,36 @@ def _in_unit_range(array: np.ndarray) -> np.ndarray:
 def encode_pixels(
     vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and standard deviations (B, C, h, w) of the scaled latents of pixels (B, 3, H, W) in [-1, 1].
+    """Means and standard deviations (B, C, h, w) of the centred and scaled latents of pixels (B, 3, H, W) in [-1, 1].
 
     Args:
         vae: the autoencoder; the results have its dtype.
         pixels: the images.
         device: where the autoencoder computes, if offloading keeps its weights elsewhere.
     """
-    dtype, scale = vae.dtype, vae.config.scaling_factor
+    dtype, scale, shift = vae.dtype, vae.config.scaling_factor, _shift(vae)
     with _in_range(vae):
         encoded = vae.encode(pixels.to(device or vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
     else:  # an autoencoder without a posterior, such as `AutoencoderTiny`
         mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-    return (mean * scale).to(dtype), (std * scale).to(dtype)
+    return ((mean - shift) * scale).to(dtype), (std * scale).to(dtype)
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W), about in [-1, 1], of scaled latents (B, C, h, w), in a precision that the VAE can take."""
+    """Images (B, 3, H, W), about in [-1, 1], of latents (B, C, h, w) as `encode_pixels` makes them.
+
+    They are decoded in a precision that the VAE can take.
+    """
     with _in_range(vae), torch.autocast(latents.device.type, enabled=False):
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)).sample
+
+
+def _shift(vae: AutoencoderKL) -> float:
+    """What latents are centred by before they are scaled; 0 but for autoencoders of newer models."""
+    return vae.config.get("shift_factor") or 0.0
 
 
 @contextmanager

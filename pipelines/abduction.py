@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from diffusers_ctx.adapter import ContextAdapterMixin, attached_adapter
+from diffusers_ctx.adapter import ContextAdapterMixin
 from diffusers_ctx.adapter.image_features import ClipFeatures, ImageFeatures
 from diffusers_ctx.autoencoding import encode_pixels, to_pixels
-from diffusers_ctx.context import GaussianPosterior, Interventions
+from diffusers_ctx.context import GaussianPosterior, Interventions, PosteriorEncoder
 from diffusers_ctx.context.names import normal_name
 
 from .conditioning import Conditioner
@@ -75,12 +74,12 @@ class AbductionMixin(ContextAdapterMixin):
                 "The adapter's posterior uses the image encoder of the pipeline that it was trained on: load one that"
                 " has it as component `image_encoder`, or name the CLIP model."
             )
-        attached_adapter(self.unet).clip_features = ClipFeatures.from_pretrained(name, cache_dir)
+        self._backbone.adapter.clip_features = ClipFeatures.from_pretrained(name, cache_dir)
 
     @property
     def _clip_features(self) -> ClipFeatures | None:
-        """What `load_posterior_encoder` has loaded: it goes with the adapter, and all pipelines of a UNet share it."""
-        return attached_adapter(self.unet).clip_features
+        """What `load_posterior_encoder` has loaded: it goes with the adapter, which pipelines may share."""
+        return self._backbone.adapter.clip_features
 
     def _transplant(self, noise: torch.Tensor, references: Sequence[Mapping[str, Reference]]) -> torch.Tensor:
         """Noise (B, N, d_z) in which concepts have the noise of reference images, by name for each row.
@@ -139,7 +138,7 @@ class AbductionMixin(ContextAdapterMixin):
             )
         return image_features(pixels.to(self._execution_device), latents)
 
-    def _image_features(self, encoder: Literal["vae", "unet", "clip"]) -> ImageFeatures | None:
+    def _image_features(self, encoder: PosteriorEncoder) -> ImageFeatures | None:
         """Extracts the features that a posterior takes; `None` if it takes latents.
 
         Raises:
@@ -147,8 +146,8 @@ class AbductionMixin(ContextAdapterMixin):
         """
         if encoder == "vae":
             return None
-        if encoder == "unet":
-            return Conditioner.of(self).unet_features()
+        if encoder == self._backbone.component:
+            return Conditioner.of(self).backbone_features()
         if self._clip_features is None and getattr(self, "image_encoder", None) is not None:
             return ClipFeatures(self.image_encoder)
         if self._clip_features is None:

@@ -56,7 +56,7 @@ class CompositionMixin(SweepMixin):
         r"""Generates images under interventions.
 
         Takes every argument of the plain pipeline's `__call__`, and those below. Where the plain pipeline would by
-        default make images of the UNet's size, `height` and `width` are those that the adapter was trained at, or
+        default make images of its backbone's size, `height` and `width` are those that the adapter was trained at, or
         those of `latents`.
 
         Args:
@@ -94,8 +94,8 @@ class CompositionMixin(SweepMixin):
             return _with_noise(plain_call(**arguments), None, return_dict)
         if arguments["ip_adapter_image"] is not None or arguments["ip_adapter_image_embeds"] is not None:
             raise ValueError(
-                "A context adapter is loaded, and images for an IP-Adapter would take the same place in the UNet; call"
-                " `unload_context_adapter()` to use them."
+                "A context adapter is loaded, and images for an IP-Adapter would take the same place in the"
+                f" {self._backbone.name}; call `unload_context_adapter()` to use them."
             )
         arguments |= self._default_size(arguments)
         prompt, prompt_embeds = arguments["prompt"], arguments["prompt_embeds"]
@@ -114,11 +114,12 @@ class CompositionMixin(SweepMixin):
             names = callback_inputs(arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"])
             arguments["callback_on_step_end_tensor_inputs"] = names
             arguments["callback_on_step_end"] = keeping_images(arguments["callback_on_step_end"], len(mask))
+        attention_kwargs = arguments[self._backbone.attention_kwargs] or {}
         with ExitStack() as stack:
-            stack.enter_context(self._scaled_for_call((arguments["cross_attention_kwargs"] or {}).get("scale", 1.0)))
+            stack.enter_context(self._scaled_for_call(attention_kwargs.get("scale", 1.0)))
             if context_guidance_scale != 1:
                 observational = self._context_tokens(noise, torch.zeros_like(mask))
-                stack.enter_context(context_guidance(self.unet, observational, context_guidance_scale))
+                stack.enter_context(context_guidance(self._backbone.model, observational, context_guidance_scale))
             output = plain_call(**arguments | {"ip_adapter_image_embeds": [tokens]})
         return _with_noise(output, noise, return_dict)
 
@@ -130,7 +131,7 @@ class CompositionMixin(SweepMixin):
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
             )
         # context tokens have a row per image already: unlike image prompts, each image has noise of its own;
-        # the UNet repeats them for guidance, which a callback can end or begin
+        # the backbone repeats them for guidance, which a callback can end or begin
         return list(ip_adapter_image_embeds)
 
     def _prepare_exogenous_noise(
@@ -182,7 +183,7 @@ class CompositionMixin(SweepMixin):
             return {}  # an image has the size
         height = width = self._training_resolution
         if arguments["latents"] is not None:
-            if "mask_image" not in arguments and self.unet.config.addition_embed_type != "text_time":
+            if "mask_image" not in arguments and not self._backbone.is_told_size:
                 return {}
             height, width = (side * self.vae_scale_factor for side in arguments["latents"].shape[-2:])
         return {"height": arguments["height"] or height, "width": arguments["width"] or width}

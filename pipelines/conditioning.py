@@ -1,66 +1,73 @@
-"""A UNet's conditions from captions and geometry, by backbone."""
+"""What a backbone is told besides the context: captions and geometry."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from diffusers_ctx.adapter import lora_detached
-from diffusers_ctx.adapter.image_features import UNetFeatures
+from diffusers_ctx.adapter import backbone_of_pipeline, lora_detached
+from diffusers_ctx.adapter.image_features import BackboneFeatures
 from diffusers_ctx.adapter.text_encoders import text_encoders_of
 from diffusers_ctx.context import embed_captions
 
 
-class Conditioner(ABC):
-    """Makes the UNet's conditions, all except the context tokens, with a pipeline's text encoders.
-
-    `Conditioner.of(pipeline)` is the one for the pipeline's backbone.
+class Conditioner:
+    """Makes the conditions of a pipeline's backbone, all except the context tokens, with its text encoders.
 
     Args:
-        pipeline: a [`ComposablePipeline`] or [`ComposableXLPipeline`].
+        pipeline: a [`ComposablePipeline`] or one of another family.
     """
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
+        self._backbone = backbone_of_pipeline(pipeline)
 
-    @staticmethod
-    def of(pipeline: Any) -> Conditioner:
+    @classmethod
+    def of(cls, pipeline: Any) -> Conditioner:
         """The conditioner of a pipeline."""
-        is_xl = pipeline.unet.config.addition_embed_type == "text_time"
-        return StableDiffusionXLConditioner(pipeline) if is_xl else StableDiffusionConditioner(pipeline)
+        return cls(pipeline)
 
     @property
     def text_encoders(self) -> dict[str, PreTrainedModel]:
         """The text encoders by component name."""
         return text_encoders_of(self.pipeline.components)
 
-    @abstractmethod
+    @property
+    def lora_text_encoders(self) -> dict[str, PreTrainedModel]:
+        """Those that can learn a LoRA."""
+        return {name: model for name, model in self.text_encoders.items() if name in self._backbone.lora_text_encoders}
+
+    @property
+    def caption_limits(self) -> dict[str, int]:
+        """How many tokens of a caption each text encoder takes, by component name."""
+        return self._backbone.caption_limits(self.pipeline)
+
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the text encoders make of captions: tensors with a row for each, on the pipeline's device.
 
-        `"text"` (B, L, D) is the sequence for cross-attention. Gradients flow unless they are switched off.
+        `"text"` (B, L, D) is the sequence that the backbone attends to. Gradients flow unless they are switched off.
         """
+        return self._backbone.encode_captions(self.pipeline, captions)
 
-    @abstractmethod
-    def unet_kwargs(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
-        """UNet keyword arguments other than the context tokens.
+    def model_kwargs(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of the backbone's call other than the context tokens.
 
         Args:
             encoded: the images' captions, from `encode_captions`.
             geometry: (B, 6), each image's original height and width, top and left of its crop, and height and width,
                 in pixels. Not every backbone uses it.
         """
+        return self._backbone.conditions(encoded, geometry)
 
     def caption_kwargs(self, captions: list[str], geometry: torch.Tensor) -> dict[str, Any]:
-        """UNet keyword arguments, see `unet_kwargs`, for captions that are not encoded yet."""
-        return self.unet_kwargs(self.encode_captions(captions), geometry)
+        """Keyword arguments, see `model_kwargs`, for captions that are not encoded yet."""
+        return self.model_kwargs(self.encode_captions(captions), geometry)
 
     def unconditional_kwargs(self, latents: torch.Tensor) -> dict[str, Any]:
-        """UNet keyword arguments of whole images without a caption, with these latents (B, C, h, w)."""
+        """Keyword arguments of whole images without a caption, with these latents (B, C, h, w)."""
         return self.caption_kwargs([""] * len(latents), self.full_image_geometry(latents))
 
     def full_image_geometry(self, latents: torch.Tensor) -> torch.Tensor:
@@ -68,9 +75,9 @@ class Conditioner(ABC):
         size = [side * self.pipeline.vae_scale_factor for side in latents.shape[2:]]
         return torch.tensor([*size, 0, 0, *size]).repeat(len(latents), 1)
 
-    def unet_features(self) -> UNetFeatures:
-        """The feature extractor of posteriors with `posterior_encoder="unet"`."""
-        return UNetFeatures(self.pipeline.unet, list(self.text_encoders.values()), self.unconditional_kwargs)
+    def backbone_features(self) -> BackboneFeatures:
+        """The feature extractor of posteriors whose `posterior_encoder` is `"unet"` or `"transformer"`."""
+        return BackboneFeatures(self._backbone.model, list(self.text_encoders.values()), self.unconditional_kwargs)
 
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> torch.Tensor:
@@ -83,32 +90,3 @@ class Conditioner(ABC):
             for text_encoder in self.text_encoders.values():
                 stack.enter_context(lora_detached(text_encoder))
             return embed_captions(self.encode_captions(captions)["text"])
-
-
-class StableDiffusionConditioner(Conditioner):
-    """Of Stable Diffusion 1 and 2: the text alone."""
-
-    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline._execution_device
-        text, _ = self.pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)
-        return {"text": text}
-
-    def unet_kwargs(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
-        return {"encoder_hidden_states": encoded["text"]}
-
-
-class StableDiffusionXLConditioner(Conditioner):
-    """Of Stable Diffusion XL: the text, its pooled embedding, and the geometry."""
-
-    def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        device = self.pipeline._execution_device
-        text, _, pooled, _ = self.pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
-        if self.pipeline.config.force_zeros_for_empty_prompt:  # as guidance does for no prompt
-            is_given = torch.tensor([bool(caption) for caption in captions], dtype=text.dtype, device=device)
-            text, pooled = text * is_given[:, None, None], pooled * is_given[:, None]
-        return {"text": text, "pooled": pooled}
-
-    def unet_kwargs(self, encoded: dict[str, torch.Tensor], geometry: torch.Tensor) -> dict[str, Any]:
-        text = encoded["text"]
-        added = {"text_embeds": encoded["pooled"], "time_ids": geometry.to(text)}
-        return {"encoder_hidden_states": text, "added_cond_kwargs": added}

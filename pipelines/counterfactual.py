@@ -9,7 +9,6 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_ctx.adapter import add_context_tokens
 from diffusers_ctx.autoencoding import decode_latents, to_pixels
 from diffusers_ctx.context import Interventions
 
@@ -17,7 +16,7 @@ from .abduction import AbductionMixin
 from .callbacks import StepCallback, callback_inputs, keeping_images
 from .conditioning import Conditioner
 from .edit import OnPath, contrast
-from .inversion import Model, denoise, inverse_path, noise_schedule
+from .inversion import Model, denoise, inverse_path
 from .outputs import ComposablePipelineOutput
 from .references import ReferencedInterventions, number_of_sets, split_references
 
@@ -117,11 +116,12 @@ class CounterfactualMixin(AbductionMixin):
             origin = self._model(factual, latents, texts, negative, guidance_scale)
             model = contrast(model, origin, context_guidance_scale)
 
-        schedule = noise_schedule(self.scheduler.config, num_inference_steps, latents.device)
+        noising = self._backbone.noising(self.scheduler.config)
+        steps = noising.steps(num_inference_steps, latents.device)
         # in single precision, or generation would not undo the inversion
-        path = inverse_path(inverted, latents.float(), *schedule)
+        path = inverse_path(inverted, latents.float(), steps)
 
-        def callback(step: int, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+        def callback(step: int, timestep: float, sample: torch.Tensor) -> torch.Tensor:
             if callback_on_step_end is None:
                 return sample
             checked = keeping_images(callback_on_step_end, len(sample))
@@ -132,7 +132,7 @@ class CounterfactualMixin(AbductionMixin):
         is_interrupted = lambda: self._interrupt  # noqa: E731
         with self._scaled_for_call():
             x = _repeat(path[0], len(tokens) // num_images)
-            predicted = denoise(model, x, *schedule, on_step, is_interrupted)[-len(mask) :]
+            predicted = denoise(model, x, steps, on_step, is_interrupted)[-len(mask) :]
         images = predicted.to(latents.dtype)
         if output_type != "latent":
             decoded = decode_latents(self.vae, images)
@@ -150,20 +150,21 @@ class CounterfactualMixin(AbductionMixin):
         negative: Sequence[str] = (),
         guidance_scale: float = 1.0,
     ) -> Model:
-        """The UNet under a context's tokens and texts; with negative ones, guided away from these."""
+        """The backbone under a context's tokens and texts; with negative ones, guided away from these."""
         conditioner = Conditioner.of(self)
         texts = [*negative, *texts]
         geometry = conditioner.full_image_geometry(latents[:1]).repeat(len(texts), 1)
-        conditions = conditioner.unet_kwargs(conditioner.encode_captions(texts), geometry)
+        conditions = conditioner.model_kwargs(conditioner.encode_captions(texts), geometry)
         return self._guided_model(conditions, tokens, guidance_scale)
 
     def _guided_model(self, conditions: dict[str, Any], tokens: torch.Tensor, guidance_scale: float) -> Model:
-        """The UNet under a context's tokens; with guidance, the unconditional half of `conditions` comes first."""
+        """The backbone under a context's tokens; with guidance, the unconditional half of `conditions` comes first."""
         copies = 2 if guidance_scale > 1 else 1  # of the context, which guidance leaves alone
-        kwargs = add_context_tokens(conditions, tokens)
+        backbone = self._backbone
+        kwargs = backbone.with_tokens(conditions, tokens)
 
-        def model(x: torch.Tensor, t: int) -> torch.Tensor:
-            predicted = self.unet(torch.cat([x] * copies).to(tokens.dtype), t, **kwargs, return_dict=False)[0]
+        def model(x: torch.Tensor, t: float) -> torch.Tensor:
+            predicted = backbone.predict(torch.cat([x] * copies).to(tokens.dtype), t, kwargs)
             if copies == 1:
                 return predicted
             unconditional, conditional = predicted.chunk(2)

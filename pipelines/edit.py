@@ -29,7 +29,7 @@ class OnPath:
     is_led: bool = False
     region: torch.Tensor | None = None
 
-    def __call__(self, step: int, timestep: int, sample: torch.Tensor) -> torch.Tensor:
+    def __call__(self, step: int, timestep: float, sample: torch.Tensor) -> torch.Tensor:
         origin = self.path[step + 1]
         if self.is_led:
             factual, sample = sample.chunk(2)
@@ -44,7 +44,7 @@ class OnPath:
 def contrast(model: Model, origin: Model, scale: float) -> Model:
     """A model whose contrast to another one is scaled: 0 is that of `origin`, and 1 that of `model`."""
 
-    def contrasted(x: torch.Tensor, t: int) -> torch.Tensor:
+    def contrasted(x: torch.Tensor, t: float) -> torch.Tensor:
         predicted = origin(x, t)
         return predicted + scale * (model(x, t) - predicted)
 

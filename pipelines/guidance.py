@@ -1,4 +1,4 @@
-"""Context guidance: adds to the UNet's prediction its contrast between a context and the observational one."""
+"""Context guidance: adds to the prediction its contrast between a context and the observational one."""
 
 from __future__ import annotations
 
@@ -7,37 +7,52 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
+
+from diffusers_ctx.adapter import backbone_of
 
 
 @contextmanager
-def context_guidance(unet: UNet2DConditionModel, observational_tokens: torch.Tensor, scale: float) -> Iterator[None]:
-    """While it is open, `unet` predicts `e_obs + scale (e_do - e_obs)`: 1 is no guidance, more exaggerates.
+def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scale: float) -> Iterator[None]:
+    """While it is open, `model` predicts `e_obs + scale (e_do - e_obs)`: 1 is no guidance, more exaggerates.
 
     The contrast is computed at the prompt and added to both halves of classifier-free guidance; thus the two kinds of
     guidance add up. Rows without an intervention have no contrast and do not change.
 
     Args:
-        unet: the UNet with a context module attached.
+        model: the UNet or transformer with a context module attached.
         observational_tokens: tokens (B, N, T, token_dim) of the same exogenous noise without interventions.
         scale: the context guidance scale.
     """
+    backbone = backbone_of(model)
+    pending: list[tuple[tuple, dict[str, Any]]] = []  # the arguments of a call, before tokens enter
+
+    def remember(module, args, kwargs):
+        pending.append((args, kwargs))
 
     def add_contrast(module, args, kwargs, output):
-        sample, timestep = args
-        # under classifier-free guidance, the prompt's rows come second
-        rows = slice(-len(observational_tokens), None)
-        kwargs = _rows_of(kwargs, len(sample), rows)
-        kwargs["added_cond_kwargs"] = kwargs["added_cond_kwargs"] | {"image_embeds": [observational_tokens]}
-        observational = module.forward(sample[rows], timestep, **kwargs)[0]
+        if len(pending) > 1:  # the call below
+            return None
+        args, kwargs = pending[0]
+        try:
+            # under classifier-free guidance, the prompt's rows come second
+            rows, count = slice(-len(observational_tokens), None), len(output[0])
+            args, kwargs = _rows_of(args, count, rows), _rows_of(kwargs, count, rows)
+            observational = module(*args, **backbone.with_tokens(kwargs, observational_tokens))[0]
+        finally:
+            pending.clear()
         contrast = (scale - 1) * (output[0][rows] - observational)
-        return (output[0] + contrast.repeat(len(sample) // len(contrast), 1, 1, 1), *output[1:])
+        return (output[0] + contrast.repeat(count // len(contrast), 1, 1, 1), *output[1:])
 
-    handle = unet.register_forward_hook(add_contrast, with_kwargs=True)
+    handles = [
+        model.register_forward_pre_hook(remember, with_kwargs=True, prepend=True),
+        model.register_forward_hook(add_contrast, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _rows_of(value: Any, num_rows: int, rows: slice) -> Any:

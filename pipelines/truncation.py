@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers_ctx.adapter.text_encoders import tokenizer_of
+
 from .conditioning import Conditioner
 
 
@@ -17,14 +19,15 @@ def describe_truncated(pipeline: Any, captions: Sequence[str], what: str = "capt
     """A line about the captions of which a text encoder of the pipeline takes a part only; `None` if it takes all.
 
     Args:
-        pipeline: a [`ComposablePipeline`] or [`ComposableXLPipeline`].
+        pipeline: a [`ComposablePipeline`] or one of another family.
         captions: the captions; empty ones do not count.
         what: what the line calls them.
     """
     captions = [caption for caption in captions if caption]
     distinct = sorted(set(captions))
-    names = [name.replace("text_encoder", "tokenizer") for name in Conditioner.of(pipeline).text_encoders]
-    limit = min(pipeline.components[name].model_max_length for name in names)
+    limits = Conditioner.of(pipeline).caption_limits
+    limit = max(limits.values())  # what one text encoder cuts off, another may take
+    names = [tokenizer_of(name) for name, taken in limits.items() if taken == limit]
     too_long: set[str] = set()
     with truncation_unsaid(pipeline):
         for name in names if distinct else []:

@@ -89,7 +89,7 @@ class ContextAdapter:
         features = create_image_features(config, pipeline)
         module = self.create_module(config, pipeline, features)
         prepare_backbone(pipeline, module, config.model, accelerator)
-        if schedule := schedule_options(config.model, pipeline.scheduler):
+        if schedule := schedule_options(config.model, pipeline):
             set_context_scheduler(pipeline, schedule)
         start_trackers(accelerator, {})
         latents, held_out = self.encode(setting, features), None

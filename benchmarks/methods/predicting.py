@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.autoencoding import decode_latents, encode_pixels, native_resolution
+from diffusers_ctx.adapter import backbone_of_pipeline, native_resolution
+from diffusers_ctx.autoencoding import decode_latents, encode_pixels
 from diffusers_ctx.evaluation.images import to_uint8
-from diffusers_ctx.pipelines.inversion import denoise, invert, noise_schedule
+from diffusers_ctx.pipelines.inversion import denoise, invert
 
 from .setting import Edit, Editor, Setting, device
 
@@ -37,15 +38,16 @@ class Predicting(ABC):
         own adapter does it, without exogenous noise.
         """
         pipeline, predictor = self.load_predictor(setting, folder)
-        schedule = noise_schedule(pipeline.scheduler.config, setting.num_inference_steps, device())
+        noising = backbone_of_pipeline(pipeline).noising(pipeline.scheduler.config)
+        steps = noising.steps(setting.num_inference_steps, device())
 
         @torch.no_grad()
         def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
-            noise = invert(predictor(list(captions), []), encode(pipeline, images), *schedule)
+            noise = invert(predictor(list(captions), []), encode(pipeline, images), steps)
 
             @torch.no_grad()
             def edit(interventions: Sequence[str]) -> np.ndarray:
-                latents = denoise(predictor(list(captions), interventions), noise, *schedule)
+                latents = denoise(predictor(list(captions), interventions), noise, steps)
                 return to_uint8(decode(pipeline, latents))
 
             return edit

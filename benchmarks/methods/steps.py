@@ -19,13 +19,14 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from diffusers_ctx import ComposablePipeline
-from diffusers_ctx.autoencoding import native_resolution
+from diffusers_ctx.adapter import native_resolution
+from diffusers_ctx.adapter.backbones import UNetBackbone
 from diffusers_ctx.data import context_mask, load_context_dataset, quad
 from diffusers_ctx.training import TrainingConfig
 from diffusers_ctx.training.concepts.module import create_context_module
 from diffusers_ctx.training.config import ContextConfig, DataConfig, ModelConfig, OptimizationConfig, OutputConfig
 from diffusers_ctx.training.diffusion.stage import DiffusionStage
-from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS, prepare_backbone
+from diffusers_ctx.training.diffusion.trainable import prepare_backbone
 from diffusers_ctx.training.encoding.batch import Batch
 from diffusers_ctx.training.encoding.images import ImageTransform
 from diffusers_ctx.training.encoding.latents import ContextLatents, LatentBatches, encode_images
@@ -216,7 +217,10 @@ class PlainLora:
             module.to(torch.empty(0, device=self.accelerator.device, dtype=dtype))  # of a bare dtype diffusers warns
         self.pipeline.unet.add_adapter(
             LoraConfig(
-                r=setting.rank, lora_alpha=setting.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+                r=setting.rank,
+                lora_alpha=setting.rank,
+                init_lora_weights="gaussian",
+                target_modules=list(UNetBackbone.lora_targets),
             )
         )
         cast_training_params(self.pipeline.unet, torch.float32)

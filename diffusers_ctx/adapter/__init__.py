@@ -1,11 +1,6 @@
-from .attention import (
-    add_context_tokens,
-    attach_context_module,
-    attached_adapter,
-    attached_context_module,
-    context_attention_layers,
-)
+from .attaching import attach_context_module, attached_adapter, attached_context_module, context_attention_layers
 from .attention_maps import AttentionMaps, collect_attention
+from .backbones import add_context_tokens, backbone_of, backbone_of_pipeline, native_resolution
 from .copying import copy_adapter
 from .lora_layers import LORA_ADAPTER, lora_detached
 from .saving import ContextAdapterMixin
@@ -20,9 +15,12 @@ __all__ = [
     "attach_context_module",
     "attached_adapter",
     "attached_context_module",
+    "backbone_of",
+    "backbone_of_pipeline",
     "collect_attention",
     "context_attention_layers",
     "copy_adapter",
     "lora_detached",
+    "native_resolution",
     "set_context_scheduler",
 ]

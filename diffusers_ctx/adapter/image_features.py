@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..fingerprint import fingerprint
 from ..paths import local_or_hub, local_path
-from .attention import context_module_detached
+from .backbones import backbone_of
 from .lora_layers import lora_detached
 
 
@@ -48,62 +48,60 @@ class ImageFeatures(Protocol):
         """A hash of all that the features depend on, other than pixels and latents."""
 
 
-class UNetFeatures:
-    """Outputs of the UNet's middle block for clean latents, at the first timestep and without a prompt.
+class BackboneFeatures:
+    """Outputs of the backbone's middle block for clean latents, at the first timestep and without a prompt.
 
     They are those of the base model, whatever the pipeline has learned or loaded since: context module and LoRAs are
     detached for it.
 
     Args:
-        unet: the UNet.
+        model: the UNet or the transformer.
         text_encoders: the text encoders.
-        conditions: gives the UNet keyword arguments for latents without a prompt.
+        conditions: gives the model's keyword arguments for latents without a prompt.
 
     Raises:
-        ValueError: if the UNet has no middle block.
+        ValueError: if the model has no middle block.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        model: ModelMixin,
         text_encoders: Sequence[PreTrainedModel],
         conditions: Callable[[torch.Tensor], dict[str, Any]],
     ):
-        if unet.mid_block is None:
-            raise ValueError("This UNet has no middle block; use `--posterior_encoder vae` or `clip`.")
-        self.unet = unet
+        self.model = model
         self.text_encoders = text_encoders
         self.conditions = conditions
-        self.channels = unet.config.block_out_channels[-1]
+        self._backbone = backbone_of(model)
+        self._block = self._backbone.feature_block
+        self.channels = self._backbone.feature_channels
 
     def size(self, latent_size: int) -> int:
-        for _ in self.unet.config.block_out_channels[1:]:
-            latent_size = -(-latent_size // 2)
-        return min(latent_size, _LARGEST_SIZE)
+        return min(self._backbone.feature_size(latent_size), _LARGEST_SIZE)
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        made: list[torch.Tensor] = []
-        latents = latents.to(self.unet.dtype)
-        # a compiled UNet would run the graph of the trained model
+        made: list[Any] = []
+        latents = latents.to(self.model.dtype)
+        # a compiled model would run the graph of the trained one
         with self._as_pretrained(), torch.compiler.set_stance("force_eager"):
-            handle = self.unet.mid_block.register_forward_hook(lambda module, inputs, output: made.append(output))
+            handle = self._block.register_forward_hook(lambda module, inputs, output: made.append(output))
             try:
-                self.unet(latents, _TIMESTEP, **self.conditions(latents))
+                self._backbone.predict(latents, _TIMESTEP, self.conditions(latents))
             finally:
                 handle.remove()
-        return _averaged(made[0])
+        return _averaged(self._backbone.feature_map(made[0], latents))
 
     @torch.no_grad()
     def digest(self) -> str:
         with self._as_pretrained():  # their weights: encodings differ in the last bits between devices
-            return fingerprint(self.unet, *self.text_encoders, _TIMESTEP, _LARGEST_SIZE)
+            return fingerprint(self.model, *self.text_encoders, _TIMESTEP, _LARGEST_SIZE)
 
     @contextmanager
     def _as_pretrained(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(context_module_detached(self.unet))
-            for model in (self.unet, *self.text_encoders):
+            stack.enter_context(self._backbone.detached())
+            for model in (self.model, *self.text_encoders):
                 stack.enter_context(lora_detached(model))
             yield
 

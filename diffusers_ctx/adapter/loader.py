@@ -1,4 +1,4 @@
-"""Loading context adapters, for pipelines with a UNet."""
+"""Loading context adapters into pipelines."""
 
 from __future__ import annotations
 
@@ -15,15 +15,6 @@ from ..adapter_format import MODULE_FOLDER, AdapterError, validate_adapter_folde
 from ..context import ContextModule, Interventions, intervention_mask
 from ..hub import resolve_adapter_folder
 from ..paths import local_or_hub, local_path
-from .attention import (
-    attach_context_module,
-    attached_adapter,
-    attached_context_module,
-    check_projections,
-    check_unoccupied,
-    detach_context_module,
-    has_context_module,
-)
 from .lora import ContextLoraMixin
 from .lora_layers import LORA_ADAPTER
 from .offloading import check_no_disk_offload, on_device
@@ -38,7 +29,7 @@ _DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):
-    """Gives a pipeline with a `unet` and a `scheduler` a context adapter: loads it, sets its scale and unloads it."""
+    """Gives a pipeline a context adapter: loads it, sets its scale and unloads it."""
 
     scheduler: Any
     config: Any
@@ -47,7 +38,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
     @property
     def context_module(self) -> ContextModule | None:
         """The context module that is loaded, or `None`."""
-        return attached_context_module(self.unet)
+        return self._backbone.context_module
 
     @property
     def concepts(self) -> list[str]:
@@ -118,31 +109,31 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = validate_adapter_folder(folder)
-        check_unoccupied(self.unet)
-        check_base(config, self.unet, self.scheduler.config.prediction_type)
+        config, backbone = validate_adapter_folder(folder), self._backbone
+        backbone.check_unoccupied()
+        check_base(config, backbone, self.scheduler)
         if config["mode"] == "lora":
-            check_projections(self.unet)
+            backbone.check_projections()
         if self._context_lora_models:
             raise ValueError(
                 f"A LoRA named '{LORA_ADAPTER}' is loaded already; call `delete_adapters('{LORA_ADAPTER}')` first."
             )
         module = _read_module(folder / MODULE_FOLDER)
-        attach_context_module(self.unet, module, config["injection"])
+        backbone.attach(module, config["injection"])
         try:
-            load_attention(self.unet, read_attention(folder))
+            load_attention(backbone, read_attention(folder))
             if config["mode"] == "lora":
                 self._load_context_lora(folder)
             if config.get("scheduler"):
                 set_context_scheduler(self, config["scheduler"])
-            attached_adapter(self.unet).trained_full = config["mode"] == "full"
+            backbone.adapter.trained_full = config["mode"] == "full"
         except Exception:
             self.unload_context_adapter()
             raise
         own_base = Path(self.config.get("_name_or_path") or "").resolve()
         if config["mode"] == "full" and own_base != local_path(pretrained_model_name_or_path).resolve():
             logger.warning(
-                f"This context adapter was trained together with its UNet; load the pipeline from"
+                f"This context adapter was trained together with its {backbone.name}; load the pipeline from"
                 f" '{pretrained_model_name_or_path}' as well."
             )
 
@@ -150,14 +141,14 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """Removes the adapter and its LoRAs, which leaves the plain pipeline; without an adapter, does nothing.
 
         If the adapter has its own noise schedule, the pipeline's first scheduler comes back; other pipelines that
-        share the UNet keep theirs.
+        share the backbone keep theirs.
 
         Raises:
             ValueError: if its LoRA is fused into the weights.
         """
         self._check_unfused()
-        scheduler = attached_adapter(self.unet).plain_scheduler
-        detach_context_module(self.unet)
+        scheduler = self._backbone.adapter.plain_scheduler
+        self._backbone.detach()
         if scheduler is not None:
             self.scheduler = scheduler
         self._delete_context_lora()
@@ -188,7 +179,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         Raises:
             ValueError: if the context adapter cannot have the scale, see `set_context_scale`.
         """
-        if has_context_module(self.unet):
+        if self._backbone.has_context_module:
             self.set_context_scale(scale)  # type: ignore[arg-type]
         else:
             super().set_ip_adapter_scale(scale)  # type: ignore[misc]
@@ -197,8 +188,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """Sets the adapter's scale, of its context tokens and its LoRAs alike: 1 as trained, 0 the plain model.
 
         A callback that sets it does so for the rest of its call, which ends with the scale that it began with.
-        `set_adapters(["context", ...], [scale, ...])` sets the same scale. A UNet that was trained as a whole (mode
-        `full`) stays as trained.
+        `set_adapters(["context", ...], [scale, ...])` sets the same scale. A backbone that was trained as a whole
+        (mode `full`) stays as trained.
 
         Raises:
             ValueError: if no adapter is loaded, the scale is no number or negative, its tokens are in the prompt and
@@ -207,14 +198,14 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         """
         self._require_context_module()
         self._check_context_scale(scale)
-        attached_adapter(self.unet).scale = float(scale)
+        self._backbone.adapter.scale = float(scale)
         self._apply_context_scale()
 
     def _check_no_context_adapter(self) -> None:
-        if has_context_module(self.unet):
+        if self._backbone.has_context_module:
             raise ValueError(
-                "A context adapter is loaded, and an IP-Adapter would take the same place in the UNet; call"
-                " `unload_context_adapter()` first."
+                "A context adapter is loaded, and an IP-Adapter would take the same place in the"
+                f" {self._backbone.name}; call `unload_context_adapter()` first."
             )
 
     def _mask(self, interventions: Interventions | Sequence[Interventions], num_rows: int) -> torch.Tensor:
@@ -231,7 +222,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
     def _context_module_on_device(self) -> Iterator[tuple[ContextModule, torch.device]]:
         """The context module, with its weights on the pipeline's device, and that device."""
         module, device = self._require_context_module(), self._execution_device
-        check_no_disk_offload(self.unet)
+        check_no_disk_offload(self._backbone.model)
         self._warn_of_halves()
         with on_device(module, device):
             yield module, device
@@ -248,8 +239,8 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
             raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
         check_scheduler(self)
         if self._context_lora_models:
-            check_projections(self.unet)
-        if attached_adapter(self.unet).lora_models & set(self._lora_models) - set(self._context_lora_models):
+            self._backbone.check_projections()
+        if self._backbone.adapter.lora_models & set(self._lora_models) - set(self._context_lora_models):
             raise RuntimeError(
                 "The context adapter's LoRA has been removed, as `unload_lora_weights()` does; call"
                 " `unload_context_adapter()` and `load_context_adapter(...)` again."

@@ -10,19 +10,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from ..adapter_format import LORA_WEIGHTS_NAME, AdapterError
-from .attention import (
-    attached_adapter,
-    check_token_scale,
-    has_context_module,
-    set_token_scale,
-    token_scales,
-)
+from .backbones import Backbone, backbone_of_pipeline
 from .lora_layers import LORA_ADAPTER, acting_loras, active_loras, lora_layers, lora_weight, loras_of
 from .text_encoders import text_encoders_of
 
@@ -40,12 +33,15 @@ class ContextLoraMixin:
     switches it on again; an adapter without LoRAs takes no notice of them.
     """
 
-    unet: UNet2DConditionModel
     components: dict[str, Any]
     lora_state_dict: Callable[..., Any]
-    load_lora_into_unet: Callable[..., None]
     load_lora_into_text_encoder: Callable[..., None]
     save_lora_weights: Callable[..., None]
+
+    @property
+    def _backbone(self) -> Backbone:
+        """The model that denoises."""
+        return backbone_of_pipeline(self)
 
     def load_lora_weights(self, *args, **kwargs) -> None:
         """Loads a LoRA as in diffusers, which switches off the others of its models; the context adapter's own stays
@@ -81,7 +77,7 @@ class ContextLoraMixin:
             ValueError: if a name is unknown, the numbers of names and weights differ, or the context adapter cannot
                 have the weight.
         """
-        if not has_context_module(self.unet):
+        if not self._backbone.has_context_module:
             super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
             return
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -89,7 +85,7 @@ class ContextLoraMixin:
         if len(names) != len(weights):
             raise ValueError(f"There are {len(names)} names of adapters and {len(weights)} weights; give one each.")
         weight_of: dict[str, Any] = dict(zip(names, weights))
-        scale = weight_of.setdefault(LORA_ADAPTER, attached_adapter(self.unet).scale)
+        scale = weight_of.setdefault(LORA_ADAPTER, self._backbone.adapter.scale)
         scale = 1.0 if scale is None else scale
         self._check_context_scale(scale)
         if not self._context_lora_models:
@@ -99,7 +95,7 @@ class ContextLoraMixin:
         else:  # which diffusers cannot do
             for layer in self._all_lora_layers:
                 layer.set_adapter([])
-        attached_adapter(self.unet).scale = float(scale)
+        self._backbone.adapter.scale = float(scale)
         self._apply_context_scale()
 
     def disable_lora(self) -> None:
@@ -108,7 +104,7 @@ class ContextLoraMixin:
         Raises:
             ValueError: if the context adapter has a noise schedule of its own, without which the plain model is lost.
         """
-        if has_context_module(self.unet) and self._context_lora_models:
+        if self._backbone.has_context_module and self._context_lora_models:
             self._check_context_scale(0)
         super().disable_lora()  # type: ignore[misc]
         self._apply_context_scale()
@@ -122,7 +118,7 @@ class ContextLoraMixin:
         """Checks that the adapter can have this scale."""
         if not isinstance(scale, Real):
             raise ValueError(f"The scale of a context adapter is one number, and not {scale!r}.")
-        adapter = attached_adapter(self.unet)
+        adapter = self._backbone.adapter
         if scale != 1 and adapter.plain_scheduler is not None:
             raise ValueError(
                 "This adapter came with a noise schedule that the plain model does not know, so its scale is always 1;"
@@ -130,22 +126,22 @@ class ContextLoraMixin:
             )
         if scale != adapter.scale:
             self._check_unfused()
-        check_token_scale(self.unet, float(scale))
+        self._backbone.check_token_scale(float(scale))
 
     def _apply_context_scale(self) -> None:
         """Gives tokens and LoRAs the adapter's scale; where its LoRAs are disabled, its tokens are too."""
-        if not has_context_module(self.unet):
+        if not self._backbone.has_context_module:
             return
-        set_token_scale(self.unet, self._expected_scale * attached_adapter(self.unet).call_scale)
+        self._backbone.set_token_scale(self._expected_scale * self._backbone.adapter.call_scale)
         for layer in self._context_lora_layers:
             if LORA_ADAPTER not in layer.merged_adapters:  # whose scale says what `unfuse_lora` has to take out
-                layer.set_scale(LORA_ADAPTER, attached_adapter(self.unet).scale)
+                layer.set_scale(LORA_ADAPTER, self._backbone.adapter.scale)
 
     @property
     def _expected_scale(self) -> float:
         """The scale that tokens and LoRAs of the adapter have between calls."""
         is_disabled = any(layer.disable_adapters for layer in self._context_lora_layers)
-        return 0.0 if is_disabled else attached_adapter(self.unet).scale
+        return 0.0 if is_disabled else self._backbone.adapter.scale
 
     @contextmanager
     def _scaled_for_call(self, lora_scale: float = 1.0) -> Iterator[None]:
@@ -156,7 +152,7 @@ class ContextLoraMixin:
         Raises:
             ValueError: if the adapter cannot have that scale.
         """
-        adapter = attached_adapter(self.unet)
+        adapter = self._backbone.adapter
         scale = adapter.scale
         if self._context_lora_models and lora_scale != 1:
             self._check_context_scale(scale * lora_scale)
@@ -176,7 +172,7 @@ class ContextLoraMixin:
     def _warn_of_halves(self) -> None:
         """Warns if the adapter's tokens and LoRAs do not act as one, as methods of the models themselves can do."""
         layers = [layer for layer in self._context_lora_layers if LORA_ADAPTER in layer.scaling]
-        tokens, expected = token_scales(self.unet), self._expected_scale
+        tokens, expected = self._backbone.token_scales, self._expected_scale
         if tokens != {0.0} and not all(LORA_ADAPTER in acting_loras(layer) for layer in layers):
             message = (
                 "The context adapter's own LoRA is not active, so interventions do not do what was learned; call"
@@ -210,23 +206,29 @@ class ContextLoraMixin:
             raise AdapterError(f"{file} cannot be loaded ({type(error).__name__}: {error}).") from error
         for name, model in self._context_lora_models.items():
             model.set_adapter([*active[name], LORA_ADAPTER])  # loading leaves the new one alone active
-        attached_adapter(self.unet).lora_models = frozenset(self._context_lora_models)
+        self._backbone.adapter.lora_models = frozenset(self._context_lora_models)
 
     def _read_context_lora(self, folder: Path) -> None:
         """Does what `load_lora_weights` does, without its warning for every model that the file has nothing for."""
-        state, alphas, metadata = self.lora_state_dict(
+        # pipelines of transformers have no network alphas
+        state, *alphas, metadata = self.lora_state_dict(
             str(folder), weight_name=LORA_WEIGHTS_NAME, return_lora_metadata=True
         )
         trained = {key.partition(".")[0] for key in state}
         if not trained <= set(self._lora_models):
             raise ValueError(f"layers of {sorted(trained)} not found in the base model's {sorted(self._lora_models)}")
-        options: dict[str, Any] = {"network_alphas": alphas, "metadata": metadata, "adapter_name": LORA_ADAPTER}
+        options: dict[str, Any] = {"metadata": metadata, "adapter_name": LORA_ADAPTER}
         options |= {"_pipeline": self, "low_cpu_mem_usage": True}
-        if "unet" in trained:
-            self.load_lora_into_unet(state, unet=self.unet, **options)
+        component, network_alphas = self._backbone.component, (alphas or [None])[0]
+        if component in trained:
+            load = getattr(self, f"load_lora_into_{component}")
+            own = {component: self._backbone.model} | ({"network_alphas": network_alphas} if alphas else {})
+            load(state, **own, **options)
         for name, model in text_encoders_of(self.components).items():
             if name in trained:
-                self.load_lora_into_text_encoder(state, text_encoder=model, prefix=name, **options)
+                self.load_lora_into_text_encoder(
+                    state, network_alphas=network_alphas, text_encoder=model, prefix=name, **options
+                )
 
     def _save_context_lora(self, folder: Path) -> None:
         arguments: dict[str, Any] = {}
@@ -247,7 +249,7 @@ class ContextLoraMixin:
     @property
     def _lora_models(self) -> dict[str, Any]:
         """The models that can have a LoRA, by component name."""
-        return {"unet": self.unet} | text_encoders_of(self.components)
+        return {self._backbone.component: self._backbone.model} | text_encoders_of(self.components)
 
     @property
     def _context_lora_models(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from huggingface_hub import CommitInfo
 from ..adapter_format import ADAPTER_FOLDER, CONFIG_NAME, LORA_WEIGHTS_NAME, MODULE_FOLDER, Mode, public_name
 from ..hub import push_adapter_folder, render_model_card, save_model_card
 from ..paths import local_path
-from .attention import attached_adapter, context_module_detached, has_context_module
 from .loader import SAVED_ADAPTER, ContextAdapterLoaderMixin
 from .lora_layers import check_unfused, lora_detached, other_loras
 from .offloading import check_no_disk_offload
@@ -29,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class ContextAdapterMixin(ContextAdapterLoaderMixin):
-    """Gives a pipeline with a `unet` and a `scheduler` all methods of a context adapter: these and its base's."""
+    """Gives a pipeline all methods of a context adapter: these and its base's."""
 
     _is_saved_with_adapter = False  # while `save_pretrained` runs
 
@@ -49,8 +48,9 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
             ValueError: if no adapter is loaded, or its weights are offloaded to disk.
             RuntimeError: if a part of it has been removed or replaced since it was loaded.
         """
-        module, adapter = self._require_context_module(), attached_adapter(self.unet)
-        check_no_disk_offload(self.unet)
+        module, backbone = self._require_context_module(), self._backbone
+        adapter = backbone.adapter
+        check_no_disk_offload(backbone.model)
         if adapter.lora_models - set(self._lora_models):
             missing = sorted(adapter.lora_models - set(self._lora_models))
             raise RuntimeError(f"The context adapter has a LoRA of {missing}, which this pipeline is without.")
@@ -59,7 +59,7 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter_config(
             module,
-            self.unet,
+            backbone,
             self.scheduler,
             # in mode full, the pipeline that is saved with the adapter has the schedule of training
             plain_scheduler=(None if mode == "full" else adapter.plain_scheduler) or self.scheduler,
@@ -67,7 +67,7 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
             mode=mode,
         )
         module.save_pretrained(str(folder / MODULE_FOLDER))
-        save_attention(self.unet, folder)
+        save_attention(backbone, folder)
         (folder / LORA_WEIGHTS_NAME).unlink(missing_ok=True)  # of an adapter that was here before
         if self._context_lora_models:
             self._save_context_lora(folder)
@@ -81,7 +81,7 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
         """Saves the plain pipeline, which stock diffusers loads, and on request the context adapter with it.
 
         The active LoRA of a text encoder is saved beside its weights, as in diffusers; `save_lora_weights` saves
-        others. A UNet that was trained as a whole is saved with the noise schedule of training.
+        others. A backbone that was trained as a whole is saved with the noise schedule of training.
 
         Args:
             save_directory: folder to write to; created if missing.
@@ -94,24 +94,24 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
             ValueError: if LoRAs are fused into the weights, or no adapter is loaded and one is to be saved.
             RuntimeError: if a part of the adapter that is to be saved has been removed or replaced.
         """
-        folder = local_path(save_directory)
+        folder, backbone = local_path(save_directory), self._backbone
         for model in self._lora_models.values():
             check_unfused(model)
         if context_adapter:
             self.save_context_adapter(folder / ADAPTER_FOLDER, card={"within_pipeline": True})
-        elif has_context_module(self.unet) and not (folder / CONFIG_NAME).exists():
+        elif backbone.has_context_module and not (folder / CONFIG_NAME).exists():
             logger.warning(
                 "The pipeline is saved without its context adapter; pass `context_adapter=True` to save both, or call"
                 " `save_context_adapter` or `push_context_adapter` for the adapter."
             )
-        left_out = other_loras(self.unet) | save_loras_of_text_encoders(text_encoders_of(self.components), folder)
+        left_out = other_loras(backbone.model) | save_loras_of_text_encoders(text_encoders_of(self.components), folder)
         if left_out:
             logger.warning(
                 f"The pipeline is saved without the LoRAs {sorted(left_out)}; call `save_lora_weights` for them."
             )
         with ExitStack() as stack:
             stack.enter_context(plain_scheduler(self))
-            stack.enter_context(context_module_detached(self.unet))
+            stack.enter_context(backbone.detached())
             for model in self._lora_models.values():
                 stack.enter_context(lora_detached(model))
             self._is_saved_with_adapter = context_adapter
@@ -156,7 +156,7 @@ class ContextAdapterMixin(ContextAdapterLoaderMixin):
             folder = mkdtemp(prefix="context-adapter-")
             stack.callback(shutil.rmtree, folder)
             self.save_context_adapter(folder, card={"repo_id": repo_id} | (card or {}))
-            if attached_adapter(self.unet).trained_full:
+            if self._backbone.adapter.trained_full:
                 self.save_pretrained(folder)
             try:
                 return push_adapter_folder(

@@ -9,14 +9,14 @@ from typing import Any
 
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from .attention import attached_adapter, has_context_module
+from .backbones import backbone_of_pipeline
 
 
 def set_context_scheduler(pipeline: Any, options: dict[str, Any]) -> None:
     """Gives a pipeline the noise schedule of its adapter, until the adapter is unloaded.
 
     Args:
-        pipeline: has a `unet` with a context module attached, and a `scheduler`.
+        pipeline: has a UNet with a context module attached, and a `scheduler`.
         options: what differs from the base model's schedule: `prediction_type`, `rescale_betas_zero_snr` or
             `timestep_spacing`. DDIM replaces a scheduler that lacks one of them, and PNDM, the default of Stable
             Diffusion 1.x, which supports fewer prediction types.
@@ -24,12 +24,13 @@ def set_context_scheduler(pipeline: Any, options: dict[str, Any]) -> None:
     Raises:
         ValueError: if no adapter is attached.
     """
-    if not has_context_module(pipeline.unet):
+    backbone = backbone_of_pipeline(pipeline)
+    if not backbone.has_context_module:
         raise ValueError("No context adapter is loaded; call `load_context_adapter(...)` first.")
     kind = type(pipeline.scheduler)
     if kind is PNDMScheduler or not set(options) <= set(inspect.signature(kind.__init__).parameters):
         kind, options = DDIMScheduler, {"clip_sample": False} | options
-    adapter = attached_adapter(pipeline.unet)
+    adapter = backbone.adapter
     adapter.plain_scheduler = adapter.plain_scheduler or pipeline.scheduler
     pipeline.scheduler = kind.from_config(adapter.plain_scheduler.config, **options)
     adapter.prediction_type = pipeline.scheduler.config.prediction_type
@@ -37,8 +38,8 @@ def set_context_scheduler(pipeline: Any, options: dict[str, Any]) -> None:
 
 @contextmanager
 def plain_scheduler(pipeline: Any) -> Iterator[None]:
-    """While it is open, the pipeline has the scheduler that goes with its UNet when the adapter is off."""
-    adapter, scheduler = attached_adapter(pipeline.unet), pipeline.scheduler
+    """While it is open, the pipeline has the scheduler that goes with its backbone when the adapter is off."""
+    adapter, scheduler = backbone_of_pipeline(pipeline).adapter, pipeline.scheduler
     if adapter.plain_scheduler is not None and not adapter.trained_full:
         pipeline.scheduler = adapter.plain_scheduler
     try:
@@ -48,15 +49,16 @@ def plain_scheduler(pipeline: Any) -> Iterator[None]:
 
 
 def check_scheduler(pipeline: Any) -> None:
-    """Checks that the pipeline's scheduler is for what its UNet predicts.
+    """Checks that the pipeline's scheduler is for what its backbone predicts.
 
     Raises:
         RuntimeError: if the adapter has a noise schedule of its own, and another pipeline loaded it.
     """
-    needed, found = attached_adapter(pipeline.unet).prediction_type, pipeline.scheduler.config.prediction_type
+    backbone = backbone_of_pipeline(pipeline)
+    needed, found = backbone.adapter.prediction_type, pipeline.scheduler.config.get("prediction_type")
     if needed not in (None, found):
         raise RuntimeError(
             f"The context adapter was trained for {needed}, and this pipeline's scheduler is for {found}. A pipeline"
-            " that shares its UNet has loaded the adapter: make this one after that, with `from_pipe`, or give it that"
-            " one's scheduler."
+            f" that shares its {backbone.name} has loaded the adapter: make this one after that, with `from_pipe`, or"
+            " give it that one's scheduler."
         )

@@ -22,6 +22,11 @@ def text_encoders_of(components: Mapping[str, Any]) -> dict[str, PreTrainedModel
     return {name: model for name, model in components.items() if name.startswith("text_encoder") and model is not None}
 
 
+def tokenizer_of(text_encoder: str) -> str:
+    """The component name of a text encoder's tokenizer."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
 def save_loras_of_text_encoders(text_encoders: dict[str, PreTrainedModel], folder: Path) -> set[str]:
     """Saves LoRAs in the folder of a pipeline, where transformers loads them together with the text encoders.
 

@@ -7,36 +7,25 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 
 from ..adapter_format import FORMAT_VERSION, LIBRARY, WEIGHTS_NAME, AdapterError
 from ..context import ContextModule
 from ..version import __version__
-from .attention import context_attention_layers, injection_of
+from .backbones import Backbone
 
 
 # in which the noise schedule of training may differ from the base model's
 SCHEDULE_OPTIONS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
 
 
-def base_requirements(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, Any]:
-    """What an adapter trained on this UNet needs to find again in the one that it is loaded on."""
-    return {
-        "in_channels": unet.config.in_channels,
-        "block_out_channels": list(unet.config.block_out_channels),
-        "cross_attention_dim": unet.config.cross_attention_dim,
-        "addition_embed_type": unet.config.addition_embed_type,
-        "prediction_type": prediction_type,
-    }
-
-
-def check_base(config: dict[str, Any], unet: UNet2DConditionModel, prediction_type: str) -> None:
+def check_base(config: dict[str, Any], backbone: Backbone, scheduler: SchedulerMixin) -> None:
     """Refuses a base model that the adapter was not trained for.
 
     Raises:
         AdapterError: naming what differs and the base model to load instead.
     """
-    needed, found = config["base"], base_requirements(unet, prediction_type)
+    needed, found = config["base"], backbone.requirements(scheduler.config)
     differences = [
         f"{key} is {found.get(key)}, not {value}" for key, value in needed.items() if found.get(key) != value
     ]
@@ -49,7 +38,7 @@ def check_base(config: dict[str, Any], unet: UNet2DConditionModel, prediction_ty
 
 def adapter_config(
     context_module: ContextModule,
-    unet: UNet2DConditionModel,
+    backbone: Backbone,
     scheduler: SchedulerMixin,
     plain_scheduler: SchedulerMixin,
     base_model: str | None,
@@ -61,11 +50,11 @@ def adapter_config(
         "library": LIBRARY,
         "library_version": __version__,
         "base_model_name_or_path": base_model,
-        "base": base_requirements(unet, plain_scheduler.config.prediction_type),
+        "base": backbone.requirements(plain_scheduler.config),
         "concepts": list(context_module.config.concepts),
         "obs_context": context_module.config.obs_context,
         "mode": mode,
-        "injection": injection_of(unet),
+        "injection": backbone.injection,
     }
     own = {name: scheduler.config.get(name) for name in SCHEDULE_OPTIONS}
     differing = {name: value for name, value in own.items() if value != plain_scheduler.config.get(name)}
@@ -74,8 +63,8 @@ def adapter_config(
     return config
 
 
-def save_attention(unet: UNet2DConditionModel, folder: Path) -> None:
-    state = context_attention_layers(unet).state_dict()
+def save_attention(backbone: Backbone, folder: Path) -> None:
+    state = backbone.attention_layers.state_dict()
     weights = {name: weight.detach().contiguous().cpu() for name, weight in state.items()}
     safetensors.torch.save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
@@ -84,17 +73,17 @@ def read_attention(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / WEIGHTS_NAME)
 
 
-def load_attention(unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
-    """Loads attention weights into a UNet that a context module is attached to.
+def load_attention(backbone: Backbone, weights: dict[str, torch.Tensor]) -> None:
+    """Loads attention weights into a backbone that a context module is attached to.
 
     Raises:
         AdapterError: if they belong to other layers or have other shapes.
     """
-    layers = context_attention_layers(unet)
+    layers = backbone.attention_layers
     try:
         layers.load_state_dict(weights)
     except RuntimeError as error:
         raise AdapterError(
-            f"{WEIGHTS_NAME} does not fit the UNet's attention layers; load the base model that the adapter was"
-            f" trained on. {str(error).splitlines()[0]}"
+            f"{WEIGHTS_NAME} does not fit the {backbone.name}'s attention layers; load the base model that the adapter"
+            f" was trained on. {str(error).splitlines()[0]}"
         ) from error

@@ -2,7 +2,7 @@ from .captions import CaptionLikelihood, embed_captions
 from .causal import ReducedForm, Structural
 from .interventions import Interventions, any_interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
-from .posterior import GaussianPosterior
+from .posterior import GaussianPosterior, PosteriorEncoder
 
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ContextModule",
     "GaussianPosterior",
     "Interventions",
+    "PosteriorEncoder",
     "ReducedForm",
     "Structural",
     "any_interventions",

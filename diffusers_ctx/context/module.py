@@ -15,7 +15,7 @@ from .captions import CaptionLikelihood
 from .causal import ReducedForm, Structural, upcast_half
 from .layers import ExpressiveLayers, MechanismLayer, ReadOut
 from .names import normal_name
-from .posterior import GaussianHead, GaussianPosterior, LatentEncoder
+from .posterior import GaussianHead, GaussianPosterior, LatentEncoder, PosteriorEncoder
 
 
 _CANDIDATES = 64  # for exogenous noise that fits a caption
@@ -33,7 +33,7 @@ class ContextModule(ModelMixin, ConfigMixin):
 
     Args:
         concepts (`list[str]`): names of the concepts.
-        token_dim (`int`): width of the tokens, the backbone's `cross_attention_dim`.
+        token_dim (`int`): width of the tokens, that of the backbone's text.
         obs_context (`str`): name of the context without interventions.
         num_hidden_factors (`int`): nodes that no context intervenes on.
         noise_dim (`int`): width of a node's noise `z`.
@@ -51,8 +51,8 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_in_channels (`int`): channels of the latents or features that the posterior takes.
         posterior_width (`int`): channels of the posterior's convolutions.
         posterior_sample_size (`int`): height and width of the latents.
-        posterior_encoder (`str`): what makes the posterior's input: `"vae"` latents, or `"unet"` or `"clip"`
-            features, see [`~adapter.image_features`]. The methods call either of them latents.
+        posterior_encoder (`str`): what makes the posterior's input: `"vae"` latents, or `"unet"`, `"transformer"`
+            or `"clip"` features, see [`~adapter.image_features`]. The methods call either of them latents.
         posterior_encoder_model (`str`, *optional*): the CLIP model, by the name of its repository or folder.
         posterior_feature_size (`int`, *optional*): height and width of the features, where there are any.
         caption_dim (`int`, *optional*): width of captions' embeddings, for drawing noise that fits a caption.
@@ -84,7 +84,7 @@ class ContextModule(ModelMixin, ConfigMixin):
         posterior_in_channels: int = 4,
         posterior_width: int = 64,
         posterior_sample_size: int = 8,
-        posterior_encoder: Literal["vae", "unet", "clip"] = "vae",
+        posterior_encoder: PosteriorEncoder = "vae",
         posterior_encoder_model: str | None = None,
         posterior_feature_size: int | None = None,
         caption_dim: int | None = None,

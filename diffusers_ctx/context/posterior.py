@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
+
+
+# latents; features of the base model, by the name that it has in pipelines; features of a CLIP image encoder
+PosteriorEncoder = Literal["vae", "unet", "transformer", "clip"]
 
 
 @dataclass

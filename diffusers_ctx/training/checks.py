@@ -10,25 +10,29 @@ from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
+from ..adapter import backbone_of_pipeline
 from ..data import context_mask
+from ..pipelines import CompositionMixin
 from .config import TrainingConfig
 
 
-def check_options(config: TrainingConfig, resolution: int, vae_scale_factor: int) -> None:
+def check_options(config: TrainingConfig, resolution: int, pipeline: CompositionMixin) -> None:
     """Checks what the config groups cannot check alone: options against the model, the installation and one another.
 
     Args:
         config: the run's options.
         resolution: height and width of the images, in pixels.
-        vae_scale_factor: pixels per latent, along each side.
+        pipeline: the base model.
 
     Raises:
         ValueError: if an option cannot work.
     """
-    if resolution % vae_scale_factor:
-        raise ValueError(
-            f"`resolution` is {resolution}; this model's autoencoder needs a multiple of {vae_scale_factor}."
-        )
+    backbone = backbone_of_pipeline(pipeline)
+    multiple = pipeline.vae_scale_factor * backbone.patch_size
+    if resolution % multiple:
+        raise ValueError(f"`resolution` is {resolution}; this model needs a multiple of {multiple}.")
+    if config.optimization.snr_gamma is not None and not backbone.noising.is_diffusion:
+        raise ValueError("Min-SNR weighting is not for rectified flow; leave out `snr_gamma`.")
     if config.data.streaming:
         _check_streaming(config)
     trackers = ["none", "all", *map(str, get_available_trackers())]
@@ -57,23 +61,19 @@ def _check_streaming(config: TrainingConfig) -> None:
 
 
 def check_backbone(pipeline: DiffusionPipeline) -> None:
-    """Checks that the pipeline fits its UNet, and that the UNet is one for text-to-image.
+    """Checks that the pipeline fits its backbone, and that the backbone is one for text-to-image.
 
     Raises:
-        ValueError: if only one of checkpoint and pipeline is Stable Diffusion XL, or if the UNet and the autoencoder
-            have different numbers of latent channels.
+        ValueError: if only one of checkpoint and pipeline is Stable Diffusion XL, or if the backbone and the
+            autoencoder have different numbers of latent channels.
     """
-    needs_xl, is_xl = pipeline.unet.config.addition_embed_type == "text_time", hasattr(pipeline, "text_encoder_2")
-    if needs_xl != is_xl:
-        script = f"train_context_text_to_image{'_sdxl' if needs_xl else ''}.py"
-        raise ValueError(
-            f"The checkpoint is {'' if needs_xl else 'not '}of Stable Diffusion XL; train it with {script}."
-        )
-    inputs, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    backbone = backbone_of_pipeline(pipeline)
+    backbone.check_pipeline(pipeline)
+    inputs, latents = backbone.model.config.in_channels, pipeline.vae.config.latent_channels
     if inputs != latents:  # inpainting: 9 and 4
         raise ValueError(
-            f"The checkpoint's UNet takes {inputs} channels, and its autoencoder makes {latents}: it needs more than"
-            " an image's latents, as for inpainting; choose a text-to-image checkpoint."
+            f"The checkpoint's {backbone.name} takes {inputs} channels, and its autoencoder makes {latents}: it needs"
+            " more than an image's latents, as for inpainting; choose a text-to-image checkpoint."
         )
 
 
@@ -109,7 +109,7 @@ def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Itera
         yield "set `optimizer` to adamw"
     if config.model.train_text_encoder:
         yield "leave out `train_text_encoder`"
-    if config.optimization.composition_weight:  # processes would differ in their passes of the UNet
+    if config.optimization.composition_weight:  # processes would differ in their passes of the backbone
         yield "set `composition_weight` to 0"
     if config.output.validation_prompt is not None or config.data.validation_images:
         yield "leave out `validation_prompt` and `validation_images`"  # the main process has only its shards

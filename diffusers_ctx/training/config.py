@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..adapter_format import Injection, Mode
+from ..context import PosteriorEncoder
 from ..context.names import normal_name
 from ..options import OptionGroup, option, path_option
 
@@ -20,7 +21,6 @@ Optimizer = Literal["adamw", "adamw_8bit", "prodigy"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 CausalForm = Literal["structural", "reduced_form"]
 PosteriorType = Literal["inverse", "amortized"]
-PosteriorEncoder = Literal["vae", "unet", "clip"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 
@@ -37,10 +37,10 @@ class ModelConfig(OptionGroup):
     mode: Mode = option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
     rank: int = option(16, "Rank of the LoRA.", at_least=1)
     train_text_encoder: bool = option(False, "In mode lora, learn a LoRA of the text encoders too.")
-    injection: Injection = option(
-        "cross_attention",
-        "How context tokens reach the UNet: through attention layers of their own (cross_attention) or appended to the"
-        " prompt (prompt).",
+    injection: Injection | None = option(
+        None,
+        "How context tokens reach the base model: through attention layers of their own (cross_attention) or appended"
+        " to the prompt (prompt). By default cross_attention, and prompt for transformers.",
     )
     unfreeze_after: float | None = option(
         None,
@@ -130,9 +130,9 @@ class ContextConfig(OptionGroup):
     )
     posterior_encoder: PosteriorEncoder | None = option(
         None,
-        "Input of the posterior: latents (vae), or features of the UNet (unet) or of a CLIP image encoder (clip). By"
-        " default unet, or clip if its model is named; vae in mode full, with streaming, and for a UNet without a"
-        " middle block.",
+        "Input of the posterior: latents (vae), or features of the UNet (unet), of the transformer that a base has in"
+        " its place (transformer), or of a CLIP image encoder (clip). By default the base model's, or clip if a model is"
+        " named; vae in mode full, with streaming, and for a UNet without a middle block.",
     )
     posterior_encoder_model: str | None = path_option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."

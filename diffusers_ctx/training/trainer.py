@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub.constants import HF_HOME
 
-from ..adapter import set_context_scheduler
+from ..adapter import backbone_of_pipeline, native_resolution, set_context_scheduler
 from ..adapter_format import RECORD_NAME
-from ..autoencoding import native_resolution
 from ..context import ContextModule
 from ..data import concepts_of, context_mask
 from ..data.held_out import hold_out
@@ -28,7 +27,7 @@ from .diffusion.noise_schedule import schedule_options, with_unfreezing
 from .diffusion.noise_trial import NoiseTrial, can_try_noise, trial_images
 from .diffusion.optimizer import check_optimizer, warn_of_warm_up
 from .diffusion.stage import DiffusionStage, count_steps
-from .diffusion.trainable import count_learned, learning_text_encoders, prepare_backbone
+from .diffusion.trainable import count_learned, learning_text_encoders, prepare_backbone, with_injection
 from .diffusion.validation import HELD_OUT_SEED, Validator
 from .encoding.batch import Batches
 from .encoding.caption_cache import CaptionCache
@@ -108,10 +107,10 @@ class ContextTrainer:
         """
         pipeline = self.pipeline
         check_backbone(pipeline)
-        config = with_posterior_encoder(self.config, pipeline)
-        check_options(config, self.resolution, pipeline.vae_scale_factor)
+        config = with_injection(with_posterior_encoder(self.config, pipeline), pipeline)
+        check_options(config, self.resolution, pipeline)
         self._image_features = create_image_features(config, pipeline)
-        self._schedule = schedule_options(config.model, pipeline.scheduler)
+        self._schedule = schedule_options(config.model, pipeline)
         self.config = config = with_unfreezing(config, self._schedule)
         self.accelerator = create_accelerator(config)
         self.stop = StopSignals(self.accelerator)
@@ -238,7 +237,7 @@ class ContextTrainer:
         record = training_record(self.config, self.accelerator, self.max_train_steps, images, self.resolution)
         card = {"repo_id": self.repo_id, "training": record}
         self.pipeline.save_context_adapter(self.output_dir, mode=mode, card=card)
-        if mode == "full":  # the adapter belongs to the UNet that learned with it
+        if mode == "full":  # the adapter belongs to the backbone that learned with it
             self.pipeline.save_pretrained(self.output_dir)
         (self.output_dir / RECORD_NAME).write_text(json.dumps(flatten_options(self.config), indent=2) + "\n")
 
@@ -302,7 +301,7 @@ class ContextTrainer:
             self.resolution,
             self.max_train_steps,
             self._train_images,
-            [pipeline.unet, pipeline.vae, *Conditioner.of(pipeline).text_encoders.values()],
+            [backbone_of_pipeline(pipeline).model, pipeline.vae, *Conditioner.of(pipeline).text_encoders.values()],
         )
         name = self.config.output.resume_from_checkpoint
         self.checkpoint = choose_checkpoint(
@@ -343,7 +342,7 @@ class ContextTrainer:
 
     def _check_free_disk(self) -> None:
         model, text_encoders = self.config.model, learning_text_encoders(self.pipeline, self.config.model)
-        learned = count_learned(self.pipeline.unet, model.mode, model.rank, text_encoders)
+        learned = count_learned(backbone_of_pipeline(self.pipeline).model, model.mode, model.rank, text_encoders)
         left = self.max_train_steps - (0 if self.checkpoint is None else checkpoint_step(self.checkpoint))
         check_free_disk(self.output_dir, self.config, learned, self.pipeline, self.accelerator, left)
 

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 
 from diffusers_ctx import embedded_base
 from diffusers_ctx.adapter import attach_context_module
-from diffusers_ctx.adapter.image_features import ClipFeatures, UNetFeatures
+from diffusers_ctx.adapter.image_features import BackboneFeatures, ClipFeatures
 from diffusers_ctx.pipelines import Conditioner
 
 
@@ -33,7 +33,7 @@ def add_loras(pipeline) -> None:
 
 
 def unet_features(pipeline) -> torch.Tensor:
-    return Conditioner.of(pipeline).unet_features()(IMAGE, LATENTS)
+    return Conditioner.of(pipeline).backbone_features()(IMAGE, LATENTS)
 
 
 def sample(pipeline) -> np.ndarray:
@@ -108,7 +108,7 @@ def test_those_of_an_xl_unet_are_told_the_size():
 
 @pytest.mark.parametrize("latent_size", [8, 10, 12, 14, 16, 64])
 def test_their_size_is_known_before(plain_pipeline, latent_size):
-    image_features = Conditioner.of(plain_pipeline).unet_features()
+    image_features = Conditioner.of(plain_pipeline).backbone_features()
     features = image_features(IMAGE, torch.zeros(1, 4, latent_size, latent_size))
     size = image_features.size(latent_size)
     assert features.shape == (1, image_features.channels, size, size) and size <= 8
@@ -122,7 +122,7 @@ def test_full_size_features_on_the_meta_device():
             if config is SDXL_UNET:
                 sizes = {"text_embeds": 1280, "time_ids": 6}
                 told["added_cond_kwargs"] = {n: torch.zeros(1, size, device="meta") for n, size in sizes.items()}
-            image_features = UNetFeatures(unet, [], lambda latents, told=told: told)
+            image_features = BackboneFeatures(unet, [], lambda latents, told=told: told)
             latents = torch.zeros(1, 4, latent_size, latent_size, device="meta")
             assert image_features(latents, latents).shape == (1, 1280, 8, 8)
             assert (image_features.channels, image_features.size(latent_size)) == (1280, 8)
@@ -131,19 +131,19 @@ def test_full_size_features_on_the_meta_device():
 def test_a_unet_without_a_middle_block(plain_pipeline):
     plain_pipeline.unet = make_unet(cross_attention_dim=32, mid_block_type=None)
     with pytest.raises(ValueError, match="no middle block; use `--posterior_encoder vae` or `clip`"):
-        Conditioner.of(plain_pipeline).unet_features()
+        Conditioner.of(plain_pipeline).backbone_features()
 
 
 def test_other_weights_or_prompts_have_another_digest():
     pipeline = make_pipeline()
-    digests = [Conditioner.of(pipeline).unet_features().digest()]
+    digests = [Conditioner.of(pipeline).backbone_features().digest()]
     attach_random_module(pipeline)
     add_loras(pipeline)
-    assert Conditioner.of(pipeline).unet_features().digest() == digests[0]
+    assert Conditioner.of(pipeline).backbone_features().digest() == digests[0]
     for model in (pipeline.unet, pipeline.text_encoder):
         with torch.no_grad():
             next(model.parameters()).add_(0.1)
-        digests.append(Conditioner.of(pipeline).unet_features().digest())
+        digests.append(Conditioner.of(pipeline).backbone_features().digest())
     assert len(set(digests)) == 3
 
 

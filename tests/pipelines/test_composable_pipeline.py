@@ -540,7 +540,7 @@ def test_guidance_of_a_counterfactual_is_the_formula(pipeline):
 
     def conditions(*texts):
         geometry = conditioner.full_image_geometry(x).repeat(len(texts), 1)
-        return conditioner.unet_kwargs(conditioner.encode_captions(list(texts)), geometry)
+        return conditioner.model_kwargs(conditioner.encode_captions(list(texts)), geometry)
 
     with torch.no_grad():
         guided = pipeline._guided_model(conditions("a square", PROMPT), tokens, 3.0)(x, 10)

@@ -144,7 +144,7 @@ def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, image):
 def test_no_prompt_is_told_as_guidance_tells_it(pipeline):
     geometry = torch.tensor([[40, 36, 1, 2, 32, 32], [32, 32, 0, 0, 32, 32]])
     conditioner = Conditioner.of(pipeline)
-    conditions = conditioner.unet_kwargs(conditioner.encode_captions(["", PROMPT]), geometry)
+    conditions = conditioner.model_kwargs(conditioner.encode_captions(["", PROMPT]), geometry)
     added = conditions["added_cond_kwargs"]
     text, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPT)
     torch.testing.assert_close(conditions["encoder_hidden_states"], torch.cat([negative, text]))

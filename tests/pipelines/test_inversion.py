@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_ctx.pipelines.inversion import ddim_coefficients, denoise, evenly_spaced_timesteps, invert
+from diffusers_ctx.adapter.backbones.noising import ddim_coefficients, ddim_steps, evenly_spaced_timesteps
+from diffusers_ctx.pipelines.inversion import denoise, invert
 
 
 def make_scheduler(prediction_type: str) -> DDIMScheduler:
@@ -32,7 +33,7 @@ def test_denoising_is_ddim(prediction_type):
     scheduler = make_scheduler(prediction_type)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = [999, 749, 499, 249, 0]
-    got = denoise(smooth_model, x, scheduler.alphas_cumprod, timesteps, prediction_type)
+    got = denoise(smooth_model, x, ddim_steps(scheduler.alphas_cumprod, timesteps, prediction_type))
     scheduler.num_inference_steps = 1000
     for t, s in pairwise(timesteps):
         scheduler.config.num_train_timesteps = 1000 * (t - s)  # makes the scheduler's step lead from t to s
@@ -44,12 +45,12 @@ def test_denoising_is_ddim(prediction_type):
 def test_inversion_is_undone_by_denoising(prediction_type):
     alphas = make_scheduler(prediction_type).alphas_cumprod
     clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    timesteps = evenly_spaced_timesteps(1000, 20)
+    steps = ddim_steps(alphas, evenly_spaced_timesteps(1000, 20), prediction_type)
     errors = []
     for iterations in (1, 2, 3, 6):
-        noise = invert(smooth_model, clean, alphas, timesteps, prediction_type, iterations)
+        noise = invert(smooth_model, clean, steps, iterations)
         assert (noise - clean).abs().max() > 0.1
-        back = denoise(smooth_model, noise, alphas, timesteps, prediction_type)
+        back = denoise(smooth_model, noise, steps)
         errors.append((back - clean).abs().max().item())
     assert errors[0] > 5 * errors[1] > 25 * errors[2] > 125 * errors[3]
     assert errors[3] < 1e-4

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_pipeline, make_xl_pipeline
 
+from diffusers_ctx.adapter.backbones import UNetBackbone
 from diffusers_ctx.pipelines import Conditioner
-from diffusers_ctx.pipelines.conditioning import StableDiffusionConditioner
 from diffusers_ctx.training.encoding.caption_cache import CaptionCache
 
 from .conftest import create_trainer
@@ -116,11 +116,14 @@ def test_a_disk_without_room_is_named(pipeline, tmp_path, largest_file, monkeypa
 def test_a_run_learns_the_same_from_cached_captions(options, tmp_path, monkeypatch):
     cached = {"cache_latents": True, "cache_dir": str(tmp_path / "cache")}
     asked = []
-    kind = StableDiffusionConditioner
+    kind = UNetBackbone
     encode_captions = kind.encode_captions
-    monkeypatch.setattr(
-        kind, "encode_captions", lambda self, texts: asked.append(texts) or encode_captions(self, texts)
-    )
+
+    def noted(self, pipeline, texts):
+        asked.append(texts)
+        return encode_captions(self, pipeline, texts)
+
+    monkeypatch.setattr(kind, "encode_captions", noted)
     for name, changes in (("plain", {}), ("first", cached), ("second", cached)):
         asked.clear()
         create_trainer(options | changes | {"output_dir": str(tmp_path / name)}).train()

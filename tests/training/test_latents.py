@@ -217,7 +217,7 @@ def test_a_disk_without_room_is_found_before_anything_is_encoded(
     def have(size: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
-    features = Conditioner.of(plain_pipeline).unet_features()
+    features = Conditioner.of(plain_pipeline).backbone_features()
     # of latents, features and geometry, by hand
     size = 4 * 5 * (1 + random_flip) * (2 * 4 * 16 * 16 + 16 * 8 * 8 + 6)
     have(size - 1)

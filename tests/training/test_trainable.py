@@ -163,7 +163,7 @@ def test_another_prediction_type_is_learned_and_brought_along(options, epsilon_b
     trainer = create_trainer(options | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     output_dir = trainer.train()
     assert trainer.contract["unfreeze_step"] == 0
-    scheduler = trainer.adapter_stage.objective.scheduler
+    scheduler = trainer.adapter_stage.objective.noising.scheduler
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.alphas_cumprod[-1] == 0
 
     pipeline = ComposablePipeline.from_pretrained(output_dir if mode == "full" else epsilon_base, safety_checker=None)

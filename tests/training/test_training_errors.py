@@ -147,7 +147,7 @@ def test_too_few_epochs_for_one_step(refuses):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution": 33}, "`resolution` is 33; this model's autoencoder needs a multiple of 2"),
+        ({"resolution": 33}, "`resolution` is 33; this model needs a multiple of 2"),
         ({"lr_warmup_steps": 5}, "`lr_warmup_steps` is 5, and .* `constant` has no .*to constant_with_warmup"),
         ({"report_to": "notebook"}, "`report_to` is 'notebook', and no tracker .* choose one of .*'tensorboard'"),
         ({"graph": ["snow->nigth"]}, r"`graph` names \['nigth'\]; the nodes are \['night', 'snow'"),

@@ -80,7 +80,7 @@ def test_the_loss_is_the_objectives_at_spread_timesteps(trainer):
         expected = []
         for row, timestep in zip(rows, (166, 500, 833)):  # middles of thirds of 1000
             encoded = conditioner.encode_captions([held_out.captions[row]])
-            conditions = conditioner.unet_kwargs(encoded, held_out.geometry[0, [row]])
+            conditions = conditioner.model_kwargs(encoded, held_out.geometry[0, [row]])
             nothing = torch.zeros(1, *trainer.context_module.noise_shape)
             batch = Batch(
                 held_out.mean[0, [row]],

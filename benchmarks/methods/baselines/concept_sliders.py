@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
+from diffusers_ctx.adapter.backbones import UNetBackbone
 
 from ..predicting import Predicting, Predictor
 from ..setting import Sampler, Setting
@@ -38,7 +38,7 @@ class ConceptSliders(Predicting):
         for name in setting.bed.concepts:
             pipeline = load_prompt_lora(setting, folder.parent / self.source)
             training = LoraTraining(pipeline, setting, folder / "logs", name)
-            parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
+            parameters = add_lora(pipeline.unet, list(UNetBackbone.lora_targets), name)
 
             def predict(noisy, timesteps, target, rows, pipeline=pipeline, training=training, name=name):
                 captions = training.captions(rows)

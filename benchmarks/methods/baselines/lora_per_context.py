@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from diffusers import StableDiffusionPipeline
 
-from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS
+from diffusers_ctx.adapter.backbones import UNetBackbone
 
 from ..predicting import Predicting, Predictor
 from ..setting import Sampler, Setting
@@ -33,7 +33,7 @@ class LoraPerContext(Predicting):
             def predict(noisy, timesteps, target, rows, training=training):
                 return training.predict(noisy, timesteps, training.captions(rows)), target
 
-            parameters = add_lora(pipeline.unet, LORA_TARGETS, name)
+            parameters = add_lora(pipeline.unet, list(UNetBackbone.lora_targets), name)
             training.run(parameters, [name], setting.baseline_steps // len(contexts), predict)
             save_lora(pipeline, folder, name)
 

@@ -11,7 +11,8 @@ from beds.bed import Bed
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_ctx.training.diffusion.trainable import LORA_TARGETS, TEXT_LORA_TARGETS
+from diffusers_ctx.adapter.backbones import UNetBackbone
+from diffusers_ctx.training.diffusion.trainable import TEXT_LORA_TARGETS
 
 from ..predicting import Predicting, Prediction, Predictor
 from ..setting import Sampler, Setting, device
@@ -44,7 +45,7 @@ class PromptLora(Predicting):
     def train(self, setting: Setting, folder: Path) -> None:
         pipeline = load_base(setting)
         training = LoraTraining(pipeline, setting, folder / "logs", "names")
-        parameters = add_lora(pipeline.unet, LORA_TARGETS, "names")
+        parameters = add_lora(pipeline.unet, list(UNetBackbone.lora_targets), "names")
         parameters += add_lora(pipeline.text_encoder, TEXT_LORA_TARGETS, "names")
 
         def predict(noisy, timesteps, target, rows):

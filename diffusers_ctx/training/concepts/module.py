@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...adapter import backbone_of_pipeline
 from ...adapter.image_features import ImageFeatures
 from ...context import ContextModule
 from ...pipelines import CompositionMixin
@@ -16,7 +17,7 @@ def create_context_module(
     image_features: ImageFeatures | None,
     resolution: int,
 ) -> ContextModule:
-    """A new context module for the pipeline's UNet and the images that its posterior will read.
+    """A new context module for the pipeline's backbone and the images that its posterior will read.
 
     Args:
         config: the run.
@@ -25,10 +26,10 @@ def create_context_module(
         image_features: makes the features that the posterior reads, if it does not read latents.
         resolution: height and width of the images.
     """
-    options = config.context
+    options, width = config.context, backbone_of_pipeline(pipeline).token_dim
     return ContextModule(
         concepts=concepts,
-        token_dim=pipeline.unet.config.cross_attention_dim,
+        token_dim=width,
         obs_context=config.data.obs_context,
         num_hidden_factors=options.num_hidden_factors,
         noise_dim=options.noise_dim,
@@ -38,7 +39,7 @@ def create_context_module(
         graph=config.graph_edges(),
         tokens_per_concept=options.tokens_per_concept,
         posterior_type=options.posterior_type,
-        caption_dim=pipeline.unet.config.cross_attention_dim,
+        caption_dim=width,
         nodes_without_noise=[],  # given, or diffusers takes it for a default that configurations need not have
         **posterior_input(options, pipeline, image_features, resolution),
     )

@@ -1,24 +1,33 @@
-"""The noise schedule that the UNet learns with, where it is not the base model's."""
+"""The noise schedule that the backbone learns with, where it is not the base model's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from diffusers import SchedulerMixin
-
+from ...adapter import backbone_of_pipeline
+from ...pipelines import CompositionMixin
 from ..config import ModelConfig, TrainingConfig
 
 
 _UNFREEZE_AFTER = 0.2  # of the steps
 
 
-def schedule_options(model: ModelConfig, scheduler: SchedulerMixin) -> dict[str, Any]:
+def schedule_options(model: ModelConfig, pipeline: CompositionMixin) -> dict[str, Any]:
     """What the noise schedule of training has other than the base model's; empty where it has the same.
 
     Raises:
-        ValueError: if the mode leaves the UNet as it is, or zero terminal SNR meets a prediction of the noise.
+        ValueError: if the mode leaves the UNet as it is, zero terminal SNR meets a prediction of the noise, or the
+            base model's noise has no other schedules.
     """
+    if not backbone_of_pipeline(pipeline).noising.is_diffusion:
+        if model.prediction_type or model.rescale_betas_zero_snr:
+            raise ValueError(
+                "The base model is of rectified flow, whose schedule and prediction are given; leave out"
+                " `prediction_type` and `rescale_betas_zero_snr`."
+            )
+        return {}
+    scheduler = pipeline.scheduler
     prediction_type = model.prediction_type or scheduler.config.prediction_type
     options: dict[str, Any] = {}
     if prediction_type != scheduler.config.prediction_type:

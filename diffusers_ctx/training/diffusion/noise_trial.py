@@ -81,7 +81,7 @@ class NoiseTrial:
 
         Args:
             objective: the loss.
-            conditions: captions and geometry to keyword arguments of the UNet's call, but for the context tokens.
+            conditions: captions and geometry to keyword arguments of the backbone's call, but for the context tokens.
             device: the objective's.
         """
         count, module = len(self.held_out), objective.context_module
@@ -108,6 +108,6 @@ class NoiseTrial:
         random, count = KeyedNoise(self.seed, "noise trial", draw), len(self.held_out)
         shape_of_noise = objective.context_module.noise_shape
         place = 1 - _NOISIEST * (1 - (draw + random.uniform(count)) / _DRAWS)
-        timesteps = (place * objective.scheduler.config.num_train_timesteps).long()
+        timesteps = (place * objective.noising.num_train_timesteps).long()
         noise, eps = (random.normal(*shape) for shape in (self.held_out.mean.shape[1:], (count, *shape_of_noise)))
         return Draws(noise[rows], timesteps[rows], eps[rows])

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.training_utils import compute_snr
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
-from ...adapter import add_context_tokens, attached_context_module
+from ...adapter import backbone_of
+from ...adapter.backbones import Backbone
 from ...context import ContextModule
 from ...pipelines import CompositionMixin, Conditioner
 from ..encoding.batch import Batch
@@ -18,7 +18,7 @@ from .composition import COMPOSED_SHARE, composition_losses
 
 
 class CaptionEncoder(nn.Module):
-    """Encodes captions into the UNet's conditions, with gradients: as a part of the objective, text encoders learn."""
+    """Encodes captions into the backbone's conditions, with gradients: as a part of the objective, encoders learn."""
 
     def __init__(self, pipeline: CompositionMixin):
         super().__init__()
@@ -49,11 +49,11 @@ class Draws(NamedTuple):
 
 
 class DiffusionObjective(nn.Module):
-    """The diffusion loss of a UNet that attends to the context's tokens, with exogenous noise from the posterior.
+    """The diffusion loss of a model that attends to the context's tokens, with exogenous noise from the posterior.
 
     Args:
-        unet: the UNet with a context module attached.
-        scheduler: the noise schedule; its prediction type is what the UNet predicts.
+        backbone: the UNet or transformer with a context module attached.
+        scheduler: has the noise schedule; its prediction type, if any, is what the model predicts.
         snr_gamma: γ of min-SNR weighting (Hang et al. 2023, arXiv 2303.09556), or `None`.
         composition_weight: weight of the composition loss, where there are combinations to learn.
         caption_encoder: encodes captions in the forward pass, or `None` if they come encoded.
@@ -61,25 +61,30 @@ class DiffusionObjective(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        scheduler: DDPMScheduler,
+        backbone: ModelMixin,
+        scheduler: SchedulerMixin,
         snr_gamma: float | None = None,
         caption_encoder: CaptionEncoder | None = None,
         composition_weight: float = 0.0,
     ):
         super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
+        self.component = backbone_of(backbone).component
+        setattr(self, self.component, backbone)  # checkpoints have its weights under this name
+        self.noising = backbone_of(backbone).noising(scheduler.config)
         self.snr_gamma = snr_gamma
         self.caption_encoder = caption_encoder
         self.composition_weight = composition_weight
 
     @property
     def context_module(self) -> ContextModule:
-        """The module that the UNet owns; as a property it is neither saved nor synchronized twice."""
-        module = attached_context_module(self.unet)
+        """The module that the backbone owns; as a property it is neither saved nor synchronized twice."""
+        module = self._backbone.context_module
         assert module is not None
         return module
+
+    @property
+    def _backbone(self) -> Backbone:
+        return backbone_of(getattr(self, self.component))
 
     def forward(self, batch: Batch, draws: Draws, conditions: dict[str, Any] | None = None) -> torch.Tensor:
         """The weighted mean of `losses`; a caption encoder makes the conditions, where there is one."""
@@ -103,14 +108,14 @@ class DiffusionObjective(nn.Module):
         Args:
             batch: the images.
             draws: what is drawn for them.
-            conditions: keyword arguments of the UNet's call other than the context tokens.
+            conditions: keyword arguments of the backbone's call other than the context tokens.
             exogenous_noise: (B, N, d_z); by default it is drawn from the posterior.
         """
         z = self._noise(batch, draws) if exogenous_noise is None else exogenous_noise
         tokens = self.context_module(z, batch.mask)
-        noisy = self.scheduler.add_noise(batch.latents, draws.noise, draws.timesteps)
-        prediction = self.unet(noisy, draws.timesteps, **add_context_tokens(conditions, tokens)).sample
-        target = self._target(batch.latents, draws.noise, draws.timesteps)
+        noisy = self.noising.add_noise(batch.latents, draws.noise, draws.timesteps)
+        prediction = self._predict(noisy, draws.timesteps, conditions, tokens)
+        target = self.noising.target(batch.latents, draws.noise, draws.timesteps)
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def _noise(self, batch: Batch, draws: Draws) -> torch.Tensor:
@@ -126,32 +131,25 @@ class DiffusionObjective(nn.Module):
         with torch.no_grad():
             z = self._noise(batch, draws)[rows]
         timesteps, own = draws.timesteps[rows], _select(conditions, rows)
-        noisy = self.scheduler.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
+        noisy = self.noising.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
-            return self.unet(noisy, timesteps, **add_context_tokens(own, tokens)).sample
+            return self._predict(noisy, timesteps, own, tokens)
 
         return composition_losses(predict, self.context_module, z, draws.combinations[rows])
 
-    def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "epsilon":
-            return noise
-        if prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(latents, noise, timesteps)
-        assert prediction_type == "sample"
-        return latents
+    def _predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """What the backbone predicts (B, C, h, w) under context tokens (B, N, T, token_dim)."""
+        backbone = self._backbone
+        return backbone.predict(noisy, self.noising.told(timesteps), backbone.with_tokens(conditions, tokens))
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Loss weights (B,): min(SNR, γ), divided by what the prediction type weighs already; 1 where SNR is zero."""
+        """Loss weights (B,), of min-SNR weighting if it is asked for."""
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
-        snr = compute_snr(self.scheduler, timesteps)
-        clipped = snr.clamp(max=self.snr_gamma)
-        divisors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-        weights = clipped / divisors[self.scheduler.config.prediction_type]
-        # as in the code of Hang et al.: 0 would leave unlearned the pure noise that sampling starts from
-        return torch.where(snr > 0, weights, 1.0)
+        return self.noising.min_snr_weights(timesteps, self.snr_gamma)
 
 
 def _select(conditions: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
-from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params
 from tqdm.auto import tqdm
 
+from ...adapter import backbone_of_pipeline
 from ...data import ContextBalancedSampler
 from ...pipelines import CompositionMixin, Conditioner
 from ..config import TrainingConfig
@@ -37,7 +37,7 @@ _SINGLES_SHARE = 0.3  # of the steps, in which single interventions are learned 
 
 
 class DiffusionStage:
-    """Trains the adapter, and the LoRAs or the UNet of its mode, on a pipeline that a context module is attached to.
+    """Trains the adapter, and the LoRAs or the backbone of its mode, on a pipeline with a context module.
 
     Every random number of a step is keyed by the step: a run that is resumed, or spread over several processes, gives
     the same result as a single-process, uninterrupted one.
@@ -69,7 +69,7 @@ class DiffusionStage:
         self.trial = trial
         self.accelerator, self.pipeline, self.config = accelerator, pipeline, config
         self.batches, self.max_train_steps = batches, max_train_steps
-        self._conditioner = Conditioner.of(pipeline)
+        self._conditioner, self._backbone = Conditioner.of(pipeline), backbone_of_pipeline(pipeline).model
         self.encode_captions = encode_captions or self._conditioner.encode_captions
         share = config.model.unfreeze_after or 0.0
         self.unfreeze_step = math.ceil(share * max_train_steps) if unfreeze_step is None else unfreeze_step
@@ -81,19 +81,18 @@ class DiffusionStage:
 
     def _prepare(self, learning_rate: float) -> None:
         """Hands what learns, the optimizer and the state of checkpoints to Accelerate."""
-        options, model, unet = self.config.optimization, self.config.model, self.pipeline.unet
-        prepare_mode(unet, model.mode, model.rank, self.text_encoders)
-        cast_training_params([unet, *self.text_encoders], torch.float32)
-        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        options, model, backbone = self.config.optimization, self.config.model, self._backbone
+        prepare_mode(backbone, model.mode, model.rank, self.text_encoders)
+        cast_training_params([backbone, *self.text_encoders], torch.float32)
         caption_encoder = CaptionEncoder(self.pipeline) if self.text_encoders else None
         weight = 1.0 if options.composition_weight is None else options.composition_weight
-        objective = DiffusionObjective(unet, scheduler, options.snr_gamma, caption_encoder, weight)
+        objective = DiffusionObjective(backbone, self.pipeline.scheduler, options.snr_gamma, caption_encoder, weight)
         self._module = objective.context_module
-        learning = [p for part in split_parameters(unet, self.text_encoders) for p in part]
+        learning = [p for part in split_parameters(backbone, self.text_encoders) for p in part]
         optimizer = create_optimizer(learning, options, learning_rate)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         # only now: where they are sharded, other parameters have taken their places
-        adapter_parameters, self._backbone_parameters = split_parameters(unet, self.text_encoders)
+        adapter_parameters, self._backbone_parameters = split_parameters(backbone, self.text_encoders)
         self.parameters = adapter_parameters + self._backbone_parameters
         start_moments(self.optimizer)
         # not prepared: Accelerate would step it once per process
@@ -168,11 +167,11 @@ class DiffusionStage:
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
         self.set_training(False)
-        self.pipeline.unet.float()
-        gather_weights(self.pipeline.unet, self.accelerator)
+        self._backbone.float()
+        gather_weights(self._backbone, self.accelerator)
 
     def set_training(self, training: bool) -> None:
-        for model in (self.pipeline.unet, *self.text_encoders):
+        for model in (self._backbone, *self.text_encoders):
             model.train(training)
 
     def _learn_from(self, batch: Batch, random: KeyedNoise) -> float:
@@ -223,7 +222,7 @@ class DiffusionStage:
         if self.text_encoders:  # which learn within the objective
             return batch, draws, None
         with torch.no_grad():
-            return batch, draws, self._conditioner.unet_kwargs(self.encode_captions(captions), batch.geometry)
+            return batch, draws, self._conditioner.model_kwargs(self.encode_captions(captions), batch.geometry)
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
         """Leaves the noise out if held-out images do not confirm it, and says so."""

@@ -129,7 +129,7 @@ def validation_losses(
         The losses; `None` if the run was asked to stop.
     """
     noise = torch.randn(latents.mean.shape[1:], generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    timesteps = _spread_timesteps(latents.contexts, objective.scheduler.config.num_train_timesteps)
+    timesteps = _spread_timesteps(latents.contexts, objective.noising.num_train_timesteps)
     losses: list[float] = []
     conditioner = Conditioner.of(pipeline)
     for rows in torch.arange(len(latents)).split(batch_size):

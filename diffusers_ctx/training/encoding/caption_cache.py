@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from ...adapter.text_encoders import tokenizer_of
 from ...fingerprint import fingerprint
 from ...pipelines import CompositionMixin, Conditioner
 from ..run.files import check_room, check_writable, needs_making, wait_for_file, writing_to_cache
@@ -104,8 +105,11 @@ def _content_key(pipeline: CompositionMixin, captions: list[str], shapes: dict[s
     """The fingerprint of the captions, their tokens, the text encoders, and the shapes of what they return."""
     zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     parts: list[Any] = [type(pipeline).__name__, zeros, captions, shapes]
-    for name, encoder in Conditioner.of(pipeline).text_encoders.items():
-        tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
+    conditioner = Conditioner.of(pipeline)
+    for name, encoder in conditioner.text_encoders.items():
+        tokenizer, limit = pipeline.components[tokenizer_of(name)], conditioner.caption_limits[name]
+        tokens = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=limit, return_tensors="np"
+        ).input_ids
         parts += [encoder.config.to_json_string(), tokens, encoder]
     return fingerprint(*parts)

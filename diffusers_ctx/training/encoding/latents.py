@@ -160,6 +160,8 @@ def encode_images(
     else:
         # with the names of what is kept, and how RGB is made: other versions of this function did other things
         settings = [_KEPT, "RGB over white", vars(transform), random_flip, vae.config.scaling_factor]
+        if vae.config.get("shift_factor"):
+            settings.append(vae.config.shift_factor)
         if image_features is not None:
             settings.append(image_features.digest())
         key = content_key(vae, dataset, *settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...adapter import backbone_of_pipeline
 from ...adapter.image_features import ClipFeatures, ImageFeatures
 from ...adapter_format import public_name
 from ...autoencoding import latent_size
@@ -16,12 +17,13 @@ def with_posterior_encoder(config: TrainingConfig, pipeline: CompositionMixin) -
     """The config with a posterior encoder: the given one, or else the best that the base model and options allow."""
     if config.context.posterior_encoder is not None:
         return config
+    backbone = backbone_of_pipeline(pipeline)
     if config.context.posterior_encoder_model is not None:
         encoder: PosteriorEncoder = "clip"
-    elif config.model.mode == "full" or config.data.streaming or pipeline.unet.mid_block is None:
+    elif config.model.mode == "full" or config.data.streaming or not backbone.has_features:
         encoder = "vae"
     else:
-        encoder = "unet"
+        encoder = backbone.component
     return replace(config, context=replace(config.context, posterior_encoder=encoder))
 
 
@@ -33,10 +35,13 @@ def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) ->
     """
     encoder, model = config.context.posterior_encoder, config.context.posterior_encoder_model
     has_own = getattr(pipeline, "image_encoder", None) is not None
-    if encoder == "unet" and config.model.mode == "full":
+    backbone = backbone_of_pipeline(pipeline)
+    if encoder not in ("vae", "clip", backbone.component):
+        raise ValueError(f"The base model has no {encoder}; choose `posterior_encoder` {backbone.component}.")
+    if encoder == backbone.component and config.model.mode == "full":
         raise ValueError(
-            "In mode full the UNet changes, and with it the features that the posterior learned on; choose mode frozen"
-            " or lora, or another `posterior_encoder`."
+            f"In mode full the {backbone.name} changes, and with it the features that the posterior learned on; choose"
+            " mode frozen or lora, or another `posterior_encoder`."
         )
     if model is not None and encoder != "clip":
         raise ValueError(
@@ -54,7 +59,7 @@ def create_image_features(config: TrainingConfig, pipeline: CompositionMixin) ->
         return ClipFeatures.from_pretrained(model, config.data.cache_dir)
     if encoder == "clip":
         return ClipFeatures(pipeline.image_encoder)
-    return Conditioner.of(pipeline).unet_features() if encoder == "unet" else None
+    return Conditioner.of(pipeline).backbone_features() if encoder == backbone.component else None
 
 
 def posterior_input(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from ...adapter import backbone_of_pipeline
 from ...pipelines import CompositionMixin
 from ..config import TrainingConfig
 
@@ -68,7 +69,7 @@ def _checkpoint_size(
     copies = 1 + _OPTIMIZER_VALUES[options.optimizer] + options.use_ema
     size = 4 * copies * learned + _concepts_size(pipeline)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        size += _size(pipeline.unet)  # they save the frozen weights, too
+        size += _size(backbone_of_pipeline(pipeline).model)  # they save the frozen weights, too
     return size
 
 
@@ -78,7 +79,8 @@ def _adapter_size(config: TrainingConfig, learned: int, pipeline: CompositionMix
     if config.model.mode != "full":
         return adapter
     models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
-    return adapter + sum(_size(model) for model in models if model is not pipeline.unet)
+    backbone = backbone_of_pipeline(pipeline).model
+    return adapter + sum(_size(model) for model in models if model is not backbone)
 
 
 def _concepts_size(pipeline: CompositionMixin) -> int:
