@@ -9,6 +9,7 @@ from .stable_diffusion import (
     ComposableInpaintPipeline,
     ComposablePipeline,
 )
+from .stable_diffusion_3 import ComposableSD3Pipeline
 from .stable_diffusion_xl import (
     ComposableXLControlNetImg2ImgPipeline,
     ComposableXLControlNetInpaintPipeline,
@@ -28,6 +29,7 @@ __all__ = [
     "ComposableInpaintPipeline",
     "ComposablePipeline",
     "ComposablePipelineOutput",
+    "ComposableSD3Pipeline",
     "ComposableXLControlNetImg2ImgPipeline",
     "ComposableXLControlNetInpaintPipeline",
     "ComposableXLControlNetPipeline",

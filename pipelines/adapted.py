@@ -16,6 +16,7 @@ from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 
 from .composition import CompositionMixin
 from .stable_diffusion import ComposablePipeline
+from .stable_diffusion_3 import ComposableSD3Pipeline
 from .stable_diffusion_xl import ComposableXLPipeline
 
 
@@ -61,7 +62,8 @@ def load_adapted_pipeline(
     folder = resolve_adapter_folder(adapter, cache_dir=cache_dir)
     config = read_adapter_config(folder)
     base = base or recorded_base(os.fspath(adapter), config)
-    kind = {cls.__name__: cls for cls in (ComposablePipeline, ComposableXLPipeline)}[pipeline_name(config)]
+    kinds = (ComposablePipeline, ComposableXLPipeline, ComposableSD3Pipeline)
+    kind = {cls.__name__: cls for cls in kinds}[pipeline_name(config)]
     checker = {"safety_checker": None, "requires_safety_checker": False} if kind is ComposablePipeline else {}
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir} | checker
     pipeline = kind.from_pretrained(base, context_adapter=False, **options)

@@ -114,7 +114,8 @@ class CompositionMixin(SweepMixin):
             names = callback_inputs(arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"])
             arguments["callback_on_step_end_tensor_inputs"] = names
             arguments["callback_on_step_end"] = keeping_images(arguments["callback_on_step_end"], len(mask))
-        attention_kwargs = arguments[self._backbone.attention_kwargs] or {}
+        attention_kwargs = dict(arguments[self._backbone.attention_kwargs] or {})  # a pipeline may add to them
+        arguments[self._backbone.attention_kwargs] = attention_kwargs or None
         with ExitStack() as stack:
             stack.enter_context(self._scaled_for_call(attention_kwargs.get("scale", 1.0)))
             if context_guidance_scale != 1:

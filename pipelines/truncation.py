@@ -12,7 +12,7 @@ from diffusers_ctx.adapter.text_encoders import tokenizer_of
 from .conditioning import Conditioner
 
 
-_WARNINGS = ("input was truncated because CLIP", "Token indices sequence length is longer")  # diffusers, transformers
+_WARNINGS = ("input was truncated because", "Token indices sequence length is longer")  # diffusers, transformers
 
 
 def describe_truncated(pipeline: Any, captions: Sequence[str], what: str = "captions") -> str | None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import runpy
+import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,30 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
-from diffusers_ctx import ComposablePipeline, ComposableXLPipeline, ContextModule, embedded_base
+from diffusers_ctx import (
+    ComposablePipeline,
+    ComposableSD3Pipeline,
+    ComposableXLPipeline,
+    ContextModule,
+    embedded_base,
+)
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
 
 
@@ -86,11 +107,63 @@ def make_xl_components() -> dict:
             projection_class_embeddings_input_dim=6 * 4 + 8,
         ),
         "text_encoder": CLIPTextModel(make_text_config(tokenizer, 12, num_hidden_layers=2)).eval(),
-        "text_encoder_2": CLIPTextModelWithProjection(
-            make_text_config(tokenizer, 20, num_hidden_layers=2, projection_dim=8)
-        ).eval(),
+        "text_encoder_2": make_clip_with_projection(tokenizer, 20),
         "tokenizer_2": tokenizer,
     }
+
+
+def make_sd3_components() -> dict:
+    """Random components of a Stable Diffusion 3 for 32x32 images, in 64 patches."""
+    shared = make_components()
+    tokenizer = shared["tokenizer"]
+    torch.manual_seed(0)
+    letters = [(letter, -3.0) for letter in string.ascii_lowercase + string.digits]
+    tokenizer_3 = T5TokenizerFast(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters],
+        extra_ids=0,
+        model_max_length=512,
+    )
+    t5 = {"vocab_size": len(tokenizer_3), "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 2}
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=8 + 8,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return {
+        "transformer": transformer.eval(),
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=32,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        ).eval(),
+        "text_encoder": make_clip_with_projection(tokenizer, 12),
+        "text_encoder_2": make_clip_with_projection(tokenizer, 20),
+        "text_encoder_3": T5EncoderModel(T5Config(**t5)).eval(),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "tokenizer_3": tokenizer_3,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def make_clip_with_projection(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+    config = make_text_config(tokenizer, width, num_hidden_layers=2, projection_dim=8)
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def make_unet(**options) -> UNet2DConditionModel:
@@ -144,6 +217,12 @@ def make_pipeline() -> ComposablePipeline:
 
 def make_xl_pipeline() -> ComposableXLPipeline:
     pipeline = ComposableXLPipeline(**make_xl_components(), add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_sd3_pipeline() -> ComposableSD3Pipeline:
+    pipeline = ComposableSD3Pipeline(**make_sd3_components())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

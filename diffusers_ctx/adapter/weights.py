@@ -25,7 +25,8 @@ def check_base(config: dict[str, Any], backbone: Backbone, scheduler: SchedulerM
     Raises:
         AdapterError: naming what differs and the base model to load instead.
     """
-    needed, found = config["base"], backbone.requirements(scheduler.config)
+    needed, found = config["base"], {"architecture": backbone.model_class.__name__}
+    found |= backbone.requirements(scheduler.config)
     differences = [
         f"{key} is {found.get(key)}, not {value}" for key, value in needed.items() if found.get(key) != value
     ]

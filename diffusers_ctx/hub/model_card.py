@@ -112,7 +112,10 @@ def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
 
 def pipeline_name(config: Mapping[str, Any]) -> str:
     """Name of the pipeline class, in diffusers_ctx, for the adapter with this config."""
-    return "ComposableXLPipeline" if config["base"].get("addition_embed_type") == "text_time" else "ComposablePipeline"
+    base = config["base"]
+    if base.get("architecture") == "SD3Transformer2DModel":
+        return "ComposableSD3Pipeline"
+    return "ComposableXLPipeline" if base.get("addition_embed_type") == "text_time" else "ComposablePipeline"
 
 
 def _refuse_unknown(name: str, given: Mapping[str, Any], known: set[str]) -> None:

@@ -131,8 +131,8 @@ class ContextConfig(OptionGroup):
     posterior_encoder: PosteriorEncoder | None = option(
         None,
         "Input of the posterior: latents (vae), or features of the UNet (unet), of the transformer that a base has in"
-        " its place (transformer), or of a CLIP image encoder (clip). By default the base model's, or clip if a model is"
-        " named; vae in mode full, with streaming, and for a UNet without a middle block.",
+        " its place (transformer), or of a CLIP image encoder (clip). By default the base model's, or clip if a model"
+        " is named; vae in mode full, with streaming, and for a UNet without a middle block.",
     )
     posterior_encoder_model: str | None = path_option(
         None, "Local folder or Hub id of the CLIP model; by default the image encoder of the pipeline, if it has one."

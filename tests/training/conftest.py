@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import make_components, make_xl_pipeline
+from conftest import make_components, make_sd3_pipeline, make_xl_pipeline
 from forked import ForkedProgram, accelerate_launch, complete, run_script
 from hub.hub_double import HubDouble
 from PIL import Image
@@ -29,6 +29,7 @@ from diffusers_ctx.training.diffusion.stage import DiffusionStage
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 SCRIPT = SCRIPTS / "train_context_text_to_image.py"
 EVALUATION_SCRIPT = SCRIPTS / "evaluate_context_adapter.py"
+SD3_SCRIPT = SCRIPTS / "train_context_text_to_image_sd3.py"
 XL_SCRIPT = SCRIPTS / "train_context_text_to_image_sdxl.py"
 IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest
 WITHOUT_SEARCH = {"posterior_type": "amortized"}
@@ -66,6 +67,13 @@ def base_model(tmp_path_factory) -> Path:
 def xl_base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base-xl") / "tiny-stable-diffusion-xl"
     make_xl_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_base_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base-sd3") / "tiny-stable-diffusion-3"
+    make_sd3_pipeline().save_pretrained(folder)
     return folder
 
 

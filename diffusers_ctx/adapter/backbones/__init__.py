@@ -6,6 +6,7 @@ from typing import Any
 
 from .base import AttachedAdapter, Backbone, ContextProjection
 from .noising import Noising, Step
+from .sd3 import SD3Backbone
 from .sdxl import XLBackbone
 from .unet import UNetBackbone, add_context_tokens
 
@@ -23,7 +24,7 @@ __all__ = [
     "native_resolution",
 ]
 
-FAMILIES: tuple[type[Backbone], ...] = (XLBackbone, UNetBackbone)  # the first that fits counts
+FAMILIES: tuple[type[Backbone], ...] = (XLBackbone, UNetBackbone, SD3Backbone)  # the first that fits counts
 
 
 def backbone_of(model: Any) -> Backbone:
