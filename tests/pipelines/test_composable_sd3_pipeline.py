@@ -136,15 +136,12 @@ def test_an_adapter_of_a_unet_is_refused(tmp_path):
     origin.save_context_adapter(tmp_path)
     with pytest.raises(AdapterError, match="does not fit the loaded base model"):
         make_sd3_pipeline().load_context_adapter(tmp_path)
-    with pytest.raises(
-        ValueError, match="cannot enter a transformer by 'cross_attention'; choose"
-    ):
+    with pytest.raises(ValueError, match="cannot enter a transformer by 'cross_attention'; choose"):
         attach_context_module(make_sd3_pipeline().transformer, make_context_module(), "cross_attention")
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, guidance_scale):
-    pipeline.transformer.proj_out.weight.data *= 0.05  # as smooth as a trained model: inversion needs that
     image = torch.rand(1, 3, 32, 32, generator=torch.manual_seed(0))
     latents = pipeline._encode_images(pipeline._preprocess(image))
     options = {"prompt": PROMPT, "num_inference_steps": 20, "output_type": "latent", "guidance_scale": guidance_scale}
@@ -152,8 +149,7 @@ def test_a_counterfactual_of_what_happened_is_the_image_itself(pipeline, guidanc
         ((pipeline.counterfactual(image, names, ["snow"], **options).images - latents).norm() / latents.norm()).item()
         for names in (["snow"], ["fog"])
     ]
-    print(change)
-    assert change[0] < 1e-3 and change[1] > 2 * change[0]
+    assert change[0] < 1e-4 and change[1] > 5 * change[0]
 
 
 @torch.no_grad()

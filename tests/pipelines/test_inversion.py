@@ -1,12 +1,17 @@
-"""DDIM and its inverse against the formulas of the papers, and against diffusers' own scheduler."""
+"""Deterministic sampling and its inverse against the formulas of the papers, and against diffusers' schedulers."""
 
 from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_ctx.adapter.backbones.noising import ddim_coefficients, ddim_steps, evenly_spaced_timesteps
+from diffusers_ctx.adapter.backbones.noising import (
+    RectifiedFlow,
+    ddim_coefficients,
+    ddim_steps,
+    evenly_spaced_timesteps,
+)
 from diffusers_ctx.pipelines.inversion import denoise, invert
 
 
@@ -52,6 +57,22 @@ def test_inversion_is_undone_by_denoising(prediction_type):
         assert (noise - clean).abs().max() > 0.1
         back = denoise(smooth_model, noise, steps)
         errors.append((back - clean).abs().max().item())
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] > 125 * errors[3]
+    assert errors[3] < 1e-4
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_rectified_flow_is_followed_as_its_scheduler_does_and_back(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    steps = RectifiedFlow(scheduler.config).steps(20, torch.device("cpu"))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = denoise(smooth_model, noise, steps)
+    scheduler.set_timesteps(20)
+    expected = noise
+    for t in scheduler.timesteps:
+        expected = scheduler.step(smooth_model(expected, t), t, expected).prev_sample
+    torch.testing.assert_close(x, expected)
+    errors = [(invert(smooth_model, x, steps, iterations) - noise).abs().max().item() for iterations in (1, 2, 3, 6)]
     assert errors[0] > 5 * errors[1] > 25 * errors[2] > 125 * errors[3]
     assert errors[3] < 1e-4
 

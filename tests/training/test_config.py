@@ -30,7 +30,7 @@ CHOICES = {
     "prediction_type": "epsilon,v_prediction,sample",
     "causal_form": "structural,reduced_form",
     "posterior_type": "inverse,amortized",
-    "posterior_encoder": "vae,unet,clip",
+    "posterior_encoder": "vae,unet,transformer,clip",
     "lr_scheduler": "linear,cosine,cosine_with_restarts,polynomial,constant,constant_with_warmup",
     "timestep_sampling": "uniform,logit_normal,high_noise",
     "optimizer": "adamw,adamw_8bit,prodigy",
