@@ -42,7 +42,7 @@ def train(ctx: click.Context, flags: tuple[str, ...], launcher_flags: str) -> No
     """Train an adapter on a folder of contexts.
 
     The flags are those of train_scripts/train_context_text_to_image.py. They may stand in a YAML or JSON FILE, and
-    flags after it override it. The base model may be a Stable Diffusion or a Stable Diffusion XL.
+    flags after it override it. The base model may be a Stable Diffusion 1, 2, XL, 3 or 3.5.
     """
     if not flags:
         raise click.UsageError("Give the flags of the training, or a file that has them.", ctx)

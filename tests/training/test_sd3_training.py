@@ -27,6 +27,22 @@ from .test_training_script import weights_of
 # the transformers of Stable Diffusion 3 medium and 3.5 medium, by what differs from the defaults of diffusers;
 # the table of positions, which is computed and no parameter, is cut to that of one image
 SIZES = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 64}
+SIZES_OF = {
+    "3": (2_028_328_000, 2_901_776, 9_388_032),
+    "3.5": (2_243_171_520, 2_901_776, 11_943_936),
+}  # base, module, LoRA
+# and the context module as training makes it by default
+MODULE = {
+    "token_dim": 4096,
+    "caption_dim": 4096,
+    "num_hidden_factors": 4,
+    "noise_dim": 1,
+    "concept_dim": 1,
+    "posterior_encoder": "transformer",
+    "posterior_in_channels": 1536,
+    "posterior_feature_size": 8,
+    "posterior_sample_size": 128,
+}
 FULL_SIZE = {
     "3": SIZES,
     "3.5": SIZES | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
@@ -183,25 +199,25 @@ def test_the_module_tells_families_apart(sd3_base_model, photos, tmp_path, monke
 def test_the_medium_models_take_a_step_on_the_meta_device(version):
     with init_empty_weights(include_buffers=True):
         transformer = SD3Transformer2DModel(**FULL_SIZE[version])
-        module = ContextModule(["night", "snow"], token_dim=4096, posterior_in_channels=16, posterior_sample_size=128)
+        module = ContextModule(["night", "snow"], **MODULE)
         plain = sum(parameter.numel() for parameter in transformer.parameters())
         text = torch.zeros(1, 333, 4096, device="meta")
         told = {"encoder_hidden_states": text, "pooled_projections": torch.zeros(1, 2048, device="meta")}
         latents, noise = torch.zeros(2, 1, 16, 128, 128, device="meta")
-        features = BackboneFeatures(transformer, [], lambda latents: told)
-        assert features(latents, latents).shape == (1, features.channels, 8, 8) == (1, 1536, 8, 8)
+        features = BackboneFeatures(transformer, [], lambda latents: told)(latents, latents)
+        assert features.shape == (1, 1536, 8, 8)
         attach_context_module(transformer, module)
         prepare_mode(transformer, "lora", rank=16)
         objective = DiffusionObjective(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0))
-        batch = Batch(latents, None, torch.zeros(1, 2, device="meta"), torch.zeros(1, 6, device="meta"), [""])
+        batch = Batch(latents, features, torch.zeros(1, 2, device="meta"), torch.zeros(1, 6, device="meta"), [""])
         timesteps = torch.zeros(1, dtype=torch.int64, device="meta")
         draws = Draws(noise, timesteps, torch.zeros(1, *module.noise_shape, device="meta"))
         objective(batch, draws, told).backward()
     _, lora = split_parameters(transformer)
     assert all(parameter.grad.shape == parameter.shape for parameter in lora)
-    sizes = [sum(p.numel() for p in part) for part in (module.parameters(), lora)]
-    print(f"\n{version}: {plain / 1e9:.2f} B; module {sizes[0] / 1e6:.2f} M; LoRA {sizes[1] / 1e6:.2f} M")
-    assert plain == {"3": 2_028_328_000, "3.5": 2_243_171_520}[version]
+    sizes = [sum(parameter.numel() for parameter in part) for part in (module.parameters(), lora)]
+    # of which docs/training.md tells the sum
+    assert (plain, *sizes) == SIZES_OF[version]
 
 
 def test_a_checkpoint_of_stable_diffusion_3_is_refused_by_the_other_pipelines(sd3_base_model):
