@@ -34,7 +34,9 @@ class ModelConfig(OptionGroup):
     pretrained_model_name_or_path: str = path_option(MISSING, "Local folder or Hub id of a Stable Diffusion.")
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = option(None, "Variant of the model files, such as fp16.")
-    mode: Mode = option("lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or the UNet too (full).")
+    mode: Mode = option(
+        "lora", "What learns: the adapter alone (frozen), a LoRA too (lora), or all of the UNet or transformer (full)."
+    )
     rank: int = option(16, "Rank of the LoRA.", at_least=1)
     train_text_encoder: bool = option(False, "In mode lora, learn a LoRA of the text encoders too.")
     injection: Injection | None = option(
@@ -44,7 +46,7 @@ class ModelConfig(OptionGroup):
     )
     unfreeze_after: float | None = option(
         None,
-        "In modes lora and full, the share of training before the UNet learns too. By default 0.2, or 0 if the UNet"
+        "In modes lora and full, the share of training before the base learns too. By default 0.2, or 0 if the UNet"
         " has to learn another noise schedule.",
         at_least=0,
         below=1,
@@ -124,7 +126,7 @@ class ContextConfig(OptionGroup):
     graph: list[str] | None = option(None, "Edges `cause->effect` of a known graph; by default the graph is learned.")
     num_hidden_factors: int = option(4, "Factors that no context intervenes on.", at_least=0)
     noise_dim: int = option(1, "Dimensions of each concept's exogenous noise.", at_least=1)
-    tokens_per_concept: int = option(1, "Tokens that each concept gives to the UNet.", at_least=1)
+    tokens_per_concept: int = option(1, "Tokens that each concept gives to the base model.", at_least=1)
     posterior_type: PosteriorType = option(
         "inverse", "Posterior of the exogenous noise: the mechanisms inverted (inverse), or a network (amortized)."
     )
@@ -157,7 +159,7 @@ class ContextConfig(OptionGroup):
     )
     concept_steps: int | None = option(
         None,
-        "Steps in which the concepts are learned with a light decoder, before the UNet. By default 1.5 for each image"
+        "Steps in which the concepts are learned with a light decoder, before the rest. By default 1.5 for each image"
         " of the smallest context, from 300 to 1500: with more, few images are learned by heart.",
         at_least=2,  # one for the code and one for all terms
     )

@@ -68,19 +68,17 @@ def test_the_script_trains_an_adapter_that_loads(sd3_base_model, photos, tmp_pat
         cache_dir=str(tmp_path / "cache"),
         timestep_sampling="logit_normal",
         composition_weight=1.0,
-        train_text_encoder=None if mode == "full" else "true",
         validation_prompt="a street",
         num_validation_images=2,
+        **({"train_text_encoder": True, "mixed_precision": "bf16"} if mode == "lora" else {}),
     )
-    if mode == "full":
-        del options["train_text_encoder"]
-    else:
-        options |= {"mixed_precision": "bf16"}
-    run_forked(SD3_SCRIPT, [flag for flag in flags(options) if flag != "true"])
+    run_forked(SD3_SCRIPT, flags(options))
     assert (tmp_path / "validation" / "step-3.png").exists()
     pipeline = ComposableSD3Pipeline.from_pretrained(tmp_path if mode == "full" else sd3_base_model)
     pipeline.load_context_adapter(tmp_path)
     assert pipeline.concepts == ["night", "snow"]
+    with_lora = {name for name, model in pipeline.components.items() if getattr(model, "peft_config", None)}
+    assert with_lora == ({"transformer", "text_encoder", "text_encoder_2"} if mode == "lora" else set())
     arguments = {"num_inference_steps": 2, "output_type": "np"}
     images = [
         pipeline("a street", interventions=names, generator=torch.manual_seed(0), **arguments).images

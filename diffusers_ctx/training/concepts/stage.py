@@ -1,4 +1,4 @@
-"""The first stage of training: the concepts are learned, with a light decoder instead of the UNet.
+"""The first stage of training: the concepts are learned, with a light decoder instead of the backbone.
 
 Most of a diffusion loss does not depend on the context, and the signal of the contexts drowns in it. A light decoder
 sees little else, and its steps are cheap. With an inverse posterior, three parts come before all terms are minimized
@@ -69,7 +69,7 @@ class Part(Enum):
 
 
 class ConceptStage:
-    """Learns mechanisms, causal layer and posterior, and what captions say; the read-out learns later, with the UNet.
+    """Learns mechanisms, causal layer and posterior, and what captions say; the read-out learns later.
 
     Every process takes the same steps and then the main process's weights: the steps are cheap, and their terms
     compare images within the batch, which must not be torn apart.

@@ -3,7 +3,7 @@
 Contexts show one intervention at a time, and nothing in their images says what several do together. Where concepts
 are independent given the image, the score of a combination is the observational score plus the change that each
 intervention makes to it (Liu et al. 2022, arXiv 2206.01714, equation 11; Gaudi et al. 2025, arXiv 2503.01145, train a
-model for this independence). Sampling by that sum takes a pass of the UNet for each concept; a model that has learned
+model for this independence). Sampling by that sum takes a pass of the model for each concept; one that has learned
 it needs one.
 """
 
@@ -34,7 +34,7 @@ def composition_losses(
     descendants is in each of the terms, and is not added up.
 
     Args:
-        predict: context tokens (B, N, T, token_dim) to the UNet's prediction (B, C, h, w).
+        predict: context tokens (B, N, T, token_dim) to the backbone's prediction (B, C, h, w).
         module: the context module.
         z: (B, N, d_z), exogenous noise.
         combinations: (B, K), masks of zeros and ones.

@@ -184,7 +184,7 @@ def choose_checkpoint(
 
 
 def restore_unfreeze_step(checkpoint: Path, contract: dict[str, Any]) -> None:
-    """Sets the step at which the UNet begins to learn to the one of the checkpoint, also in a run that is longer."""
+    """Sets the step at which the backbone begins to learn to the checkpoint's, also in a run that is longer."""
     before = _read_contract(checkpoint)
     contract["unfreeze_step"] = before["unfreeze_step"]
     length, steps, schedule = before["max_train_steps"], contract["max_train_steps"], contract["lr_scheduler"]
