@@ -3,6 +3,8 @@
 It does what they do, wherever the library is installed, and for every family of base models.
 """
 
+from typing import Any
+
 from diffusers import DiffusionPipeline
 
 from ..paths import local_or_hub
@@ -19,7 +21,7 @@ def main() -> None:
     ContextTrainer(config, kind.from_pretrained(base, **checker, **options)).train()
 
 
-def _pipeline_class(model_index: dict) -> type:
+def _pipeline_class(model_index: dict[str, Any]) -> Any:
     """The pipeline that trains a checkpoint with this `model_index.json`.
 
     Raises:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ModelMixin
@@ -80,7 +80,7 @@ class Backbone(ABC):
     """
 
     model_class: ClassVar[type[ModelMixin]]
-    component: ClassVar[str]
+    component: ClassVar[Literal["unet", "transformer"]]
     name: ClassVar[str]
     attention_kwargs: ClassVar[str]
     injections: ClassVar[tuple[Injection, ...]]
@@ -93,7 +93,7 @@ class Backbone(ABC):
         self.model = model
 
     @classmethod
-    def is_of(cls, model: nn.Module) -> bool:
+    def is_of(cls, model: Any) -> bool:
         """Whether a model is of this family."""
         return isinstance(model, cls.model_class)
 

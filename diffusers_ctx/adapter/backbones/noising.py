@@ -44,6 +44,9 @@ class Noising(ABC):
     num_train_timesteps: int
 
     @abstractmethod
+    def __init__(self, scheduler_config: Mapping[str, Any]): ...
+
+    @abstractmethod
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) with noise, at timesteps (B,)."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from .unet import UNetBackbone
 
@@ -16,7 +15,7 @@ class XLBackbone(UNetBackbone):
     is_told_size = True
 
     @classmethod
-    def is_of(cls, model: nn.Module) -> bool:
+    def is_of(cls, model: Any) -> bool:
         return super().is_of(model) and model.config.addition_embed_type == "text_time"
 
     def check_pipeline(self, pipeline: Any) -> None:
