@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.adapter import attach_context_module, context_attention_layers
+from diffusers_ctx.adapter.backbones.noising import Diffusion
 from diffusers_ctx.adapter_format import CONFIG_NAME
 from diffusers_ctx.context.posterior import GaussianPosterior
 from diffusers_ctx.training.diffusion.noise_trial import NoiseTrial, trial_images
@@ -70,7 +71,7 @@ class ToyObjective:
     """The squared distance of noise to the true one, which latents hold; inferred noise correlates with it."""
 
     def __init__(self, correlation: float):
-        self.context_module, self.scheduler, self.correlation = self, DDPMScheduler(), correlation
+        self.context_module, self.noising, self.correlation = self, Diffusion(DDPMScheduler().config), correlation
         self.noise_shape, self.timesteps = (8, 2), []
 
     def posterior(self, latents: torch.Tensor, mask: torch.Tensor) -> GaussianPosterior:
