@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from diffusers_ctx import ContextModule
-from diffusers_ctx.adapter import attach_context_module, context_attention_layers
-from diffusers_ctx.adapter.image_features import UNetFeatures
+from diffusers_ctx.adapter import attach_context_module, backbone_of, context_attention_layers
+from diffusers_ctx.adapter.image_features import BackboneFeatures
 from diffusers_ctx.training.config import ContextConfig, ModelConfig
 from diffusers_ctx.training.diffusion.trainable import prepare_mode
 
@@ -25,7 +25,9 @@ from diffusers_ctx.training.diffusion.trainable import prepare_mode
 RESULTS = Path(__file__).parent / "results" / "adapter_sizes.json"
 CONCEPTS = ["night", "snow"]
 _SD_2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-# what the configurations of the UNets say beside the defaults of diffusers
+# without the table of positions at its full size, which is computed and no parameter
+_SD_3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 64}
+# what the configurations of UNets and transformers say beside the defaults of diffusers
 BASES: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1.x": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "Stable Diffusion 2.x": _SD_2 | {"sample_size": 96},
@@ -42,37 +44,44 @@ BASES: dict[str, dict[str, Any]] = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
+    "Stable Diffusion 3 medium": _SD_3,
+    "Stable Diffusion 3.5 medium": _SD_3 | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
 }
 
 
-def count_weights(unet_options: dict[str, Any]) -> dict[str, int]:
-    """Numbers of the UNet and of an adapter on it: `context_module`, `attention` and `lora`."""
+def count_weights(options: dict[str, Any]) -> dict[str, int]:
+    """Numbers of the UNet or transformer and of an adapter on it: `context_module`, `attention` and `lora`."""
     with init_empty_weights():
-        unet = UNet2DConditionModel(**unet_options)
-        plain = _numbers(unet)
-        module = _create_module(unet)
-        attach_context_module(unet, module)
-        attention = _numbers(context_attention_layers(unet))
-        prepare_mode(unet, "lora", ModelConfig("any").rank)
-    lora = sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name)
-    return {"unet": plain, "context_module": _numbers(module), "attention": attention, "lora": lora}
+        model = (SD3Transformer2DModel if "num_layers" in options else UNet2DConditionModel)(**options)
+        plain = _numbers(model)
+        module = _create_module(model)
+        attach_context_module(model, module)
+        attention = _numbers(context_attention_layers(model))
+        prepare_mode(model, "lora", ModelConfig("any").rank)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return {
+        backbone_of(model).component: plain,
+        "context_module": _numbers(module),
+        "attention": attention,
+        "lora": lora,
+    }
 
 
-def _create_module(unet: UNet2DConditionModel) -> ContextModule:
-    """The module that training makes for this UNet."""
-    options, features = ContextConfig(), UNetFeatures(unet, [], lambda latents: {})
+def _create_module(model: ModelMixin) -> ContextModule:
+    """The module that training makes for this model."""
+    options, features, backbone = ContextConfig(), BackboneFeatures(model, [], lambda latents: {}), backbone_of(model)
     return ContextModule(
         CONCEPTS,
-        token_dim=unet.config.cross_attention_dim,
+        token_dim=backbone.token_dim,
         num_hidden_factors=options.num_hidden_factors,
         noise_dim=options.noise_dim,
         concept_dim=options.noise_dim,
         tokens_per_concept=options.tokens_per_concept,
         posterior_in_channels=features.channels,
-        posterior_sample_size=unet.config.sample_size,
-        posterior_encoder="unet",
-        posterior_feature_size=features.size(unet.config.sample_size),
-        caption_dim=unet.config.cross_attention_dim,
+        posterior_sample_size=model.config.sample_size,
+        posterior_encoder=backbone.component,
+        posterior_feature_size=features.size(model.config.sample_size),
+        caption_dim=backbone.token_dim,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils.torch_utils import is_compiled_module
 
 from diffusers_ctx.adapter import backbone_of
 
@@ -25,22 +26,19 @@ def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scal
         scale: the context guidance scale.
     """
     backbone = backbone_of(model)
-    pending: list[tuple[tuple, dict[str, Any]]] = []  # the arguments of a call, before tokens enter
+    given: list[tuple[tuple, dict[str, Any]]] = []  # the arguments of a call, before tokens enter
 
     def remember(module, args, kwargs):
-        pending.append((args, kwargs))
+        given[:] = [(args, kwargs)]
 
     def add_contrast(module, args, kwargs, output):
-        if len(pending) > 1:  # the call below
-            return None
-        args, kwargs = pending[0]
-        try:
-            # under classifier-free guidance, the prompt's rows come second
-            rows, count = slice(-len(observational_tokens), None), len(output[0])
-            args, kwargs = _rows_of(args, count, rows), _rows_of(kwargs, count, rows)
-            observational = module(*args, **backbone.with_tokens(kwargs, observational_tokens))[0]
-        finally:
-            pending.clear()
+        # under classifier-free guidance, the prompt's rows come second
+        rows, count = slice(-len(observational_tokens), None), len(output[0])
+        args, kwargs = (_rows_of(value, count, rows) for value in given.pop())
+        kwargs = backbone.with_tokens(kwargs, observational_tokens)
+        if not is_compiled_module(module):  # `forward` leaves out its hook, but not that of a compiled one's original
+            args, kwargs = backbone.enter_tokens(args, kwargs)
+        observational = module.forward(*args, **kwargs)[0]
         contrast = (scale - 1) * (output[0][rows] - observational)
         return (output[0] + contrast.repeat(count // len(contrast), 1, 1, 1), *output[1:])
 

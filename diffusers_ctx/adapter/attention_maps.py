@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from .attention import attached_context_module, injection_of
+from .backbones import UNetBackbone, backbone_of
 
 
 @contextmanager
@@ -24,13 +24,16 @@ def collect_attention(unet: UNet2DConditionModel) -> Iterator[AttentionMaps]:
     time, since fused kernels do not give theirs away.
 
     Raises:
-        ValueError: if no context adapter is loaded, or images of another number or size are made before it is closed.
+        ValueError: if the model is no UNet, no context adapter is loaded, or images of another number or size are made before it is closed.
         RuntimeError: if the adapter's attention processors have been replaced since it was loaded.
     """
-    module = attached_context_module(unet)
+    backbone = backbone_of(unet)
+    if not isinstance(backbone, UNetBackbone):
+        raise ValueError(f"Attention is collected in UNets alone, and this is a {backbone.name}.")
+    module = backbone.context_module
     if module is None:
         raise ValueError("The UNet has no context adapter; call `load_context_adapter(...)` first.")
-    maps = AttentionMaps(module.tokens_shape[:2], shares_keys_with_text=injection_of(unet) == "prompt")
+    maps = AttentionMaps(module.tokens_shape[:2], shares_keys_with_text=backbone.injection == "prompt")
     with ExitStack() as stack:
         for hook in maps.listen_to(unet):
             stack.callback(hook.remove)

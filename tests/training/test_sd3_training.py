@@ -27,10 +27,6 @@ from .test_training_script import weights_of
 # the transformers of Stable Diffusion 3 medium and 3.5 medium, by what differs from the defaults of diffusers;
 # the table of positions, which is computed and no parameter, is cut to that of one image
 SIZES = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 64}
-SIZES_OF = {
-    "3": (2_028_328_000, 2_901_776, 9_388_032),
-    "3.5": (2_243_171_520, 2_901_776, 11_943_936),
-}  # base, module, LoRA
 # and the context module as training makes it by default
 MODULE = {
     "token_dim": 4096,
@@ -198,7 +194,6 @@ def test_the_medium_models_take_a_step_on_the_meta_device(version):
     with init_empty_weights(include_buffers=True):
         transformer = SD3Transformer2DModel(**FULL_SIZE[version])
         module = ContextModule(["night", "snow"], **MODULE)
-        plain = sum(parameter.numel() for parameter in transformer.parameters())
         text = torch.zeros(1, 333, 4096, device="meta")
         told = {"encoder_hidden_states": text, "pooled_projections": torch.zeros(1, 2048, device="meta")}
         latents, noise = torch.zeros(2, 1, 16, 128, 128, device="meta")
@@ -213,9 +208,6 @@ def test_the_medium_models_take_a_step_on_the_meta_device(version):
         objective(batch, draws, told).backward()
     _, lora = split_parameters(transformer)
     assert all(parameter.grad.shape == parameter.shape for parameter in lora)
-    sizes = [sum(parameter.numel() for parameter in part) for part in (module.parameters(), lora)]
-    # of which docs/training.md tells the sum
-    assert (plain, *sizes) == SIZES_OF[version]
 
 
 def test_a_checkpoint_of_stable_diffusion_3_is_refused_by_the_other_pipelines(sd3_base_model):

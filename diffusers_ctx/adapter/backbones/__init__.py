@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import AttachedAdapter, Backbone, ContextProjection
+from .base import AttachedAdapter, Backbone, ContextProjection, original_of
 from .noising import Noising, Step
 from .sd3 import SD3Backbone
 from .sdxl import XLBackbone
@@ -18,6 +18,7 @@ __all__ = [
     "ContextProjection",
     "Noising",
     "Step",
+    "UNetBackbone",
     "add_context_tokens",
     "backbone_of",
     "backbone_of_pipeline",
@@ -33,7 +34,7 @@ def backbone_of(model: Any) -> Backbone:
     Raises:
         ValueError: if it is of none.
     """
-    original = getattr(model, "_orig_mod", model)  # of a compiled model
+    original = original_of(model)
     for family in FAMILIES:
         if family.is_of(original):
             return family(model)

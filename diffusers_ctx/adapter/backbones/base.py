@@ -258,6 +258,14 @@ class Backbone(ABC):
         The model takes samples of B rows or, as under guidance, a multiple of it; the tokens are repeated to fit.
         """
 
+    @abstractmethod
+    def enter_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of a call with tokens, as the model's `forward` takes them: what the hook on calls does.
+
+        Raises:
+            ValueError: if there are no tokens, or not for a divisor of the call's rows.
+        """
+
     @property
     def attention_layers(self) -> nn.ModuleDict:
         """The adapter's own weights in the attention layers, by the name of the layer (dots become slashes)."""
@@ -292,6 +300,11 @@ class Backbone(ABC):
         Raises:
             ValueError: if `fuse_qkv_projections` has copied the weights that they would act on.
         """
+
+
+def original_of(model: Any) -> Any:
+    """The model itself, where it is compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 def repeated(tokens: torch.Tensor, rows: int, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ...context import ContextModule
 from ..offloading import move_to
-from .base import Backbone, ContextProjection, repeated
+from .base import Backbone, ContextProjection, original_of, repeated
 from .noising import RectifiedFlow
 
 
@@ -126,7 +126,7 @@ class SD3Backbone(Backbone):
     def detach(self) -> None:
         if (projection := self.projection) is not None:
             projection.guard.remove()
-            delattr(self._original, _PROJECTION)
+            delattr(original_of(self.model), _PROJECTION)
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -143,6 +143,9 @@ class SD3Backbone(Backbone):
         attention = (conditions.get(self.attention_kwargs) or {}) | {_TOKENS: [tokens]}
         return conditions | {self.attention_kwargs: attention}
 
+    def enter_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return _append_tokens(original_of(self.model), args, kwargs) or (args, kwargs)
+
     def check_projections(self) -> None:
         if any(isinstance(part, FusedJointAttnProcessor2_0) for part in self.model.attn_processors.values()):
             raise ValueError(
@@ -150,13 +153,10 @@ class SD3Backbone(Backbone):
                 " first."
             )
 
-    @property
-    def _original(self) -> nn.Module:
-        return getattr(self.model, "_orig_mod", self.model)  # of a compiled model
-
     def _place(self, projection: ContextProjection) -> None:
-        setattr(self._original, _PROJECTION, projection)
-        projection.guard = self._original.register_forward_pre_hook(_append_tokens, with_kwargs=True)
+        original = original_of(self.model)
+        setattr(original, _PROJECTION, projection)
+        projection.guard = original.register_forward_pre_hook(_append_tokens, with_kwargs=True)
 
 
 def _append_tokens(

@@ -193,6 +193,9 @@ class UNetBackbone(Backbone):
     def with_tokens(self, conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
         return add_context_tokens(conditions, tokens)
 
+    def enter_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return _fit_tokens(self.model, args, kwargs) or (args, kwargs)
+
     @property
     def attention_layers(self) -> nn.ModuleDict:
         if self.injection == "prompt":
