@@ -24,7 +24,8 @@ def collect_attention(unet: UNet2DConditionModel) -> Iterator[AttentionMaps]:
     time, since fused kernels do not give theirs away.
 
     Raises:
-        ValueError: if the model is no UNet, no context adapter is loaded, or images of another number or size are made before it is closed.
+        ValueError: if the model is no UNet, no context adapter is loaded, or images of another number or size are made
+            before it is closed.
         RuntimeError: if the adapter's attention processors have been replaced since it was loaded.
     """
     backbone = backbone_of(unet)
