@@ -45,6 +45,11 @@ class Conditioner:
         """How many tokens of a caption each text encoder takes, by component name."""
         return self._backbone.caption_limits(self.pipeline)
 
+    @property
+    def decisive_limits(self) -> dict[str, int]:
+        """Of `caption_limits` those that a caption must keep to: what is longer is lost to the model."""
+        return self._backbone.decisive_limits(self.pipeline)
+
     def encode_captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the text encoders make of captions: tensors with a row for each, on the pipeline's device.
 

@@ -25,20 +25,18 @@ def describe_truncated(pipeline: Any, captions: Sequence[str], what: str = "capt
     """
     captions = [caption for caption in captions if caption]
     distinct = sorted(set(captions))
-    limits = Conditioner.of(pipeline).caption_limits
-    limit = max(limits.values())  # what one text encoder cuts off, another may take
-    names = [tokenizer_of(name) for name, taken in limits.items() if taken == limit]
+    limits = Conditioner.of(pipeline).decisive_limits
     too_long: set[str] = set()
     with truncation_unsaid(pipeline):
-        for name in names if distinct else []:
-            lengths = map(len, pipeline.components[name](distinct).input_ids)
+        for name, limit in limits.items() if distinct else []:
+            lengths = map(len, pipeline.components[tokenizer_of(name)](distinct).input_ids)
             too_long |= {caption for caption, length in zip(distinct, lengths) if length > limit}
     if not too_long:
         return None
     number = sum(caption in too_long for caption in captions)
     return (
-        f"{number} of {len(captions)} {what} are longer than the {limit} tokens that the text encoder takes; the rest"
-        " is cut off."
+        f"{number} of {len(captions)} {what} are longer than the {min(limits.values())} tokens that the text encoder"
+        " takes; the rest is cut off."
     )
 
 

@@ -168,6 +168,7 @@ def facts() -> dict[str, list[str]]:
 OTHER_NUMBERS = (
     r"arXiv \d{4}\.\d{5}",
     r"(Python|SD|Diffusion|xformers|Accelerate|apache-|Apache-) ?\d+(\.[\dx]+)+",
+    r"Stable Diffusion 3, 3\.5",
     r"central 99 % interval",
     r"differences (of|below) 0\.01 (are|is) noise",
     r"\(targets?: [^)]*\)",

@@ -46,10 +46,10 @@ class Session:
 
         It passes them on to `progress`, and raises [`Stopped`] once the visitor stops.
         """
-        self._stopped.clear()
+        stopped = self._stopped = Event()  # its own: what was stopped may take a last step when the next begins
 
         def on_step(done: int, total: int) -> None:
-            if self._stopped.is_set():
+            if stopped.is_set():
                 raise Stopped
             progress(done, total)
 

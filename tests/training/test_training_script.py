@@ -144,9 +144,8 @@ def test_the_record_of_the_run_is_true_and_runs_again(run):
     assert "| resolution | `32` |" in card
     assert f"# {REPO}\n" in card and f'pipe.load_context_adapter("{REPO}")' in card
     record = run.output_dir / "training_config.json"
-    given = parse_training_config(
-        flags(run.options | {"push_to_hub": True, "posterior_encoder": "unet"})
-    )  # the default
+    defaults = {"posterior_encoder": "unet", "injection": "cross_attention"}  # for this base
+    given = parse_training_config(flags(run.options | {"push_to_hub": True} | defaults))
     assert parse_training_config([str(record)]) == given
     assert "hub_token" not in json.loads(record.read_text()) and TOKEN not in card
 

@@ -202,17 +202,6 @@ def test_pairs_strips_counterfactuals_and_transplants(visit):
     assert np.abs(visitor.drawn("Draw the counterfactual", "The picture") - plain).max() > 50
 
 
-def test_work_is_stopped_and_goes_on(visit):
-    visitor = visit()
-    before = visitor.image("a picture of a square, do(quad1)")
-    visitor.take_steps(100)
-    visitor.page.get_by_text(re.compile("Drawing")).first.wait_for()
-    visitor.press("Stop")
-    visitor.take_steps(3)
-    visitor.says("3 steps")
-    assert np.abs(visitor.image("a picture of a square, do(quad1)") - before).max() > 0
-
-
 def test_errors_are_in_words_and_leave_the_page_as_it_is(visit, tmp_path):
     visitor = visit()
     visitor.press("Choose another adapter ▼")

@@ -149,6 +149,10 @@ class Backbone(ABC):
         names = text_encoders_of(pipeline.components)
         return {name: pipeline.components[tokenizer_of(name)].model_max_length for name in names}
 
+    def decisive_limits(self, pipeline: Any) -> dict[str, int]:
+        """Of `caption_limits` those that a caption must keep to: what is longer is lost to the model."""
+        return self.caption_limits(pipeline)
+
     # Features, for posteriors
 
     @property

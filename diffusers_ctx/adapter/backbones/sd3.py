@@ -94,6 +94,10 @@ class SD3Backbone(Backbone):
         limits = super().caption_limits(pipeline)
         return limits | ({"text_encoder_3": _T5_LIMIT} if "text_encoder_3" in limits else {})
 
+    def decisive_limits(self, pipeline: Any) -> dict[str, int]:
+        limits = self.caption_limits(pipeline)  # T5 takes what CLIP cuts off
+        return {name: limit for name, limit in limits.items() if name == "text_encoder_3"} or limits
+
     @property
     def feature_block(self) -> nn.Module:
         blocks = self.model.transformer_blocks
