@@ -122,8 +122,9 @@ def facts() -> dict[str, list[str]]:
             f"An SDXL adapter has {adapters['sdxl-bf16'] / 1e6:.0f} M weights and takes {gigabytes}",
         ],
         "docs/sampling.md": [
-            f"met in {shown['1, 1']:.2f} of samples at 1, {shown['5, 1']:.2f} at 5 and {shown['7.5, 1']:.2f} at 7.5, and"
-            f" conformity under do(quad1, quad4) is {kept['1, 1']:.2f}, {kept['5, 1']:.2f} and {kept['7.5, 1']:.2f}",
+            f"met in {shown['1, 1']:.2f} of samples at 1, {shown['5, 1']:.2f} at 5 and {shown['7.5, 1']:.2f} at 7.5,"
+            " and conformity under do(quad1, quad4) is"
+            f" {kept['1, 1']:.2f}, {kept['5, 1']:.2f} and {kept['7.5, 1']:.2f}",
             f"At 2, that conformity falls to {kept['1, 2']:.2f}",
             f"within the bootstrap intervals (95 %: {min(sides):.3f} to {max(sides):.3f} to either side)",
             f"with an error of {once['once']:.3f}, of which most is the autoencoder's"
