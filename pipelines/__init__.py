@@ -1,5 +1,5 @@
 from .composition import CompositionMixin
-from .conditioning import Conditioner
+from .conditioning import Conditioner, select_rows
 from .outputs import ComposablePipelineOutput
 from .stable_diffusion import (
     ComposableControlNetImg2ImgPipeline,
@@ -39,5 +39,6 @@ __all__ = [
     "CompositionMixin",
     "Conditioner",
     "describe_truncated",
+    "select_rows",
     "truncation_unsaid",
 ]

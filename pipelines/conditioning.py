@@ -14,6 +14,22 @@ from diffusers_ctx.adapter.text_encoders import text_encoders_of
 from diffusers_ctx.context import embed_captions
 
 
+def select_rows(value: Any, num_rows: int, rows: slice | torch.Tensor) -> Any:
+    """Some rows of all arguments of a call that have one per sample, such as conditions or ControlNet residuals.
+
+    Args:
+        value: a tensor, another value, or a dictionary or sequence of them.
+        num_rows: the number of samples; what has another length is returned as it is.
+        rows: which rows, as a slice or as indices (R,).
+    """
+    if isinstance(value, dict):
+        return {name: select_rows(entry, num_rows, rows) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [select_rows(entry, num_rows, rows) for entry in value]
+    is_per_row = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num_rows
+    return value[rows] if is_per_row else value
+
+
 class Conditioner:
     """Makes the conditions of a pipeline's backbone, all except the context tokens, with its text encoders.
 

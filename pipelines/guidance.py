@@ -12,6 +12,8 @@ from diffusers.utils.torch_utils import is_compiled_module
 
 from diffusers_ctx.adapter import backbone_of
 
+from .conditioning import select_rows
+
 
 @contextmanager
 def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scale: float) -> Iterator[None]:
@@ -34,7 +36,7 @@ def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scal
     def add_contrast(module, args, kwargs, output):
         # under classifier-free guidance, the prompt's rows come second
         rows, count = slice(-len(observational_tokens), None), len(output[0])
-        args, kwargs = (_rows_of(value, count, rows) for value in given.pop())
+        args, kwargs = (select_rows(value, count, rows) for value in given.pop())
         kwargs = backbone.with_tokens(kwargs, observational_tokens)
         if not is_compiled_module(module):  # `forward` leaves out its hook, but not that of a compiled one's original
             args, kwargs = backbone.enter_tokens(args, kwargs)
@@ -51,13 +53,3 @@ def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scal
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rows_of(value: Any, num_rows: int, rows: slice) -> Any:
-    """These rows of all that has a row for each sample, such as the residuals of a ControlNet."""
-    if isinstance(value, dict):
-        return {name: _rows_of(entry, num_rows, rows) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rows_of(entry, num_rows, rows) for entry in value]
-    is_per_row = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num_rows
-    return value[rows] if is_per_row else value

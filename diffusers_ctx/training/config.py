@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.constants import HF_HOME
+
 from ..adapter_format import Injection, Mode
 from ..context import PosteriorEncoder
 from ..context.names import normal_name
@@ -102,6 +104,11 @@ class DataConfig(OptionGroup):
         super().__post_init__()
         self.obs_context = normal_name(self.obs_context)
         self.concepts = self.concepts and [normal_name(concept) for concept in self.concepts]
+
+    @property
+    def encoding_dir(self) -> Path | None:
+        """Folder where encoded images and captions are kept, or `None` if they are not."""
+        return Path(self.cache_dir or HF_HOME) / "context-latents" if self.cache_latents else None
 
     def source_options(self) -> dict[str, Any]:
         """Keyword arguments that name the images, for `load_context_dataset` and `open_stream`."""
@@ -221,6 +228,11 @@ class OptimizationConfig(OptionGroup):
     ema_decay: float = option(0.9999, "Decay of the average after its warm-up.", at_least=0, at_most=1)
     mixed_precision: MixedPrecision | None = option(None, "Mixed precision; by default Accelerate's setting.")
     allow_tf32: bool = option(False, "Allow TF32 on Ampere GPUs.")
+
+    def peak_learning_rate(self, global_batch_size: int) -> float:
+        """The learning rate after the warm-up, for batches of `global_batch_size` images over all processes."""
+        scale = global_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
+        return self.learning_rate * scale
 
 
 @dataclass

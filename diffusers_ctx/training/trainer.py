@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub.constants import HF_HOME
 
 from ..adapter import backbone_of_pipeline, native_resolution, set_context_scheduler
-from ..adapter_format import RECORD_NAME
 from ..context import ContextModule
 from ..data import concepts_of, context_mask
 from ..data.held_out import hold_out
@@ -30,7 +27,7 @@ from .diffusion.stage import DiffusionStage, count_steps
 from .diffusion.trainable import count_learned, learning_text_encoders, prepare_backbone, with_injection
 from .diffusion.validation import HELD_OUT_SEED, Validator
 from .encoding.batch import Batches
-from .encoding.caption_cache import CaptionCache
+from .encoding.caption_cache import create_caption_encoder
 from .encoding.images import ImageTransform, describe_images, load_images, warn_of_long_captions
 from .encoding.latents import ContextLatents, LatentBatches, encode_images
 from .encoding.posterior_features import create_image_features, with_posterior_encoder
@@ -47,7 +44,7 @@ from .run.checkpoints import (
 from .run.concept_checkpoint import ConceptCheckpoint
 from .run.disk_space import check_free_disk
 from .run.files import check_writable, run_lock
-from .run.record import flatten_options, resume_contract, tracked_options, training_record
+from .run.record import resume_contract, tracked_options, training_record, write_options
 from .run.stop_signals import StopSignals
 from .run.tracking import start_trackers
 
@@ -166,11 +163,9 @@ class ContextTrainer:
             share = (self.accelerator.process_index, self.accelerator.num_processes)
             optimization = config.optimization
             self.batches = LatentBatches(self.latents, optimization.train_batch_size, optimization.seed, *share)
-        self._encode_captions = Conditioner.of(pipeline).encode_captions
-        if config.data.cache_latents and not config.model.train_text_encoder:
-            captions = {"", *self.latents.captions}
-            waits = not self.accelerator.is_local_main_process
-            self._encode_captions = CaptionCache(pipeline, captions, self._cache_dir, waits)
+        self._encode_captions = create_caption_encoder(
+            config, pipeline, self.latents.captions, not self.accelerator.is_local_main_process
+        )
         self.validator = Validator(
             config, pipeline, self._held_out if config.data.validation_images else None, self.accelerator, self.stop
         )
@@ -239,7 +234,7 @@ class ContextTrainer:
         self.pipeline.save_context_adapter(self.output_dir, mode=mode, card=card)
         if mode == "full":  # the adapter belongs to the backbone that learned with it
             self.pipeline.save_pretrained(self.output_dir)
-        (self.output_dir / RECORD_NAME).write_text(json.dumps(flatten_options(self.config), indent=2) + "\n")
+        write_options(self.config, self.output_dir)
 
     def push(self) -> None:
         """Pushes the adapter to the Hub, if the run asks for it."""
@@ -258,17 +253,11 @@ class ContextTrainer:
     @property
     def learning_rate(self) -> float:
         """The peak."""
-        options = self.config.optimization
-        scale = self._global_batch_size * options.gradient_accumulation_steps if options.scale_lr else 1
-        return options.learning_rate * scale
+        return self.config.optimization.peak_learning_rate(self._global_batch_size)
 
     @property
     def _global_batch_size(self) -> int:
         return self.config.optimization.train_batch_size * self.accelerator.num_processes
-
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.config.data.cache_dir or HF_HOME) / "context-latents"
 
     def _load_images(self) -> None:
         data, is_main = self.config.data, self.accelerator.is_main_process
@@ -333,7 +322,7 @@ class ContextTrainer:
             context_mask(list(images["context"]), self.concepts, data.obs_context),
             ImageTransform(self.resolution, data.center_crop, seed),
             random_flip=data.random_flip,
-            cache_dir=self._cache_dir if data.cache_latents else None,
+            cache_dir=data.encoding_dir,
             wait_for_other_process=not self.accelerator.is_local_main_process,
             show_progress=self.accelerator.is_main_process,
             image_features=self._image_features,

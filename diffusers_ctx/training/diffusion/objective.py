@@ -12,7 +12,7 @@ from torch import nn
 from ...adapter import backbone_of
 from ...adapter.backbones import Backbone
 from ...context import ContextModule
-from ...pipelines import CompositionMixin, Conditioner
+from ...pipelines import CompositionMixin, Conditioner, select_rows
 from ..encoding.batch import Batch
 from .composition import COMPOSED_SHARE, composition_losses
 
@@ -130,7 +130,7 @@ class DiffusionObjective(nn.Module):
         assert draws.combinations is not None
         with torch.no_grad():
             z = self._noise(batch, draws)[rows]
-        timesteps, own = draws.timesteps[rows], _select(conditions, rows)
+        timesteps, own = draws.timesteps[rows], select_rows(conditions, len(batch.latents), rows)
         noisy = self.noising.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,3 @@ class DiffusionObjective(nn.Module):
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         return self.noising.min_snr_weights(timesteps, self.snr_gamma)
-
-
-def _select(conditions: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """Conditions of some images."""
-    return {name: _select(c, rows) if isinstance(c, dict) else c[rows] for name, c in conditions.items()}

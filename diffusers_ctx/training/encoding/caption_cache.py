@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,33 @@ import torch
 from ...adapter.text_encoders import tokenizer_of
 from ...fingerprint import fingerprint
 from ...pipelines import CompositionMixin, Conditioner
+from ..config import TrainingConfig
 from ..run.files import check_room, check_writable, needs_making, wait_for_file, writing_to_cache
 
 
 _BATCH_SIZE = 16
+
+
+def create_caption_encoder(
+    config: TrainingConfig, pipeline: CompositionMixin, captions: Iterable[str], wait_for_other_process: bool
+) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+    """What encodes the run's captions, like `Conditioner.encode_captions`: a cache where there is to be one.
+
+    Text encoders that learn make other encodings in every step, so that there is nothing to keep.
+
+    Args:
+        config: the run's options.
+        pipeline: its text encoders.
+        captions: those of the images; the empty one is added.
+        wait_for_other_process: as for [`CaptionCache`].
+
+    Raises:
+        OSError: as [`CaptionCache`].
+    """
+    folder = config.data.encoding_dir
+    if folder is None or config.model.train_text_encoder:
+        return Conditioner.of(pipeline).encode_captions
+    return CaptionCache(pipeline, {"", *captions}, folder, wait_for_other_process)
 
 
 class CaptionCache:

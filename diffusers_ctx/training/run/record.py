@@ -22,6 +22,7 @@ import transformers
 from accelerate import Accelerator
 from torch import nn
 
+from ...adapter_format import RECORD_NAME
 from ...fingerprint import fingerprint
 from ...version import __version__
 from ..config import TrainingConfig
@@ -29,6 +30,11 @@ from ..config import TrainingConfig
 
 _AN_END = 1024  # bytes of a file
 _LIBRARIES = (torch, diffusers, transformers, accelerate, peft, datasets)
+
+
+def write_options(config: TrainingConfig, folder: Path) -> None:
+    """Writes every option of a run into an adapter's folder."""
+    (folder / RECORD_NAME).write_text(json.dumps(flatten_options(config), indent=2) + "\n")
 
 
 def flatten_options(config: TrainingConfig) -> dict[str, Any]:
