@@ -1,7 +1,7 @@
 """How well a small Stable Diffusion draws its pretraining images: quad images of all contexts, pooled.
 
-python benchmarks/base_quad.py diffusers_ctx/assets/quad-base
-python benchmarks/base_quad.py runs/longer --images_per_context 100 --num_inference_steps 6 12 25 50
+python benchmarks/base_quad.py diffusers_ctx/assets/quad-base --output benchmarks/results/quad-base.json
+python benchmarks/base_quad.py runs/longer --num_inference_steps 50
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from measure import REAL_B_SEED, REAL_SEED, SAMPLE_SEED, attribute_drift, shape_met
 from methods.plain import load_plain, sample_prompts
+from provenance import write_metrics
 
 from diffusers_ctx.data import quad
 from diffusers_ctx.evaluation import read_attributes
 from diffusers_ctx.evaluation.report import measure_context
-from diffusers_ctx.paths import expand_home
+from diffusers_ctx.paths import expand_home, local_path
 
 
 def pooled(images_per_context: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -53,11 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=expand_home, help="Folder of the pipeline.")
     parser.add_argument("--images_per_context", type=int, default=100)
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[6, 25])
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[6, 12, 25])
+    parser.add_argument("--output", type=local_path, help="File for the metrics.")
     args = parser.parse_args()
+    by_steps = {}
     for steps in args.num_inference_steps:
-        metrics = measure_base(args.base, args.images_per_context, steps)
+        by_steps[str(steps)] = metrics = measure_base(args.base, args.images_per_context, steps)
         print(json.dumps({"num_inference_steps": steps} | metrics), flush=True)
+    options = {"images_per_context": args.images_per_context}
+    write_metrics(args.output, args.base, options, {"num_inference_steps": by_steps})
 
 
 if __name__ == "__main__":

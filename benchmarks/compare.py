@@ -21,7 +21,7 @@ from bed_tables import render_tables
 from beds.bed import Bed
 from beds.registry import BEDS, create_bed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from grids import COLUMNS, join_tiles
+from grids import COLUMNS, join_tiles, picture_of, save_samples
 from measure_bed import REAL_SEED, measure_combination, measure_counterfactuals
 from method_run import MethodRun, run_methods, setting_options
 from methods.registry import create_bed_methods
@@ -68,10 +68,10 @@ def measure(run: MethodRun, method: Method, setting: Setting, n: int) -> None:
         run.add_context(name_of(interventions), metrics)
         right, distance = metrics["all_right"], metrics["swd"]
         print(f"{run.name} {name_of(interventions)}: right {right:.2f}, distance {distance:.3f}", flush=True)
-    picture = run.file.with_suffix(".png")
+    picture = picture_of(run.file)
     if not picture.exists():
         captions = bed.unseen((), COLUMNS, REAL_SEED).captions
-        join_tiles([sample(captions, interventions, 0) for interventions in combinations(bed)]).save(picture)
+        save_samples(join_tiles([sample(captions, interventions, 0) for interventions in combinations(bed)]), picture)
     if setting.guidance_scale == 1 and hasattr(method, "load_editor"):
         measure_edits(run, method.load_editor, setting, n)
 
@@ -80,7 +80,7 @@ def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: S
     """Measures the counterfactuals that have not been measured, of observational images."""
     bed = setting.bed
     missing = _missing(bed, {"obs": None, **run.results.get("counterfactuals", {})})
-    picture = run.file.with_name(f"{run.name}-counterfactuals.png")
+    picture = picture_of(run.file, "-counterfactuals")
     if not missing and picture.exists():
         return
     factual = bed.unseen((), n, REAL_SEED)
@@ -90,7 +90,7 @@ def measure_edits(run: MethodRun, load_editor: Callable[..., Editor], setting: S
         metrics = measure_counterfactuals(bed, edit, factual, interventions)
         run.add_counterfactuals(name_of(interventions), metrics)
         print(f"{run.name} {name_of(interventions)}: error of counterfactuals {metrics['error']:.3f}", flush=True)
-    join_tiles([edit(interventions)[:COLUMNS] for interventions in combinations(bed)]).save(picture)
+    save_samples(join_tiles([edit(interventions)[:COLUMNS] for interventions in combinations(bed)]), picture)
 
 
 def name_of(interventions: tuple[str, ...]) -> str:

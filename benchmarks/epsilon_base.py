@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from base_quad import sample_pooled
-from grids import join_tiles
+from grids import join_tiles, picture_of, save_samples
 from measure import COMBINATIONS, REAL_B_SEED, REAL_SEED, SAMPLE_SEED
 from methods.context_adapter import ContextAdapter, adapter_sampler, load_pipeline
 from methods.quad_setting import QuadSetting
@@ -278,7 +278,7 @@ def main() -> None:
     setting.latents()  # encoded once for all methods: not a part of the first one's time
     for name in args.methods:
         run_method(name, replace(setting, base=embedded_base()) if name == "v-base" else setting, results)
-    join_pictures(methods_folder(setting)).save(args.results.with_suffix(".png"))
+    save_samples(join_pictures(methods_folder(setting)), picture_of(args.results))
     print(render_tables(results.content))
 
 

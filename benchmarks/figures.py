@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grids import COLUMNS, DRAWN, join_tiles, tiles
+from grids import COLUMNS, DRAWN, join_tiles, picture_of, tiles
 from matplotlib.figure import Figure
 from PIL import Image
 from tables import distances, summarize_method
@@ -37,7 +37,7 @@ def draw_compositions(folder: Path, methods: list[str], dependent: bool) -> Figu
     for column, name in zip(grid.T, combinations):
         real = quad.generate(name.split("+"), n=COLUMNS, seed=quad.FIRST_HELD_OUT_SEED, dependent=dependent)
         column[0].set_title(f"do({name.replace('+', ', ')})")
-        drawn = [real.images, *(tiles(Image.open(folder / f"{method}.png"), name) for method in methods)]
+        drawn = [real.images, *(tiles(Image.open(picture_of(folder / f"{method}.json")), name) for method in methods)]
         for axes, images in zip(column, drawn):
             axes.imshow(join_tiles([images]), interpolation="nearest")
             axes.set(xticks=[], yticks=[])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grids import COLUMNS, DRAWN, join_tiles
+from grids import COLUMNS, DRAWN, join_tiles, picture_of, save_samples
 from measure import COMBINATIONS, measure_combination, measure_graph, measure_interference
 from method_run import MethodRun, run_methods, setting_options
 from methods.context_adapter import ContextAdapter, load_pipeline
@@ -64,9 +64,9 @@ def measure(run: MethodRun, method: Method, setting: QuadSetting, n: int) -> Non
     if learns_graph and "graph" not in run.results:
         pipeline = load_pipeline(run.folder, setting.base, full=method.mode == "full")
         run.add(graph=measure_graph(pipeline.context_module))
-    picture = run.file.with_suffix(".png")
+    picture = picture_of(run.file)
     if not picture.exists():
-        draw(sample, setting).save(picture)
+        save_samples(draw(sample, setting), picture)
 
 
 def draw(sample: Sampler, setting: QuadSetting) -> Image.Image:

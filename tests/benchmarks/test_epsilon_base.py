@@ -107,5 +107,5 @@ def test_the_comparison_is_made_and_not_made_again(tmp_path):
     assert list(results["methods"]) == list(METHODS) and all(
         f"| {name} | 0." in render_tables(results) for name in METHODS
     )
-    picture = Image.open(file.with_suffix(".png"))
+    picture = Image.open(file.with_suffix(".jpg"))
     assert picture.size == (64 * 4 * len(MEASURED), 64 * (1 + len(METHODS)))

@@ -375,4 +375,4 @@ def test_a_method_is_trained_measured_and_not_measured_again(tmp_path):
         assert measured["floor"] == expected["floor"]
         assert measured["kid"] == pytest.approx(expected["kid"], rel=0.5)
     assert "concepts/" in file.with_suffix(".csv").read_text()
-    assert Image.open(file.with_suffix(".png")).width > 64
+    assert Image.open(file.with_suffix(".jpg")).width > 64
