@@ -27,7 +27,7 @@ CONCEPTS = ["night", "snow"]
 _SD_2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 # without the table of positions at its full size, which is computed and no parameter
 _SD_3 = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 64}
-# what the configurations of UNets and transformers say beside the defaults of diffusers
+# what the configurations of UNets and transformers say besides the defaults of diffusers
 BASES: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1.x": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "Stable Diffusion 2.x": _SD_2 | {"sample_size": 96},

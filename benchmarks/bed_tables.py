@@ -67,7 +67,7 @@ def _summarize_counterfactuals(results: dict[str, Any], suffix: str = "") -> dic
 def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:
     """Means of a method's metrics over combinations of as many interventions, and the minutes that it learned.
 
-    A mean distance cannot be told if none of its distances can; a method without steps of its own has no minutes.
+    A mean distance is inconclusive if all of its distances are; a method without steps of its own has no minutes.
     """
     contexts = results["contexts"]
     minutes = results["seconds"] / 60 if results.get("unet_steps") else None
@@ -77,5 +77,5 @@ def summarize(results: dict[str, Any], suffix: str = "") -> dict[str, Any]:
             names = names_of(contexts, count)
             row[f"{metric}, {group}"] = mean_over(contexts, names, key + suffix)
             if metric == "distance" and names and all(reaches_floor(contexts[name]) for name in names):
-                row[f"{metric}, {group}"] = "cannot be told"
+                row[f"{metric}, {group}"] = "inconclusive"
     return row

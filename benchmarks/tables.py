@@ -80,7 +80,7 @@ def distances(contexts: dict[str, Any]) -> dict[str, float]:
 
 
 def names_of(contexts: dict[str, Any], count: int) -> list[str]:
-    """Names of the combinations of so many interventions."""
+    """Names of the combinations of this many interventions."""
     return [name for name in contexts if len([part for part in name.split("+") if part != "obs"]) == count]
 
 

@@ -73,12 +73,12 @@ def run(
 
 
 def combinations(contexts: dict[str, Any], interventions: int) -> list[str]:
-    """Names of the combinations of so many interventions."""
+    """Names of the combinations of this many interventions."""
     return [name for name in contexts if len([part for part in name.split("+") if part != "obs"]) == interventions]
 
 
 def mean(contexts: dict[str, Any], names: Iterable[str] | int, key: str = "debiased") -> float:
-    """Mean of a metric over combinations, or over all of so many interventions, where it was measured."""
+    """Mean of a metric over combinations, or over all of this many interventions, where it was measured."""
     names = combinations(contexts, names) if isinstance(names, int) else names
     return float(np.mean([contexts[name][key] for name in names if contexts[name].get(key) is not None]))
 

@@ -61,7 +61,7 @@ class CompositionMixin(SweepMixin):
 
         Args:
             interventions: concepts to intervene on: a list of names, a mapping from names to strengths in [0, 1], or
-                one of these per prompt. A reference image in the place of a strength gives its concept the value that
+                one of these per prompt. A reference image instead of a strength gives its concept the value that
                 it shows. `None` is the observational context, which is not the plain pipeline: `set_context_scale(0)`
                 is.
             exogenous_noise (`torch.Tensor` of shape (number of images, N, d_z), *optional*): the concepts' noise. By

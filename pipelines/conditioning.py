@@ -1,4 +1,4 @@
-"""What a backbone is told besides the context: captions and geometry."""
+"""A backbone's conditions other than the context: captions and geometry."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from diffusers_ctx.context import Interventions
 
 
 Reference = Image | np.ndarray | torch.Tensor
-# one prompt's interventions, where a reference image may stand in the place of a strength
+# one prompt's interventions, where a reference image may replace a strength
 ReferencedInterventions = Interventions | Mapping[str, float | Reference]
 
 

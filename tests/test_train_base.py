@@ -89,15 +89,15 @@ def test_images_are_drawn_in_other_processes_too(script):
 
 
 def test_folders_are_drawn_from_by_their_weights_with_their_captions(script, tmp_path):
-    colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    colors = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     folders = [
-        written(tmp_path / name, np.tile(np.uint8(colour), (3, 64, 64, 1)), [f"a {name} square"] * 3)
-        for name, colour in colours.items()
+        written(tmp_path / name, np.tile(np.uint8(color), (3, 64, 64, 1)), [f"a {name} square"] * 3)
+        for name, color in colors.items()
     ]
     images, captions = next(script.Folders(folders, [3, 1], images_per_draw=400).draws(0, 0))
     assert 260 < captions.count("a red square") < 340
     for image, caption in zip(images, captions):
-        assert tuple(image[32, 32].tolist()) == colours[caption.split()[1]]
+        assert tuple(image[32, 32].tolist()) == colors[caption.split()[1]]
 
 
 def test_pictures_are_moved_a_little_and_no_more(script, tmp_path):

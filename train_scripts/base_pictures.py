@@ -111,7 +111,7 @@ class Quad:
 
 
 def distort(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Images (n, H, W, 3) uint8, each a little moved and zoomed; at an edge, the edge's colour goes on."""
+    """Images (n, H, W, 3) uint8, each a little moved and zoomed; at an edge, the edge's color goes on."""
     n = len(images)
     zoom = 1 + rng.uniform(-_LARGEST_ZOOM, _LARGEST_ZOOM, n)
     shift = rng.uniform(-_LARGEST_SHIFT, _LARGEST_SHIFT, (n, 2))

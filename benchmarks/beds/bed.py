@@ -89,7 +89,7 @@ class Bed(ABC):
             held_out: whether the images may not be among any training set's.
 
         Raises:
-            ValueError: if a concept is unknown, or there are not so many images.
+            ValueError: if a concept is unknown, or there are too few images.
         """
 
     @abstractmethod

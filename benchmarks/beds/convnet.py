@@ -73,7 +73,7 @@ def _network(colors: int, outputs: int) -> nn.Sequential:
 
 
 def _pixels(images: np.ndarray) -> torch.Tensor:
-    """Pixels (n, C, R, R) in [0, 1]; one channel of grey images, three of coloured ones."""
+    """Pixels (n, C, R, R) in [0, 1]; one channel of grey images, three of colored ones."""
     channels = images[..., None] if images.ndim == 3 else images
     return torch.from_numpy(channels).permute(0, 3, 1, 2).float() / 255
 

@@ -1,6 +1,6 @@
-"""Reads attributes off small drawings: linear classifiers of their edges and colours.
+"""Reads attributes off small drawings: linear classifiers of their edges and colors.
 
-Edges are histograms of oriented gradients (Dalal and Triggs, 2005); colours, how much of the image is near each colour
+Edges are histograms of oriented gradients (Dalal and Triggs, 2005); colors, how much of the image is near each color
 of a palette that is learned, too.
 """
 
@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 
 COLOURS = 64  # of the palette
-NEAR = 0.06  # distance of colours that count as alike, where black and white are √3 apart
+NEAR = 0.06  # distance of colors that count as alike, where black and white are √3 apart
 ORIENTATIONS = 8
 _CHUNK = 128  # images at once, for memory
 
@@ -30,7 +30,7 @@ class Reader:
 
     Attributes:
         palette: (`COLOURS`, 3) in [0, 1].
-        coefficients: for each attribute (classes, features) in the order edges, colours.
+        coefficients: for each attribute (classes, features) in the order edges, colors.
         intercepts: for each attribute (classes,).
     """
 
@@ -40,18 +40,18 @@ class Reader:
 
     def read(self, images: np.ndarray) -> np.ndarray:
         """The likeliest class (n, attributes) of each attribute, for images (n, R, R, 3) uint8."""
-        features = np.concatenate([edge_features(images), colour_features(images, self.palette)], 1)
+        features = np.concatenate([edge_features(images), color_features(images, self.palette)], 1)
         scores = [features @ weights.T + bias for weights, bias in zip(self.coefficients, self.intercepts)]
         return np.stack([score.argmax(1) for score in scores], 1)
 
 
-def train_reader(images: np.ndarray, labels: np.ndarray, of_colour: Sequence[int] = (), seed: int = 0) -> Reader:
+def train_reader(images: np.ndarray, labels: np.ndarray, of_color: Sequence[int] = (), seed: int = 0) -> Reader:
     """A reader that learned from labelled images, and from a version of each that is a little distorted.
 
     Args:
         images: (n, R, R, 3) uint8, R a multiple of 4.
         labels: (n, attributes), classes as numbers from 0, each of which occurs; NaN where one is not known.
-        of_colour: attributes that are read off colours alone.
+        of_color: attributes that are read off colors alone.
         seed: of versions and palette.
     """
     generator = np.random.default_rng(seed)
@@ -59,13 +59,13 @@ def train_reader(images: np.ndarray, labels: np.ndarray, of_colour: Sequence[int
     labels = np.concatenate([labels, labels])
     pixels = images[:, ::6, ::6].reshape(-1, 3) / 255
     palette = MiniBatchKMeans(COLOURS, random_state=seed, n_init=1).fit(pixels).cluster_centers_.astype(np.float32)
-    edges, colours = edge_features(images), colour_features(images, palette)
-    both = np.concatenate([edges, colours], 1)
+    edges, colors = edge_features(images), color_features(images, palette)
+    both = np.concatenate([edges, colors], 1)
     reader = Reader(palette, [], [])
     for attribute, column in enumerate(labels.T):
         known = ~np.isnan(column)
-        if attribute in of_colour:
-            model = LogisticRegression(C=100, max_iter=500).fit(colours[known], column[known])
+        if attribute in of_color:
+            model = LogisticRegression(C=100, max_iter=500).fit(colors[known], column[known])
         else:
             model = RidgeClassifier(alpha=1).fit(both[known], column[known])
         weights, bias = _of_each_class(model)
@@ -75,12 +75,12 @@ def train_reader(images: np.ndarray, labels: np.ndarray, of_colour: Sequence[int
     return reader
 
 
-def cached_reader(cache_dir: Path, images: np.ndarray, labels: np.ndarray, of_colour: Sequence[int] = ()) -> Reader:
+def cached_reader(cache_dir: Path, images: np.ndarray, labels: np.ndarray, of_color: Sequence[int] = ()) -> Reader:
     """`train_reader`'s reader, from a file if this code has learned from these images before."""
-    lessons = [Path(__file__).read_bytes(), images.tobytes(), labels.tobytes(), bytes(of_colour)]
+    lessons = [Path(__file__).read_bytes(), images.tobytes(), labels.tobytes(), bytes(of_color)]
     file = cache_dir / f"reader-{hashlib.sha256(b''.join(lessons)).hexdigest()[:16]}.npz"
     if not file.exists():
-        reader = train_reader(images, labels, of_colour)
+        reader = train_reader(images, labels, of_color)
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".partial.npz")
         np.savez(unfinished, reader.palette, *reader.coefficients, *reader.intercepts)
@@ -94,14 +94,14 @@ def edge_features(images: np.ndarray) -> np.ndarray:
     return np.concatenate([_edge_features(chunk) for chunk in _chunks(images)])
 
 
-def colour_features(images: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(n, colours): how much of an image is near each colour."""
+def color_features(images: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(n, colors): how much of an image is near each color."""
     features = []
     for chunk in _chunks(images):
         pixels = chunk[:, ::2, ::2].reshape(len(chunk), -1, 3)
         distances = (pixels**2).sum(-1, keepdims=True) - 2 * pixels @ palette.T + (palette**2).sum(1)
         features.append(softmax(-distances / (2 * NEAR**2), axis=2).mean(1))
-    return 2 * np.sqrt(np.concatenate(features))  # weighs colours about as much as edges
+    return 2 * np.sqrt(np.concatenate(features))  # weighs colors about as much as edges
 
 
 def distort(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -100,7 +100,7 @@ class Designs(Bed):
     @cached_property
     def reader(self) -> Reader:
         """A classifier of the attributes, see [`lessons`]."""
-        return cached_reader(self.cache_dir, *self.lessons(), of_colour=(TONE,))
+        return cached_reader(self.cache_dir, *self.lessons(), of_color=(TONE,))
 
     def lessons(self) -> tuple[np.ndarray, np.ndarray]:
         """What readers learn from: drawings that no context or combination with default and dark tones shows.

@@ -3,8 +3,8 @@
 Measures effectiveness, composition, reversibility and minimality of a function `counterfactual(images, interventions)`
 on 10,000 test digits, whose thickness causes their intensity. Two references are doing nothing, and the image
 operations themselves. The folder holds the files of `FILES`, which Melistas et al. publish (MIT; the digits
-are MNIST's, CC BY-SA 3.0). Rivals in `PUBLISHED` are told every attribute of every image and the causal graph; a
-context adapter is told neither.
+are MNIST's, CC BY-SA 3.0). Methods in `PUBLISHED` get every attribute of every image and the causal graph; a
+context adapter gets neither.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def do_nothing(images: np.ndarray, interventions: Values) -> np.ndarray:
 
 
 class Operations:
-    """A reference that is told the graph and the mechanism: image operations that set thickness and intensity.
+    """A reference that is given the graph and the mechanism: image operations that set thickness and intensity.
 
     Args:
         readers: by which it knows what an image has.
@@ -245,7 +245,7 @@ def set_intensity(grey: np.ndarray, intensity: np.ndarray) -> np.ndarray:
 
 
 def render_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """The published figures and those of [`evaluate`], by name, as a table in Markdown."""
+    """The published metrics and those of [`evaluate`], by name, as a table in Markdown."""
     lines = [
         "| | thickness under do(thickness) | intensity under do(intensity) | intensity under do(thickness) "
         "| composition after 1 | after 10 |",

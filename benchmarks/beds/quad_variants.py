@@ -224,7 +224,7 @@ def _standardized_model() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _with_classes(values: np.ndarray) -> np.ndarray:
-    """Attributes with the shape's class in the place of its position in [0, 1]."""
+    """Attributes with the shape's class instead of its position in [0, 1]."""
     values[:, _SHAPE] = np.rint(values[:, _SHAPE] * (len(quad.SHAPES) - 1))
     return values
 

@@ -1,4 +1,4 @@
-"""Renders a toy under a coloured spotlight before a coloured background, with mitsuba's path tracer on the CPU."""
+"""Renders a toy under a colored spotlight before a colored background, with mitsuba's path tracer on the CPU."""
 
 from __future__ import annotations
 

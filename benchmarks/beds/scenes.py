@@ -1,4 +1,4 @@
-"""Rendered 3D: a toy under a coloured spotlight before a coloured background, with real shading and shadow.
+"""Rendered 3D: a toy under a colored spotlight before a colored background, with real shading and shadow.
 
 After 3DIdent (Zimmermann et al. 2021, arXiv 2102.08850), whose contexts Markham et al. (CLeaR 2026, arXiv 2507.04754)
 intervene on: the hue of the background, of the object and of the spotlight. Hues are normal and independent, and an
@@ -51,7 +51,7 @@ class Toys:
 class Scenes(Bed):
     """Rendered toys; every combination and every counterfactual has a truth.
 
-    Hues are in turns of the colour circle, where -0.12 is the pink of 0.88. It takes mitsuba
+    Hues are in turns of the color circle, where -0.12 is the pink of 0.88. It takes mitsuba
     (`pip install "diffusers-ctx[scenes]"`).
 
     Args:
@@ -75,7 +75,7 @@ class Scenes(Bed):
     def sample(
         self, interventions: Sequence[str] = (), n: int | None = None, seed: int = 0, held_out: bool = False
     ) -> BedSample:
-        """Toys in some colours, 300 by default; the same seed gives the same toys; see [`Bed.sample`]."""
+        """Toys in some colors, 300 by default; the same seed gives the same toys; see [`Bed.sample`]."""
         if not 0 <= seed < FIRST_HELD_OUT_SEED:
             raise ValueError(f"`seed` is {seed}; give one from 0 to {FIRST_HELD_OUT_SEED - 1}.")
         toys = draw_toys(300 if n is None else n, seed + held_out * FIRST_HELD_OUT_SEED)

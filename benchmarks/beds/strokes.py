@@ -52,7 +52,7 @@ def grow(drawing: np.ndarray, width: float) -> np.ndarray:
 
 
 def change_thickness(drawing: np.ndarray, change: float) -> np.ndarray:
-    """Grows strokes until their measured thickness has changed by so many pixels.
+    """Grows strokes until their measured thickness has changed by a number of pixels.
 
     Where strokes meet or holes close the measured change is smaller than the growth: 0.7 of it on real digits.
     """

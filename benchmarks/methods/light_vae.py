@@ -29,7 +29,7 @@ from .setting import Sampler, in_batches
 TOKEN_DIM = 32
 BATCH_SIZE = 126  # 18 images of each context
 LEARNING_RATE = 1e-3
-# of the likelihood. At 1, the KL divergence weighs so little beside thousands of pixels that the noise of images never
+# of the likelihood. At 1, the KL divergence weighs so little against many pixels that the noise of images never
 # matches its prior; starting with the last weight, the noise encodes the interventions before the mechanisms can
 FIRST_WEIGHT, LAST_WEIGHT = 3e-4, 3e-3
 _WIDTH = 64

@@ -1,4 +1,4 @@
-"""quad as the published figures have it: its own training images, and their exogenous noise."""
+"""quad as the published results have it: its own training images, and their exogenous noise."""
 
 from __future__ import annotations
 

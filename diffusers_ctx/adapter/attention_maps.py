@@ -142,7 +142,7 @@ class AttentionMaps:
 
 
 def _feature_size(count: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of so many features, which come from latents of this size by halving it."""
+    """Height and width of a number of features, which come from latents of this size by halving it."""
     while height * width > count:
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     return height, width

@@ -19,7 +19,7 @@ from .backbones import backbone_of
 from .lora_layers import lora_detached
 
 
-_TIMESTEP = 0  # that of a clean image
+_TIMESTEP = 0  # a clean image
 # larger maps are averaged: training stores those of every image, and the posterior ends at 4x4
 _LARGEST_SIZE = 8
 

@@ -53,7 +53,7 @@ def check(
 
     DATA has one folder of images per context, as for training. Counts images and captions; finds copies, imbalance,
     captions that give the context away, contexts that cannot be told from the observational one, and pairs by file
-    name; and says what to expect of so many images.
+    name; and says what to expect of this many images.
     """
     if contact_sheet is not None:
         from ..plot.libraries import require

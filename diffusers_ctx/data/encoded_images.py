@@ -123,7 +123,7 @@ def _converted(picture: PIL.Image.Image) -> tuple[PIL.Image.Image, list[str]]:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """The file without texts and colour profile, which are not used."""
+    """The file without texts and color profile, which are not used."""
     kept, start = [_PNG], len(_PNG)
     while start + 8 <= len(png):
         end = start + 12 + int.from_bytes(png[start : start + 4], "big")

@@ -39,7 +39,7 @@ def split_held_out(
         contexts: the context's name of every row.
         concepts: concepts that can be intervened on.
         obs_context: the observational context's name.
-        max_images: at most so many images in a half.
+        max_images: most images in a half.
         seed: seed of the split; it is the same for a context whatever others there are.
 
     Returns:
@@ -66,7 +66,7 @@ def split_held_out(
 
 
 def hold_out(contexts: Sequence[str], images_per_context: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows to validate on, both in order: so many images of each context, drawn at random.
+    """Rows to train on and rows to validate on, both in order: this many images of each context, drawn at random.
 
     Args:
         contexts: the context's name of every row.

@@ -282,7 +282,7 @@ class Evaluator:
             picture.save(self.output_dir / "counterfactuals.png")
 
     def _draw_contexts(self, held_out: HeldOutImages) -> Image.Image:
-        """A row of samples per context, with the same noise and prompt down a column, beside real images."""
+        """A row of samples per context, with the same noise and prompt down a column, next to real images."""
         prompts = next(iter(held_out.prompts.values()))[:COLUMNS]  # of the observational context
         gap = np.full((1, held_out.resolution, held_out.resolution, 3), 255, dtype=np.uint8)
         rows, labels = [], []

@@ -156,7 +156,7 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     lines = [*_table(["context", *columns], rows), ""]
     if "gap" in results:
         told = all(results.get(group, {}).get("told", 1) for group in ("concept", "composition"))
-        gap = _number("gap")(results) if told else _UNTOLD
+        gap = _number("gap")(results) if told else _INCONCLUSIVE
         lines += [f"Composition gap of the debiased SWD: {gap}", ""]
     lines += [_LEGEND, ""]
     if "counterfactuals" in results:
@@ -201,11 +201,11 @@ def _number(key: str, digits: int = 3) -> Callable[[Mapping[str, Any]], str]:
 
 
 def _debiased(metrics: Metrics) -> str:
-    is_untold = reaches_floor(metrics) or metrics.get("told") == 0
-    return _UNTOLD if is_untold else _number("debiased")(metrics)
+    is_inconclusive = reaches_floor(metrics) or metrics.get("told") == 0
+    return _INCONCLUSIVE if is_inconclusive else _number("debiased")(metrics)
 
 
-_UNTOLD = "cannot be told"
+_INCONCLUSIVE = "inconclusive"
 _COLUMNS: dict[str, Callable[[Metrics], str]] = {
     "n": lambda metrics: str(metrics.get("n", "")),
     "SWD": _number("swd"),
@@ -218,7 +218,7 @@ _COLUMNS: dict[str, Callable[[Metrics], str]] = {
 _LEGEND = (
     "Lower is better. Each context's held-out images are split into two halves of n. SWD: sliced Wasserstein distance"
     " of n samples to the first half. Real vs real: distance of the second half to the first, the baseline that"
-    " samples of the true distribution would have. Debiased: the SWD corrected for the baseline; it cannot be told"
+    " samples of the true distribution would have. Debiased: the SWD corrected for the baseline; inconclusive"
     " where the interval reaches down to the baseline, and more held-out images would help. KID: kernel distance,"
     " with expectation 0 for samples of the true distribution, on the chosen features; on the default ones, the"
     " autoencoder's latents, it cannot be compared with published KIDs. The baseline is that of one split; with few"

@@ -23,7 +23,7 @@ def require(module: str) -> Any:
 
 
 def new_figure(width: float, height: float, **paddings: float) -> Figure:
-    """An empty figure of so many inches. It belongs to no window, so that a server can draw it.
+    """An empty figure, its size in inches. It belongs to no window, so that a server can draw it.
 
     `paddings` are those of matplotlib's `ConstrainedLayoutEngine`, where they are not to be its defaults.
     """

@@ -52,7 +52,7 @@ def parse_training_config(arguments: Sequence[str] | None = None) -> TrainingCon
 def _read_options(file: Path) -> dict[str, Any]:
     """Options from a file, each of its type.
 
-    `HfArgumentParser.parse_yaml_file` takes no flags beside the file, checks no types and leaves `1e-4` as text.
+    `HfArgumentParser.parse_yaml_file` takes no flags besides the file, checks no types and leaves `1e-4` as text.
 
     Raises:
         ValueError: if the file holds no options, or ones that do not exist or are of another type.

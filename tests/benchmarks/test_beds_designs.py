@@ -1,4 +1,4 @@
-"""The bed of emoji, on packages made here whose drawings' colours say what they show, and on the real ones."""
+"""The bed of emoji, on packages made here whose drawings' colors say what they show, and on the real ones."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import write_bed
 from beds import designs, emoji
-from beds.design_reader import ORIENTATIONS, cached_reader, colour_features, distort, edge_features, train_reader
+from beds.design_reader import ORIENTATIONS, cached_reader, color_features, distort, edge_features, train_reader
 from beds.designs import Designs
 from PIL import Image
 
@@ -30,7 +30,7 @@ CAPTIONS = ["a cook", "a person walking", "a merperson", "an elf"]
 HAND = len(ROLES)
 
 
-def colour(role, gender, tone, vendor):
+def color(role, gender, tone, vendor):
     return 30 * role + 10 * gender, 40 * tone, 100 * vendor
 
 
@@ -80,7 +80,7 @@ def write_package(folder, vendor, number):
         add(f"img/{vendor}/64/apple.png", png((250, 0, number), 255))
         drawn = [*itertools.product(range(len(ROLES)), range(3)), (HAND, 0)]
         for (role, gender), tone in itertools.product(drawn, range(6)):
-            rgb = colour(role, gender, tone, number)
+            rgb = color(role, gender, tone, number)
             add(f"img/{vendor}/64/{role}-{gender}-{tone}.png", png(rgb, 255))
     return base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode()
 
@@ -94,7 +94,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def shown(sample):
-    """(n, 3): the colour that each image has in its middle."""
+    """(n, 3): the color that each image has in its middle."""
     return [tuple(map(int, image[32, 32])) for image in sample.images]
 
 
@@ -106,7 +106,7 @@ def test_images_show_the_gender_tone_vendor_and_role_that_interventions_ask_for(
         assert sample.interventions == tuple(interventions)
         roles = sample.attributes[:, 3].astype(int)
         assert sorted(roles) == [0, 1, 2, 3]
-        assert shown(sample) == [colour(role, woman, 5 * dark, vendor) for role in roles]
+        assert shown(sample) == [color(role, woman, 5 * dark, vendor) for role in roles]
         assert (sample.attributes[:, :3] == [woman, 5 * dark, vendor]).all()
         assert sample.captions == [f"a drawing of {CAPTIONS[role]}" for role in roles]
 
@@ -151,7 +151,7 @@ def test_counterfactuals_are_drawings_of_the_same_role(cache):
     sample = bed.sample(("vendor",), 3, seed=1)
     other = bed.counterfactual(sample, ("dark", "woman"))
     assert other.captions == sample.captions
-    assert shown(other) == [colour(int(role), 1, 5, 0) for role in sample.attributes[:, 3]]
+    assert shown(other) == [color(int(role), 1, 5, 0) for role in sample.attributes[:, 3]]
     back = bed.counterfactual(other, ("vendor",))
     assert np.array_equal(back.images, sample.images) and np.array_equal(back.attributes, sample.attributes)
 
@@ -164,7 +164,7 @@ def test_random_tones_are_drawn_with_the_scene(cache):
     before = bed.counterfactual(samples[0], ("woman",))
     assert (before.attributes[:, 1] == 0).all()
     assert np.array_equal(bed.counterfactual(before, ("tone",)).images, samples[0].images)
-    assert shown(samples[0]) == [colour(int(role), 0, int(tone), 0) for _, tone, _, role in samples[0].attributes]
+    assert shown(samples[0]) == [color(int(role), 0, int(tone), 0) for _, tone, _, role in samples[0].attributes]
 
 
 def test_readers_learn_from_no_image_of_a_context_or_combination(cache):
@@ -185,7 +185,7 @@ def test_readers_learn_from_no_image_of_a_context_or_combination(cache):
 def test_transparent_drawings_lie_on_white():
     image = emoji.decode(png((200, 100, 0), 51))
     assert image.shape == (64, 64, 3) and (image[0, 0] == 255).all()
-    assert np.abs(image[32, 32].astype(int) - [244, 224, 204]).max() <= 1  # a fifth of the colour
+    assert np.abs(image[32, 32].astype(int) - [244, 224, 204]).max() <= 1  # a fifth of the color
 
 
 def test_a_package_of_other_content_is_refused(cache):
@@ -213,7 +213,7 @@ def test_the_command_writes_folders_and_a_contact_sheet(cache, tmp_path, monkeyp
 
 
 def squares(n, seed):
-    """Squares, small or big, in one of three colours; size and colour of each."""
+    """Squares, small or big, in one of three colors; size and color of each."""
     generator = np.random.default_rng(seed)
     size, tone = generator.integers(2, size=n), generator.integers(3, size=n)
     images = np.full((n, 64, 64, 3), 255, np.uint8)
@@ -226,7 +226,7 @@ def squares(n, seed):
 def test_a_reader_learns_each_attribute_where_it_is_known():
     images, labels = squares(80, 0)
     labels[:40, 0], labels[40:, 1] = np.nan, np.nan
-    reader = train_reader(images, labels, of_colour=(1,))
+    reader = train_reader(images, labels, of_color=(1,))
     assert [weights.shape[0] for weights in reader.coefficients] == [2, 3]
     others, truth = squares(50, 1)
     generator = np.random.default_rng(0)
@@ -244,11 +244,11 @@ def test_edges_have_an_orientation_and_a_place():
     assert np.allclose(features[0, 0, 5:10] ** 2, [0, 1 / 16, 1 / 8, 1 / 16, 0])
 
 
-def test_colours_are_shares_of_the_image():
+def test_colors_are_shares_of_the_image():
     image = np.full((64, 64, 3), 255, np.uint8)
     image[:16] = (255, 0, 0)
     palette = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 1]], np.float32)
-    assert np.allclose((colour_features(image[None], palette)[0] / 2) ** 2, [0.75, 0.25, 0], atol=1e-5)
+    assert np.allclose((color_features(image[None], palette)[0] / 2) ** 2, [0.75, 0.25, 0], atol=1e-5)
 
 
 def test_a_reader_is_kept_until_its_images_change(tmp_path):

@@ -16,7 +16,7 @@ CORNER, TOY = np.s_[:6, :6], np.s_[36:44, 28:36]  # wall in the sky's light; a s
 
 
 def hue(pixels):
-    """Hue of the mean colour (turns), of pixels (..., 3) uint8, in linear light."""
+    """Hue of the mean color (turns), of pixels (..., 3) uint8, in linear light."""
     return colorsys.rgb_to_hsv(*((pixels / 255.0) ** 2.2).reshape(-1, 3).mean(0))[0]
 
 
@@ -78,8 +78,8 @@ def test_only_what_was_intervened_on_changes(bed):
     )
     for before, after in zip(factual.images, background.images):
         assert hue(before[CORNER]) - hue(after[CORNER]) == pytest.approx(0.25, abs=0.06)
-    recoloured = bed.counterfactual(factual, ("obj",))
-    for before, after in zip(factual.images, recoloured.images):
+    recolored = bed.counterfactual(factual, ("obj",))
+    for before, after in zip(factual.images, recolored.images):
         assert hue(before[CORNER]) == pytest.approx(hue(after[CORNER]), abs=0.01)
 
 

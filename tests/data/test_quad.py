@@ -205,7 +205,7 @@ def test_independent_factors_are_uncorrelated():
     assert abs(correlation - np.eye(8)).max() < 0.08
 
 
-def test_hue_is_linear_between_six_colours():
+def test_hue_is_linear_between_six_colors():
     positions = np.linspace(0, 1, 101)
     expected = np.array([hue(min(position, 1.0)) for position in positions])
     assert abs(quad.hue(positions) * 255 - expected).max() <= 0.51
@@ -242,7 +242,7 @@ def test_pixels_match_the_geometry_of_their_factors():
 
 
 def test_figures_cover_their_area():
-    """A pixel's colour tells its share of the figure, so areas can be measured to a fraction of a pixel's width."""
+    """A pixel's color tells its share of the figure, so areas can be measured to a fraction of a pixel's width."""
     sample = quad.generate((), n=200, seed=13)
     measured = set()
     for image, factors in zip(sample.images, sample.factors):

@@ -144,8 +144,8 @@ def test_a_distance_whose_interval_reaches_the_baseline_cannot_be_told():
     markdown = render_markdown({"contexts": contexts} | summary)
     cells = {row[0]: row[-1] for row in cells_of(markdown)[1:]}
     assert cells["obs"] == cells["both"] == cells["mean of 1, composition"] == "0.283"
-    assert cells["night"] == cells["snow"] == cells["mean of 2, concept"] == "cannot be told"
-    assert "Composition gap of the debiased SWD: cannot be told" in markdown
+    assert cells["night"] == cells["snow"] == cells["mean of 2, concept"] == "inconclusive"
+    assert "Composition gap of the debiased SWD: inconclusive" in markdown
     contexts["snow"] = far
     summary = summarize(contexts, interventions)
     assert summary["gap"] == pytest.approx(0.283 - 0.283 / 2)

@@ -1,4 +1,4 @@
-"""What to expect of a number of images: what training does with so many, and what was measured."""
+"""What to expect of a number of images: what training does with it, and what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...data.held_out import hold_out
 
 
 class Measured(NamedTuple):
-    """What an adapter made of so many images of each context on quad.
+    """What an adapter achieved with this many images of each context on quad.
 
     Attributes:
         images: images of each context.

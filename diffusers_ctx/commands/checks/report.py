@@ -33,7 +33,7 @@ class DataReport:
         table: what is known of each.
         findings: problems first.
         tests: by context, how well it is told from the observational one; `None` where that was not tested.
-        expected: sentences about what to expect of so many images.
+        expected: sentences about what to expect of this many images.
     """
 
     dataset: Dataset

@@ -1,4 +1,4 @@
-"""Can a context be told from the observational one? A two-sample test by a classifier.
+"""Can a context be distinguished from the observational one? A two-sample test by a classifier.
 
 A logistic regression learns to tell the two from simple features of pixels, and is judged on images that it has not
 seen (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Accuracy at chance says that these features do not differ. An
@@ -26,11 +26,11 @@ _WEAK = 0.7  # accuracy: a test that could not show that much says nothing
 
 @dataclass(frozen=True)
 class TwoSampleTest:
-    """How well two contexts are told apart on held-out images.
+    """How well a classifier distinguishes two contexts on held-out images.
 
     Attributes:
         images: of both contexts together, as many of each.
-        accuracy: share of held-out images whose context was told; chance is 0.5.
+        accuracy: share of held-out images whose context was guessed right; chance is 0.5.
         p_value: how often guesses would be right as often.
         detectable: the accuracy from which on guesses would be right that often in at most 1 of 20 cases.
     """
@@ -42,7 +42,7 @@ class TwoSampleTest:
 
 
 def find_untold_contexts(table: ImageTable, obs_context: str, seed: int = 0) -> tuple[list[Finding], dict]:
-    """Contexts that cannot be told from the observational one, and the test of every context.
+    """Contexts that cannot be distinguished from the observational one, and the test of every context.
 
     Raises:
         ImportError: if scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""How well held-out images of each concept are told from observational ones, while concepts are learned."""
+"""How well held-out images of each concept are distinguished from observational ones, while concepts are learned."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ..config import MOST_CONCEPT_STEPS, ContextConfig
 from .losses import graph_penalty
 
 
-_STEPS_SHARE = 1 / 3  # steps beside those that see images
+_STEPS_SHARE = 1 / 3  # steps besides those that see images
 _LEARNING_RATE = 5e-2
 _RANDOM_STARTS = 8
 _RANDOM_SCALE = 0.3

@@ -219,7 +219,7 @@ class Population:
         return torch.stack([*self._scores]).mean(dim=0)
 
     def keep_best(self, count: int) -> None:
-        """Keeps so many candidates with the best scores, the best one first."""
+        """Keeps this many candidates with the best scores, the best one first."""
         self.keep(self.scores().argsort(descending=True)[:count])
 
     @torch.no_grad()

@@ -219,7 +219,7 @@ class ConceptStage:
         """Steps of AdamW on `loss_of(batch, labels, rows, random, step)`, without those that an earlier run has done;
         the last step's metrics.
 
-        `parts` are what has a state beside the objective.
+        `parts` have a state besides the objective's.
         """
         metrics: dict[str, torch.Tensor] = {}
         optimizer = torch.optim.AdamW(groups, lr=self.options.concept_learning_rate, weight_decay=1e-4)

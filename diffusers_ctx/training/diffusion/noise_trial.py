@@ -1,9 +1,9 @@
-"""Whether the exogenous noise earns its place, which held-out images tell.
+"""Tests on held-out images whether the exogenous noise helps.
 
-From few images, the values that a posterior reads may be little more than the names of the images it has seen. A UNet
-that learns from those values draws its training images again and forgets the prompt; it does better by the context
-alone. So where images are few, training goes without noise for some images at first, and then asks images that
-neither stage has seen: noise inferred from them should lower their loss about as much as noise of the prior raises it.
+From few images, a posterior may learn little more than to identify its training images. A UNet that learns from such
+values reproduces these images and ignores the prompt; it does better with the context alone. So where images are few,
+some images learn without noise at first. Then images that neither stage has seen decide: noise inferred from them
+should lower their loss about as much as noise from the prior raises it.
 Were images `W z + e` with independent `z`, the two would be equal if noise is inferred exactly, and their ratio is
 `2 rho - 1` if inferred noise correlates by `rho` with the true one. If it is low, the rest of the training goes
 without.

@@ -31,7 +31,7 @@ class CaptionEncoder(nn.Module):
 
 
 class Draws(NamedTuple):
-    """What is drawn at random for a batch, beside its latents.
+    """What is drawn at random for a batch, besides its latents.
 
     Attributes:
         noise: (B, C, h, w), added to the latents.

@@ -269,7 +269,7 @@ class DiffusionStage:
 
 
 def count_steps(config: TrainingConfig, contexts: Sequence[str], global_batch_size: int) -> int:
-    """Optimizer steps of a run on images of these contexts, with so many in a batch of all processes together.
+    """Optimizer steps of a run on images of these contexts, with batches of `global_batch_size` over all processes.
 
     Raises:
         ValueError: if there are too few images for one step.

@@ -64,7 +64,7 @@ def prepare_mode(model: ModelMixin, mode: str, rank: int, text_encoders: Sequenc
     """Sets which parameters of a model with a context module learn, and adds the LoRA of mode `lora`, also to the text
     encoders that are to learn.
 
-    Of the context module only the read-out goes on learning beside the model: what the concepts are was learned
+    Of the context module only the read-out goes on learning along with the model: what the concepts are was learned
     before, and the model's loss would undo the match between posterior and prior.
     """
     backbone = backbone_of(model)
