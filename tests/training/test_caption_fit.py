@@ -61,12 +61,13 @@ def test_images_without_a_caption_say_nothing():
 
 
 @pytest.mark.parametrize("captions", [["dark"] * 600, ["dark", ""] * 300, None])
-def test_where_there_is_nothing_to_learn_it_says_nothing(captions):
+def test_where_there_is_nothing_to_learn_it_says_nothing(captions, caplog):
     module, latents = make_latents(100 if captions is None else 600, captions)
     fit_captions(Accelerator(cpu=True), module, latents, encode, seed=0)
     with torch.no_grad():
         scores = module.captions(module.read_values(latents.mean[0])[None], embed(CAPTIONS))
     assert scores.abs().max() == 0
+    assert bool(caplog.records) == (captions is None)  # too few captions are said, alike ones are not
 
 
 def test_captions_that_depend_on_nothing_are_learned_by_heart_for_a_short_while_alone():

@@ -97,7 +97,7 @@ def test_it_is_the_same_with_the_same_seed(options):
     assert not torch.equal(first["mechanism.bias_do"], unfitted["mechanism.bias_do"])
 
 
-def test_fewer_images_than_dimensions_keep_laws_of_some_width():
+def test_fewer_images_than_dimensions_keep_distributions_of_some_width():
     module = _module(noise_dim=2, concept_dim=2)
     values, labels = torch.randn(8, *module.noise_shape), torch.arange(4).repeat_interleave(2)
     fit_scm(module, values, labels, CONTEXTS, ContextConfig(), seed=0)

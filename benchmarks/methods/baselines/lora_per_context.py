@@ -61,7 +61,7 @@ class LoraPerContext(Predicting):
 class LoraDifference(LoraPerContext):
     """The same LoRAs, composed as their sum less the observational one for each concept after the first.
 
-    The base has the law of all contexts pooled; what a LoRA learned of a context is what sets it apart from that, and
+    The base has the distribution of all contexts pooled; what a LoRA learned of a context is what sets it apart from that, and
     in the sum of two, what the observational one has learned would be there twice.
 
     Attributes:
