@@ -2,7 +2,7 @@
 
     python benchmarks/write_base_pictures.py --output runs/pictures
 
-No held-out combination is among them. docs/beds names sources and licences.
+No held-out combination is among them. docs/beds names sources and licenses.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/write_bed.py digits --output runs/digits --readers 500
 
 Folders go to `train`, below `--output`. What a bed is made from is fetched to `--cache_dir`; docs/beds has a page for
-each bed, with sources and licences.
+each bed, with sources and licenses.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Bed(ABC):
         concepts: what can be intervened on.
         attributes: what is read off images.
         held_out: combinations of interventions that no training image shows, pairs first.
-        licence: of the pictures, and where they come from.
+        license: of the pictures, and where they come from.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Bed(ABC):
     concepts: tuple[str, ...]
     attributes: tuple[Attribute, ...]
     held_out: tuple[tuple[str, ...], ...]
-    licence: str
+    license: str
 
     @property
     def contexts(self) -> dict[str, tuple[str, ...]]:

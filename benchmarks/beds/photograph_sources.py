@@ -2,7 +2,7 @@
 
 The package (44 MB) ships pictures of GCompris, a program for children: among them photographs from Wikimedia Commons,
 in the public domain or under CC0, CC BY (1.0, 2.0), CC BY-SA (2.0, 3.0, 4.0) and in one case (windmill6) GPL-2+.
-The file `copyright` in its folder of documents names author and licence of those under `categorization`; the file
+The file `copyright` in its folder of documents names author and license of those under `categorization`; the file
 README within `explore_monuments.rcc` those of the others. None of them is a part of this repository.
 """
 

@@ -2,7 +2,7 @@
 
 A scene is a crop of a photograph and how strong each operation would be, so every counterfactual is known. Training
 folders share photographs, not crops; held-out images are of other photographs. See `photograph_sources` for what they
-are and their licences, and `weather` for the operations.
+are and their licenses, and `weather` for the operations.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PhotographsBed(Bed):
     concepts = WEATHER
     attributes = tuple(Attribute(name, classes=2, concepts=(name,)) for name in WEATHER)
     held_out = (*combinations(WEATHER, 2), WEATHER)
-    licence = LICENCE
+    license = LICENCE
 
     def __init__(self, cache_dir: str | Path = "runs/sources", resolution: int = 64):
         self.cache_dir = Path(cache_dir)

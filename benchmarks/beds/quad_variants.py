@@ -125,7 +125,7 @@ class QuadBed(Bed):
         for name in quad.FACTORS
     )
     held_out = (*quad.HELD_OUT_PAIRS, *quad.HELD_OUT_TRIPLES)
-    licence = "Apache-2.0: drawn by diffusers_ctx.data.quad"
+    license = "Apache-2.0: drawn by diffusers_ctx.data.quad"
 
     def __init__(self, variant: str = "linear"):
         if variant not in VARIANTS:

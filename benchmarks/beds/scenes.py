@@ -67,7 +67,7 @@ class Scenes(Bed):
         Attribute("depth"),
     )
     held_out = (*combinations(CONCEPTS, 2), CONCEPTS)
-    licence = "Apache-2.0: rendered by benchmarks/beds/renderer.py"
+    license = "Apache-2.0: rendered by benchmarks/beds/renderer.py"
 
     def __init__(self, resolution: int = 64):
         self.resolution = resolution

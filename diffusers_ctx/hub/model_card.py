@@ -53,7 +53,7 @@ def render_model_card(
         training: any of `command` (a list of arguments), `seed`, `commit`, `machine`, `versions` and
             `hyperparameters` (mappings).
         pictures: file names of the pictures to show, relative to the adapter's folder.
-        license: the adapter's licence in the Hub's spelling, such as `apache-2.0`.
+        license: the adapter's license in the Hub's spelling, such as `apache-2.0`.
         within_pipeline: whether the adapter's folder is one of its pipeline's, whose `from_pretrained` loads both.
 
     Raises:

@@ -61,8 +61,8 @@ class LoraPerContext(Predicting):
 class LoraDifference(LoraPerContext):
     """The same LoRAs, composed as their sum less the observational one for each concept after the first.
 
-    The base has the distribution of all contexts pooled; what a LoRA learned of a context is what sets it apart from that, and
-    in the sum of two, what the observational one has learned would be there twice.
+    The base has the distribution of all contexts pooled, and a LoRA learns how its context differs from that. A sum of
+    two would therefore count twice what the observational one has learned.
 
     Attributes:
         source: name of the method whose LoRAs these are.
