@@ -20,7 +20,7 @@ from .references import Reference
 
 
 class AbductionMixin(ContextAdapterMixin):
-    """Gives a pipeline with a context adapter the posterior of its exogenous noise."""
+    """Adds the posterior of exogenous noise to a pipeline with a context adapter."""
 
     vae: AutoencoderKL
     vae_scale_factor: int

@@ -22,7 +22,7 @@ from .references import ReferencedInterventions, number_of_sets, split_reference
 
 
 class CounterfactualMixin(AbductionMixin):
-    """Gives a pipeline with a context adapter counterfactuals of images."""
+    """Adds counterfactuals of images to a pipeline with a context adapter."""
 
     @torch.no_grad()
     def counterfactual(
@@ -49,9 +49,9 @@ class CounterfactualMixin(AbductionMixin):
         denoising ODE. Action replaces the factual mechanisms by those of `interventions`. Prediction generates from
         both noises. Equal interventions return the images, as far as the VAE and the inversion can.
 
-        Guidance above 1 is no part of the inversion, which it would make less exact. Instead, the factual image is
-        generated too, with guidance, and what it misses of the inversion's path at each step is added to both: equal
-        interventions return the images all the same.
+        Guidance above 1 is not used in the inversion, which it would make less exact. Instead, the factual image is
+        generated too, with guidance, and its deviation from the inversion's path is added to both at each step: equal
+        interventions still return the images.
 
         Args:
             image: one image or several, see `infer_exogenous_noise`.
@@ -60,7 +60,7 @@ class CounterfactualMixin(AbductionMixin):
             factual_interventions: those under which the images arose.
             prompt: describes the images; one for all or one each.
             num_inference_steps: steps of the inversion, and of the generation.
-            guidance_scale: classifier-free guidance of the generation; up to 1 there is none.
+            guidance_scale: classifier-free guidance of the generation; 1 or less is none.
             negative_prompt: what guidance leads away from; one for all or one each.
             generator: draws the exogenous noise from its posterior: repeated calls show how much the images leave
                 open. By default the noise is the posterior's mean, and the result deterministic.
@@ -69,7 +69,7 @@ class CounterfactualMixin(AbductionMixin):
                 noise.
             callback_on_step_end: called after each step of the generation with the pipeline, the step's number, its
                 timestep and a dictionary of tensors; `"latents"` in what it returns replaces them.
-            callback_on_step_end_tensor_inputs: names of the tensors for the callback; there is `"latents"` alone.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback; only `"latents"` is available.
             mask_image: where the images may change, as in inpainting: white may, black is kept to the pixel, and grey
                 mixes the two. One for all or one each, of the images' size; PIL images are resized and cropped with
                 them.

@@ -14,7 +14,7 @@ from .references import ReferencedInterventions
 
 
 class SweepMixin(CounterfactualMixin):
-    """Gives a pipeline with a context adapter strips of images."""
+    """Adds strips of images to a pipeline with a context adapter."""
 
     def sweep(
         self,

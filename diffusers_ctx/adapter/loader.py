@@ -29,7 +29,7 @@ _DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only")
 
 
 class ContextAdapterLoaderMixin(ContextLoraMixin):
-    """Gives a pipeline a context adapter: loads it, sets its scale and unloads it."""
+    """Loads a context adapter into a pipeline, sets its scale and unloads it."""
 
     scheduler: Any
     config: Any
@@ -55,7 +55,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         `context_adapter=False` leaves that out.
 
         Raises:
-            OSError: if there is no such folder or repository; a mistyped folder does not wait for the network.
+            OSError: if there is no such folder or repository; for a mistyped folder, without asking the network.
             AdapterError: if an adapter was saved with it and cannot be loaded.
         """
         if kwargs.get("cache_dir"):
@@ -172,7 +172,7 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         super().unload_ip_adapter()  # type: ignore[misc]
 
     def set_ip_adapter_scale(self, scale: float | dict | list[float | dict]) -> None:
-        """Sets the scale of an IP-Adapter as in diffusers, or with a context adapter that one's, LoRAs and all.
+        """Sets the scale of an IP-Adapter as in diffusers, or of the context adapter and its LoRAs if one is loaded.
 
         `IPAdapterScaleCutoffCallback` calls it.
 

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class ContextAdapterMixin(ContextAdapterLoaderMixin):
-    """Gives a pipeline all methods of a context adapter: these and its base's."""
+    """All methods of a pipeline that concern its context adapter: saving and pushing, and those of the base class."""
 
     _is_saved_with_adapter = False  # while `save_pretrained` runs
 
