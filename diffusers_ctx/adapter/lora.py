@@ -28,9 +28,9 @@ class ContextLoraMixin:
     """Methods of a pipeline that concern LoRAs. A context adapter and its LoRAs have one scale and act as one.
 
     `set_context_scale(s)` and `set_adapters(["context", ...], [s, ...])` are the same for it. LoRAs that
-    `set_adapters` does not name are switched off, but the context adapter stays as it is; give it a weight of 0 to switch it
-    off. `disable_lora()` switches off an adapter that has LoRAs as a whole, its tokens included, and `enable_lora()`
-    switches it on again; an adapter without LoRAs is not affected.
+    `set_adapters` does not name are switched off, but the context adapter stays as it is; give it a weight of 0 to
+    switch it off. `disable_lora()` switches off an adapter that has LoRAs as a whole, its tokens included, and
+    `enable_lora()` switches it on again; an adapter without LoRAs is not affected.
     """
 
     components: dict[str, Any]
@@ -66,7 +66,7 @@ class ContextLoraMixin:
         adapter_names: list[str] | str,
         adapter_weights: float | dict | list[float] | list[dict] | list[None] | None = None,
     ) -> None:
-        """Sets the active LoRAs and their weights, as in diffusers; "context" is the context adapter, including its tokens.
+        """Sets the active LoRAs and their weights, as in diffusers; "context" is the whole context adapter.
 
         Args:
             adapter_names: names of LoRAs; those not named are switched off, except the context adapter.
