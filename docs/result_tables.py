@@ -31,6 +31,7 @@ PAGES = [
     "docs/results.md",
     "docs/sampling.md",
     "docs/training.md",
+    "diffusers_ctx/assets/quad-base/README.md",
     "diffusers_ctx/assets/quad-context/README.md",
 ]
 CONCEPTS = ("quad1", "quad2", "quad3", "quad4", "size", "orientation")
@@ -250,6 +251,26 @@ def prompts() -> list[str]:
     return table(["`match_prompt`", *header], rows)
 
 
+def quad_base() -> list[str]:
+    measured = load("quad-base.json")["num_inference_steps"]
+    rows = []
+    for steps, found in measured.items():
+        cells = [f"{found[key]:.4f}" for key in ("swd", "floor", "debiased")]
+        rows.append([f"samples, {steps} DDIM steps", *cells, f"{found['shape_met']:.2f}", f"{found['drift']:.3f}"])
+    real = next(iter(measured.values()))
+    rows.append(
+        [
+            "other real images",
+            f"{real['floor']:.4f}",
+            "",
+            "",
+            f"{real['shape_met_real']:.2f}",
+            f"{real['drift_real']:.3f}",
+        ]
+    )
+    return table([f"n = {real['n']}", "distance", "real to real", "debiased", "shape met", "drift"], rows)
+
+
 def counterfactuals() -> list[str]:
     results = load("quad-context-counterfactuals.json")
     rows = []
@@ -349,6 +370,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "shipped-combinations": shipped_combinations,
     "fresh-combinations": fresh_combinations,
     "independent-variant": independent_variant,
+    "quad-base": quad_base,
     "prompts": prompts,
     "counterfactuals": counterfactuals,
     "concepts": concepts,

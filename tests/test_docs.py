@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,9 @@ def facts() -> dict[str, list[str]]:
         and drifts["posterior-untold"] == sorted(drifts.values())[-2]
     )
 
+    weights_of_base = (ROOT / "diffusers_ctx" / "assets" / "quad-base").glob("*/*.safetensors")
+    parameters = sum(tensor.numel() for file in weights_of_base for tensor in load_file(file).values())
+    base = {steps: found["debiased"] for steps, found in load("quad-base.json")["num_inference_steps"].items()}
     gigabytes = f"{4 * adapters['sdxl-bf16'] / 1e9:.1f} GB in float32"
     return {
         "README.md": [
@@ -143,6 +147,7 @@ def facts() -> dict[str, list[str]]:
             f", earlier code), pairs are at {mean(run('ours-latents')['contexts'], 2):.3f}",
             f"a LoRA trained on it alone is at {mean(run('base')['contexts'], 0):.3f}, the context adapter at"
             f" {over_seeds('ours', lambda c: mean(c, 0)):.3f}",
+            f"is at {base['6']:.3f} from its training distribution at six steps and at {base['25']:.3f} at 25",
             f"took {min(minutes):.0f} to {max(minutes):.0f} minutes of a core",
             f"(3,000, {minutes_of_longer:.0f} minutes) are at {longer[1]:.3f}, {longer[2]:.3f} and {longer[3]:.3f}",
             f"The light VAE had {run('paper-vae')['seconds'] / 60:.1f} minutes",
@@ -161,6 +166,7 @@ def facts() -> dict[str, list[str]]:
             f"Their mean distance is {mean(fresh['contexts'], 2):.3f} for the six pairs and"
             f" {mean(fresh['contexts'], 3):.3f} for the triple",
         ],
+        "diffusers_ctx/assets/quad-base/README.md": [f"for 64x64 pixels ({parameters / 1e6:.1f} million parameters)"],
         "diffusers_ctx/assets/quad-context/README.md": [
             f"edges among the concepts: {shipped['graph']['auroc']:.2f}",
             f"are {drift(shipped['contexts']) / drift(shipped['contexts'], 'drift_real'):.1f} times as far",
