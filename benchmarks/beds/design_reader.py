@@ -1,26 +1,30 @@
 """Reads attributes off small drawings: linear classifiers of their edges and colors.
 
-Edges are histograms of oriented gradients (Dalal and Triggs, 2005); colors, how much of the image is near each color
-of a palette that is learned, too.
+Samples of a latent diffusion model are no sharper than its autoencoder lets them be, so classifiers also learn from
+drawings that went through one. Edges are histograms of oriented gradients (Dalal and Triggs, 2005); colors, how much
+of the image is near each color of a palette that is learned, too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 from scipy.special import softmax
 from sklearn.cluster import MiniBatchKMeans
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.linear_model import RidgeClassifier
 
 
-COLOURS = 64  # of the palette
+COLORS = 64  # of the palette
 NEAR = 0.06  # distance of colors that count as alike, where black and white are √3 apart
 ORIENTATIONS = 8
+PENALTY = 5  # of squared coefficients
 _CHUNK = 128  # images at once, for memory
 
 
@@ -29,7 +33,7 @@ class Reader:
     """Linear classifiers, one for each attribute.
 
     Attributes:
-        palette: (`COLOURS`, 3) in [0, 1].
+        palette: (`COLORS`, 3) in [0, 1].
         coefficients: for each attribute (classes, features) in the order edges, colors.
         intercepts: for each attribute (classes,).
     """
@@ -45,48 +49,57 @@ class Reader:
         return np.stack([score.argmax(1) for score in scores], 1)
 
 
-def train_reader(images: np.ndarray, labels: np.ndarray, of_color: Sequence[int] = (), seed: int = 0) -> Reader:
-    """A reader that learned from labelled images, and from a version of each that is a little distorted.
+def train_reader(images: np.ndarray, labels: np.ndarray, vae: AutoencoderKL, seed: int = 0) -> Reader:
+    """A reader that learned from labelled images as they are, as an autoencoder returns them, and a little distorted.
 
     Args:
         images: (n, R, R, 3) uint8, R a multiple of 4.
         labels: (n, attributes), classes as numbers from 0, each of which occurs; NaN where one is not known.
-        of_color: attributes that are read off colors alone.
+        vae: the autoencoder, in single precision.
         seed: of versions and palette.
     """
     generator = np.random.default_rng(seed)
+    images = np.concatenate([images, autoencoded(images, vae, seed)])
     images = np.concatenate([images, [distort(image, generator) for image in images]])
-    labels = np.concatenate([labels, labels])
+    labels = np.tile(labels, (4, 1))
     pixels = images[:, ::6, ::6].reshape(-1, 3) / 255
-    palette = MiniBatchKMeans(COLOURS, random_state=seed, n_init=1).fit(pixels).cluster_centers_.astype(np.float32)
-    edges, colors = edge_features(images), color_features(images, palette)
-    both = np.concatenate([edges, colors], 1)
+    palette = MiniBatchKMeans(COLORS, random_state=seed, n_init=1).fit(pixels).cluster_centers_.astype(np.float32)
+    features = np.concatenate([edge_features(images), color_features(images, palette)], 1)
     reader = Reader(palette, [], [])
-    for attribute, column in enumerate(labels.T):
+    for column in labels.T:
         known = ~np.isnan(column)
-        if attribute in of_color:
-            model = LogisticRegression(C=100, max_iter=500).fit(colors[known], column[known])
-        else:
-            model = RidgeClassifier(alpha=1).fit(both[known], column[known])
+        model = RidgeClassifier(alpha=PENALTY).fit(features[known], column[known])
         weights, bias = _of_each_class(model)
-        unused = both.shape[1] - weights.shape[1]
-        reader.coefficients.append(np.pad(weights, ((0, 0), (unused, 0))))
+        reader.coefficients.append(weights)
         reader.intercepts.append(bias)
     return reader
 
 
-def cached_reader(cache_dir: Path, images: np.ndarray, labels: np.ndarray, of_color: Sequence[int] = ()) -> Reader:
+def cached_reader(cache_dir: Path, images: np.ndarray, labels: np.ndarray, vae: AutoencoderKL) -> Reader:
     """`train_reader`'s reader, from a file if this code has learned from these images before."""
-    lessons = [Path(__file__).read_bytes(), images.tobytes(), labels.tobytes(), bytes(of_color)]
+    weights = [parameter.detach().numpy().tobytes() for parameter in vae.parameters()]
+    lessons = [Path(__file__).read_bytes(), images.tobytes(), labels.tobytes(), *weights]
     file = cache_dir / f"reader-{hashlib.sha256(b''.join(lessons)).hexdigest()[:16]}.npz"
     if not file.exists():
-        reader = train_reader(images, labels, of_color)
+        reader = train_reader(images, labels, vae)
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".partial.npz")
         np.savez(unfinished, reader.palette, *reader.coefficients, *reader.intercepts)
         unfinished.replace(file)
-    palette, *weights = np.load(file).values()
-    return Reader(palette, weights[: labels.shape[1]], weights[labels.shape[1] :])
+    palette, *arrays = np.load(file).values()
+    return Reader(palette, arrays[: labels.shape[1]], arrays[labels.shape[1] :])
+
+
+@torch.no_grad()
+def autoencoded(images: np.ndarray, vae: AutoencoderKL, seed: int = 0) -> np.ndarray:
+    """Images (n, R, R, 3) uint8 decoded from latents that an autoencoder draws for them."""
+    generator = torch.Generator().manual_seed(seed)
+    decoded = []
+    for chunk in _chunks(images):
+        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2) * 2 - 1
+        latents = vae.encode(pixels).latent_dist.sample(generator)
+        decoded.append(((vae.decode(latents).sample.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255))
+    return torch.cat(decoded).numpy().astype(np.uint8)
 
 
 def edge_features(images: np.ndarray) -> np.ndarray:
@@ -143,7 +156,7 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
         yield images[start : start + _CHUNK].astype(np.float32) / 255
 
 
-def _of_each_class(model: LogisticRegression | RidgeClassifier) -> tuple[np.ndarray, np.ndarray]:
+def _of_each_class(model: RidgeClassifier) -> tuple[np.ndarray, np.ndarray]:
     """Coefficients and intercepts of each class, where scikit-learn has those of the second of two alone."""
     weights, bias = model.coef_.reshape(-1, model.n_features_in_), model.intercept_.reshape(-1)
     if len(weights) == 1:

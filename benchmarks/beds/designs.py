@@ -11,10 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
 
 from beds.bed import Attribute, Bed, BedSample
 from beds.design_reader import Reader, cached_reader
 from beds.emoji import GENDERS, TONES, Drawing, decode, fetch, people, read_package, things
+from diffusers_ctx import embedded_base
 
 
 VENDORS = ("google", "twitter")
@@ -100,7 +103,8 @@ class Designs(Bed):
     @cached_property
     def reader(self) -> Reader:
         """A classifier of the attributes, see [`lessons`]."""
-        return cached_reader(self.cache_dir, *self.lessons(), of_color=(TONE,))
+        vae = AutoencoderKL.from_pretrained(embedded_base("pictures"), subfolder="vae", torch_dtype=torch.float32)
+        return cached_reader(self.cache_dir, *self.lessons(), vae.requires_grad_(False))
 
     def lessons(self) -> tuple[np.ndarray, np.ndarray]:
         """What readers learn from: drawings that no context or combination with default and dark tones shows.

@@ -10,11 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import write_bed
 from beds import designs, emoji
-from beds.design_reader import ORIENTATIONS, cached_reader, color_features, distort, edge_features, train_reader
+from beds.design_reader import (
+    ORIENTATIONS,
+    autoencoded,
+    cached_reader,
+    color_features,
+    distort,
+    edge_features,
+    train_reader,
+)
 from beds.designs import Designs
+from diffusers import AutoencoderKL
 from PIL import Image
+
+from diffusers_ctx import embedded_base
 
 
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
@@ -212,6 +224,13 @@ def test_the_command_writes_folders_and_a_contact_sheet(cache, tmp_path, monkeyp
     assert Image.open(output / "contact_sheet.png").height >= 8 * 64
 
 
+@pytest.fixture(scope="module")
+def vae():
+    """An autoencoder that blurs: that of the shipped base of pictures."""
+    vae = AutoencoderKL.from_pretrained(embedded_base("pictures"), subfolder="vae", torch_dtype=torch.float32)
+    return vae.requires_grad_(False)
+
+
 def squares(n, seed):
     """Squares, small or big, in one of three colors; size and color of each."""
     generator = np.random.default_rng(seed)
@@ -223,16 +242,17 @@ def squares(n, seed):
     return images, np.stack([size, tone], 1).astype(float)
 
 
-def test_a_reader_learns_each_attribute_where_it_is_known():
+def test_a_reader_learns_each_attribute_where_it_is_known(vae):
     images, labels = squares(80, 0)
     labels[:40, 0], labels[40:, 1] = np.nan, np.nan
-    reader = train_reader(images, labels, of_color=(1,))
+    reader = train_reader(images, labels, vae)
     assert [weights.shape[0] for weights in reader.coefficients] == [2, 3]
     others, truth = squares(50, 1)
     generator = np.random.default_rng(0)
     distorted = np.stack([distort(image, generator) for image in others])
     assert (reader.read(others) == truth).all()
     assert (reader.read(distorted) == truth).mean() > 0.95
+    assert (reader.read(autoencoded(others, vae, seed=1)) == truth).mean() > 0.95
 
 
 def test_edges_have_an_orientation_and_a_place():
@@ -251,15 +271,15 @@ def test_colors_are_shares_of_the_image():
     assert np.allclose((color_features(image[None], palette)[0] / 2) ** 2, [0.75, 0.25, 0], atol=1e-5)
 
 
-def test_a_reader_is_kept_until_its_images_change(tmp_path):
+def test_a_reader_is_kept_until_its_images_change(tmp_path, vae):
     images, labels = squares(30, 0)
-    first = cached_reader(tmp_path, images, labels, (1,))
+    first = cached_reader(tmp_path, images, labels, vae)
     (file,) = tmp_path.iterdir()
     written = file.stat().st_mtime_ns
-    again = cached_reader(tmp_path, images, labels, (1,))
+    again = cached_reader(tmp_path, images, labels, vae)
     assert file.stat().st_mtime_ns == written
     assert np.array_equal(first.read(images), again.read(images))
-    cached_reader(tmp_path, 255 - images, labels, (1,))
+    cached_reader(tmp_path, 255 - images, labels, vae)
     assert len(list(tmp_path.iterdir())) == 2
 
 
