@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# three workers for two cores, since many tests wait for a process; the longest files first (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-fast lint docs clean
 
@@ -18,10 +20,10 @@ demo: install  ## train, sample and measure an adapter on a CPU, in 9 minutes
 	$(BIN)/python train_scripts/demo_quad.py --output_dir runs/demo
 
 test: install  ## all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
 
 test-fast: install  ## without the tests that launch processes, train, measure, or draw many samples
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/context tests/data tests/adapter tests/test_adapter_format.py \
+	$(PYTEST) tests/context tests/data tests/adapter tests/test_adapter_format.py \
 		tests/test_paths.py tests/hub/test_model_card.py tests/training/test_config.py tests/training/test_objective.py \
 		tests/pipelines/test_composable_pipeline.py tests/pipelines/test_inversion.py
 

@@ -47,6 +47,32 @@ gc.disable()  # until all is imported: nothing of that is garbage, and looking t
 
 CONCEPTS = ["night", "snow", "fog"]
 
+# the files that take longest, the longest first: one that starts last would keep its worker busy long after the others
+LONG_FILES = [
+    "training/test_training_script.py",
+    "training/test_processes.py",
+    "benchmarks/test_compare.py",
+    "training/test_xl_training.py",
+    "benchmarks/test_counterfactual_quad.py",
+    "test_docs.py",
+    "training/test_files.py",
+    "benchmarks/test_quad_benchmark.py",
+    "training/test_caption_fit.py",
+    "test_tutorial.py",
+    "ui/test_in_browser.py",
+    "training/test_concept_stage.py",
+    "pipelines/test_stock_behaviour.py",
+    "adapter/test_saved_pipelines.py",
+    "training/test_flow_search.py",
+    "training/test_training_errors.py",
+    "test_embedded.py",
+    "training/test_compilation.py",
+    "test_train_base.py",
+    "test_examples.py",
+    "training/test_ema.py",
+    "training/test_stop_signals.py",
+]
+
 # what differs from the defaults of diffusers in the UNet of Stable Diffusion XL
 SDXL_UNET = {
     "sample_size": 128,
@@ -234,6 +260,12 @@ def attach_random_module(pipeline):
     for layer in context_attention_layers(pipeline.unet).values():
         torch.nn.init.normal_(layer["value"].weight, std=0.5)
     return pipeline
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first; `--no-loadscope-reorder` has pytest-xdist hand files out in this order."""
+    order = {Path(__file__).parent / name: rank for rank, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_collection_finish() -> None:
