@@ -21,12 +21,16 @@ QUEUED: dict[str, Any] = PRIVATE | {"concurrency_id": "pipeline", "concurrency_l
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
-    """Shows what is wrong with what a visitor gave, in the library's words; other errors are bugs, and stay."""
+def in_words(if_memory_is_full: str = "Draw fewer images at once.") -> Iterator[None]:
+    """Shows what is wrong with what a visitor gave, in the library's words; other errors are bugs, and stay.
+
+    Args:
+        if_memory_is_full: what to do when the GPU has too little memory.
+    """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise _shown("The GPU has too little memory for this. Draw fewer images at once.") from error
+        raise _shown(f"The GPU has too little memory for this. {if_memory_is_full}") from error
     except (ValueError, OSError, ImportError) as error:
         raise _shown(str(error)) from error
 

@@ -20,6 +20,7 @@ _STYLE = """
 .enlarged .image-frame, .enlarged img { width: 100%; height: auto; object-fit: contain; }
 .status { min-height: 3rem; }
 """
+_SMALLER = "Choose an adapter of a smaller base model."
 _TITLE = """# Concepts that compose
 Move a slider to intervene on a concept. The twin has the same noise, and no intervention."""
 
@@ -35,13 +36,14 @@ def build_page(
         adapter: name of one that comes with the library, folder, or Hub id. Visitors may choose another one.
         base: folder or Hub id of the base model; by default the one that the adapter names.
         dtype: precision of all models.
-        hub_only: whether visitors may name repositories on the Hub, and no folders: for pages that strangers see.
+        hub_only: whether visitors may name repositories on the Hub, and no folders: for pages that strangers see. The
+            adapter and the base that are given here may be folders all the same.
 
     Raises:
         AdapterError: if there is no such adapter, or it does not fit the base model.
         ValueError: if no base model is given and the adapter does not say enough to load one.
     """
-    studios = Studios(dtype, hub_only)
+    studios = Studios(dtype, hub_only, own=(adapter, base))
     _prepare(studios.open(adapter, base))
     with gr.Blocks(title="diffusers_ctx", analytics_enabled=False, delete_cache=(_FORGET, _FORGET)) as page:
         gr.Markdown(_TITLE)
@@ -49,7 +51,7 @@ def build_page(
 
         @gr.render(inputs=chosen, concurrency_id=QUEUED["concurrency_id"], concurrency_limit=1)
         def show(choice: tuple[str, str | None]) -> None:
-            with in_words():
+            with in_words(_SMALLER):
                 lay_out(Session(studios.open(*choice)))
 
     return page
@@ -102,7 +104,7 @@ def _choice(studios: Studios, adapter: str, base: str | None, hub_only: bool) ->
 
     def choose(name: str | None, base_name: str) -> tuple[str, str | None]:
         choice = (name or "").strip(), base_name.strip() or None
-        with in_words():
+        with in_words(_SMALLER):
             studios.open(*choice)
         return choice
 

@@ -22,8 +22,11 @@ class Recent(Generic[T]):
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key; made if it is not remembered."""
-        value = self._values.pop(key) if key in self._values else make()
+        if key in self._values:
+            value = self._values.pop(key)
+        else:
+            while len(self._values) >= self._size:  # before another is made, which may need their memory
+                del self._values[next(iter(self._values))]
+            value = make()
         self._values[key] = value
-        while len(self._values) > self._size:
-            del self._values[next(iter(self._values))]
         return value

@@ -1,4 +1,4 @@
-"""What one visitor has before him."""
+"""A visitor's work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from PIL.Image import Image
 
 from .settings import Settings, save_with_settings
 from .studio import OnStep, Studio
+
+
+_LONGEST_NAME = 100  # bytes of a file's name that say its interventions; file systems allow 255 in all
 
 
 class Stopped(Exception):
@@ -72,6 +75,10 @@ class Session:
 
     def _save(self, image: Image, settings: Settings) -> Path:
         context = re.sub(r"[^\w+.-]", "_", "+".join(settings.interventions)) or "observational"
-        file = Path(self._folder.name, f"{context}-{settings.seed}.png")
+        file = Path(self._folder.name, f"{_shortened(context)}-{settings.seed}.png")
         save_with_settings(image, file, settings, self.studio.models)
         return file
+
+
+def _shortened(name: str) -> str:
+    return name.encode()[:_LONGEST_NAME].decode(errors="ignore")

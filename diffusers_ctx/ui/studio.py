@@ -51,7 +51,7 @@ class Studio:
     def __init__(self, adapter: str, base: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         folder = embedded_or_given(adapter)
         self.adapter = adapter
-        self.base = base or recorded_base(folder, read_adapter_config(resolve_adapter_folder(folder)))
+        self.base = base or base_of(adapter)
         self.dtype = dtype
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         pipeline: Any = load_adapted_pipeline(folder, self.base, dtype=dtype).pipeline
@@ -197,6 +197,17 @@ class Studio:
                 )
             drawn.append(output.images)
         return drawn
+
+
+def base_of(adapter: str) -> str:
+    """Folder or Hub id of the base model that an adapter names.
+
+    Raises:
+        AdapterError: if there is no such adapter.
+        ValueError: if it does not say enough to load one.
+    """
+    folder = embedded_or_given(adapter)
+    return recorded_base(folder, read_adapter_config(resolve_adapter_folder(folder)))
 
 
 def pairs_of(concepts: Sequence[str]) -> list[list[dict[str, float]]]:

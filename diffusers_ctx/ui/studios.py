@@ -8,9 +8,9 @@ from threading import Lock
 
 import torch
 
-from ..embedded import embedded_adapters
+from ..embedded import embedded_adapters, embedded_call
 from .recent import Recent
-from .studio import Studio
+from .studio import Studio, base_of
 
 
 _OPEN = 2
@@ -25,11 +25,15 @@ class Studios:
     Args:
         dtype: precision of all models.
         hub_only: whether to refuse folders, as a page has to whose visitors have no business with the machine's files.
+        own: adapter and base that are opened all the same, since the host chose them.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, hub_only: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, hub_only: bool = False, own: tuple[str, str | None] | None = None
+    ) -> None:
         self._dtype = dtype
         self._hub_only = hub_only
+        self._own = own
         self._lock = Lock()
         self._open: Recent[Studio] = Recent(_OPEN)
 
@@ -45,14 +49,16 @@ class Studios:
         """
         if not adapter:
             raise ValueError("Name an adapter: one of the list, a folder, or a repository on the Hub.")
-        if self._hub_only:
-            _refuse_folders(adapter, base)
+        if self._hub_only and (adapter, base) != self._own:
+            _refuse_folder(adapter)
+            base = base or base_of(adapter)  # by a config that a stranger may have written
+            if embedded_call(base) is None:
+                _refuse_folder(base)
         with self._lock:
             return self._open.get((adapter, base), lambda: Studio(adapter, base, self._dtype))
 
 
-def _refuse_folders(adapter: str, base: str | None) -> None:
-    for name in (adapter, base):
-        is_of_hub = name is None or (_HUB_ID.fullmatch(name) and ".." not in name and not Path(name).exists())
-        if not is_of_hub and name not in embedded_adapters():
-            raise ValueError(f"'{name}' is no name on the Hub, such as owner/name, and this page opens no folders.")
+def _refuse_folder(name: str) -> None:
+    is_known = name in embedded_adapters() or (_HUB_ID.fullmatch(name) and ".." not in name)
+    if not is_known or Path(name).exists():
+        raise ValueError(f"'{name}' is no name on the Hub, such as owner/name, and this page opens no folders.")

@@ -54,7 +54,7 @@ def lay_out(session: Session) -> None:
     moved = [slider.input for slider in (*sliders, controls.steps, controls.guidance)]
     events = [gr.on([*moved, controls.draw.click, controls.prompt.submit, controls.seed.submit], **drawing)]
     events += [event.then(**drawing) for event in causes.clicks]
-    cleared = controls.reset.click(lambda: [0] * len(sliders), None, sliders, **PRIVATE)
+    cleared = controls.reset.click(lambda: dict.fromkeys(sliders, 0.0), None, sliders, **PRIVATE)
     events.append(cleared.then(**drawing))
     controls.stop.click(session.stop, cancels=[*events, *work], queue=False, **PRIVATE)
 
@@ -106,9 +106,9 @@ class _Causes:
         sliders = list(controls.sliders.values())
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self._shown = tuple(settings.interventions)
+                intervened = tuple(settings.interventions)
                 self.graph = gr.Image(
-                    studio.graph(self._shown),
+                    studio.graph(intervened),
                     label="Learned graph",
                     format="png",
                     interactive=False,
@@ -122,12 +122,15 @@ class _Causes:
                 )
                 with gr.Row():
                     buttons = [gr.Button(f"do({name})", min_width=140, size="md") for name in studio.concepts]
-                self.effects = gr.Markdown(self._effects(self._shown))
+                self.effects = gr.Markdown(self._effects(intervened))
         self.outputs = [self.graph, self.effects]
 
-        def toggle(event: gr.SelectData, *strengths: float) -> list[float]:
+        def toggle(event: gr.SelectData, *strengths: float) -> Any:
             clicked = studio.concept_at(*event.index)
-            return [_other(value) if name == clicked else value for name, value in zip(studio.concepts, strengths)]
+            if clicked is None:
+                return gr.skip()
+            # by its slider: of a list with one value, gradio takes the list for the value of a single slider
+            return {controls.sliders[clicked]: _other(strengths[studio.concepts.index(clicked)])}
 
         self.clicks = [self.graph.select(toggle, sliders, sliders, **PRIVATE)]
         for button, slider in zip(buttons, sliders):
@@ -135,9 +138,7 @@ class _Causes:
 
     def updates(self, settings: Settings) -> list[Any]:
         """What the outputs show under new interventions."""
-        if self._shown == (intervened := tuple(settings.interventions)):
-            return [gr.skip()] * len(self.outputs)
-        self._shown = intervened
+        intervened = tuple(settings.interventions)
         return [self._studio.graph(intervened), self._effects(intervened)]
 
     def _effects(self, intervened: Sequence[str]) -> str:

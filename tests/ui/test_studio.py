@@ -1,7 +1,9 @@
 """What the page computes: pictures, the Python that makes them, and who may choose what."""
 
+import asyncio
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,17 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ctx import embedded_adapter
+from diffusers_ctx import ComposablePipeline, ContextModule, embedded_adapter, embedded_base
+from diffusers_ctx.adapter import attach_context_module
 from diffusers_ctx.data import quad
 
 
 pytest.importorskip("gradio", reason="the page needs the extra `ui`")
+
+import gradio
 
 from diffusers_ctx.ui.session import Session, Stopped
 from diffusers_ctx.ui.settings import Settings
 from diffusers_ctx.ui.snippets import counterfactual_code, images_code, pairs_code, strip_code
 from diffusers_ctx.ui.studio import Studio
 from diffusers_ctx.ui.studios import Studios
+from diffusers_ctx.ui.workplace import lay_out
 
 
 SETTINGS = Settings('a "picture"\nof a square', {"quad1": 1.0, "size": 0.5}, 3, 2, 1.0)
@@ -111,7 +117,7 @@ def test_what_was_drawn_lately_is_not_drawn_again(session):
     assert told == [(1, 2), (2, 2)]  # the image, and not its twin
 
 
-def test_a_visitor_stops_his_own_work(studio):
+def test_a_visitor_stops_their_own_work(studio):
     one, other, fresh = Session(studio), Session(studio), Session(Studio("quad"))
     settings = SETTINGS.under({"quad4": 0.5})
     with pytest.raises(Stopped):
@@ -175,3 +181,49 @@ def test_a_missing_gradio_is_named_with_its_mend(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui"]) == 1
     assert capsys.readouterr().err == "diffusers-ctx: The page needs gradio; run `pip install diffusers-ctx[ui]`.\n"
+
+
+def test_an_adapter_of_the_hub_opens_no_folder_as_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--weather"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(embedded_adapter("quad"), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    config = json.loads((snapshot / "context_adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "of" / "the-host")
+    (snapshot / "context_adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"of/the-host' is no name on the Hub, .*, and this page opens no folders"):
+        Studios(hub_only=True).open("someone/weather")
+
+
+def test_the_host_may_open_a_folder_for_strangers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(embedded_adapter("quad"), "mine")
+    studios = Studios(hub_only=True, own=("mine", embedded_base()))
+    assert studios.open("mine", embedded_base()).concepts == list(quad.CONCEPTS)
+    with pytest.raises(ValueError, match="this page opens no folders"):
+        studios.open("mine")
+    Path("quad").mkdir()  # in the place of the adapter of that name
+    with pytest.raises(ValueError, match="this page opens no folders"):
+        studios.open("quad")
+
+
+def test_an_adapter_with_one_concept_is_cleared(tmp_path):
+    pipeline = ComposablePipeline.from_pretrained(embedded_base())
+    config = ContextModule.from_pretrained(embedded_adapter("quad"), subfolder="context_module").config
+    module = ContextModule.from_config({**config, "concepts": ["night"], "num_hidden_nodes": 0})
+    attach_context_module(pipeline.unet, module)
+    pipeline.save_context_adapter(tmp_path)
+    studio = Studio(str(tmp_path), embedded_base())
+    assert studio.concepts == ["night"]
+    with gradio.Blocks() as page:
+        lay_out(Session(studio))
+    (clear,) = [fn for fn in page.fns.values() if fn.fn and fn.fn.__name__ == "<lambda>"]
+    assert asyncio.run(page.process_api(clear, []))["data"] == [0.0]
+
+
+def test_names_of_files_are_short_enough(studio):
+    settings = SETTINGS.under({"é" * 40 + str(index): 1.0 for index in range(4)})
+    name = Session(studio)._save(Image.new("RGB", (8, 8)), settings).name
+    assert name.endswith("-3.png") and 80 < len(name.encode()) < 120
