@@ -40,8 +40,9 @@ def known_interventions(adapter: str, contexts: Sequence[dict[str, float]]) -> l
     named = [{normal_name(name): strength for name, strength in context.items()} for context in contexts]
     interventions = [{} if set(context) == {config["obs_context"]} else context for context in named]
     if unknown := sorted({name for context in interventions for name in context} - set(config["concepts"])):
+        hint = " Join concepts with '+', not ','." if any("," in name for name in unknown) else ""
         raise click.BadParameter(
-            f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}."
+            f"the adapter does not know {', '.join(unknown)}; its concepts are {', '.join(config['concepts'])}.{hint}"
         )
     return interventions
 

@@ -55,8 +55,12 @@ class Context(click.ParamType):
                 strengths[concept] = float(strength) if given else 1.0
             except ValueError:
                 self.fail(f"the strength of {concept!r} is {strength!r}; give a number in [0, 1].", param, ctx)
-            if not concept or not 0 <= strengths[concept] <= 1:
-                self.fail(f"{value!r} is none; write night, night+snow or night=0.5+snow.", param, ctx)
+            if not concept:
+                self.fail(f"{value!r} lacks a concept; write night, night+snow or night=0.5+snow.", param, ctx)
+            if not 0 <= strengths[concept] <= 1:
+                self.fail(
+                    f"the strength of {concept!r} is {strength.strip()}; strengths are numbers in [0, 1].", param, ctx
+                )
         return strengths
 
 

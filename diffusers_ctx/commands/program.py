@@ -45,6 +45,7 @@ class Program(click.Group):
 @click.group(
     cls=Program,
     commands=[command for commands in _SECTIONS.values() for command in commands],
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 all is well, 1 problems were found or the work failed, 2 wrong use.",
 )
 @click.version_option(__version__, prog_name=NAME)

@@ -72,6 +72,10 @@ def kept_contexts(contexts: Iterable[str], concepts: Sequence[str] | None, obs_c
     See `load_context_dataset` for what it raises.
     """
     contexts, obs_context = sorted(map(normal_name, contexts)), normal_name(obs_context)
+    if not contexts:
+        raise ValueError(
+            f"There are no folders of images here; there have to be {obs_context!r} and a folder for each concept."
+        )
     if obs_context not in contexts:
         raise ValueError(
             f"There is no observational context {obs_context!r}; found {contexts}. Add its images under that name, "

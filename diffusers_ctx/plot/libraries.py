@@ -19,7 +19,9 @@ def require(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"This needs {module.partition('.')[0]}; run `pip install diffusers-ctx[eval]`.") from error
+        raise ImportError(
+            f"This needs {module.partition('.')[0]}; run `pip install 'diffusers-ctx[eval]'`."
+        ) from error
 
 
 def new_figure(width: float, height: float, **paddings: float) -> Figure:

@@ -53,7 +53,7 @@ def _of_folder(folder: Path) -> TrainingLog:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
         raise ImportError(
-            "This log is TensorBoard's, which is not installed; run `pip install diffusers-ctx[train]`."
+            "This log is TensorBoard's, which is not installed; run `pip install 'diffusers-ctx[train]'`."
         ) from error
     log: TrainingLog = {}
     for place in folders:

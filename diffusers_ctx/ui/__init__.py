@@ -3,7 +3,7 @@
 try:
     import gradio as gradio
 except ImportError as error:
-    raise ImportError("The page needs gradio; run `pip install diffusers-ctx[ui]`.") from error
+    raise ImportError("The page needs gradio; run `pip install 'diffusers-ctx[ui]'`.") from error
 
 from .page import build_page, launch
 

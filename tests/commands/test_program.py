@@ -56,7 +56,12 @@ def test_commands_are_listed_in_the_order_of_their_use(capsys):
         (["check"], "Missing argument 'DATA'"),
         (["check", "photos", "--contact", "a.png"], "--contact"),  # no prefix of --contact_sheet
         (["check", "photos", "--resolution", "0"], "0 is not in the range x>=1"),
-        (["sample", "quad", "--interventions", "quad1=2"], "write night, night+snow or night=0.5+snow"),
+        (
+            ["sample", "quad", "--interventions", "quad1=2"],
+            "the strength of 'quad1' is 2; strengths are numbers in [0, 1]",
+        ),
+        (["sample", "quad", "--interventions", "quad1+"], "write night, night+snow or night=0.5+snow"),
+        (["sample", "quad", "--interventions", "quad1,size"], "Join concepts with '+', not ','"),
         (["sample", "quad", "--interventions", "nite+quad1"], "the adapter does not know nite; its concepts are"),
         (["counterfactual", "quad", "no.png", "--interventions", "size"], "there is no no.png"),
         (["counterfactual", "quad", __file__, "--interventions", "size"], "test_program.py cannot be read"),
@@ -80,6 +85,12 @@ def test_wrong_use_is_one_sentence(arguments, sentence, capsys):
     assert output.out == "" and output.err.count("\n") == 1
     assert output.err.startswith("diffusers-ctx: ") and sentence in output.err
     assert "--help`" in output.err
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["train"]])
+def test_help_has_a_short_flag(command, capsys):
+    assert main([*command, "-h"]) == 0
+    assert "--help" in capsys.readouterr().out
 
 
 def test_adapters_that_are_damaged_are_one_sentence(tmp_path, capsys):

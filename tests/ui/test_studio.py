@@ -180,7 +180,7 @@ def test_a_missing_gradio_is_named_with_its_mend(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui"]) == 1
-    assert capsys.readouterr().err == "diffusers-ctx: The page needs gradio; run `pip install diffusers-ctx[ui]`.\n"
+    assert capsys.readouterr().err == "diffusers-ctx: The page needs gradio; run `pip install 'diffusers-ctx[ui]'`.\n"
 
 
 def test_an_adapter_of_the_hub_opens_no_folder_as_its_base(tmp_path, monkeypatch):

@@ -102,7 +102,9 @@ def check_data(
     findings += find_pairs(table, obs_context, seed)
     tests: dict[str, TwoSampleTest | None] = {}
     if importlib.util.find_spec("sklearn") is None:
-        message = "Whether contexts can be told apart was not tested; `pip install diffusers-ctx[eval]` has the test."
+        message = (
+            "Whether contexts can be told apart was not tested; `pip install 'diffusers-ctx[eval]'` has the test."
+        )
         findings.append(Remark("two-sample test", message))
     else:
         untold, tests = find_untold_contexts(table, obs_context, seed)
