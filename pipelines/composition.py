@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from .noise import fork_generator_randn
 from .outputs import ComposablePipelineOutput
 from .references import ReferencedInterventions, split_references
 from .sweep import SweepMixin
+
+
+_DEPRECATED = ("callback", "callback_steps")  # all that diffusers' pipelines still read from their `**kwargs`
 
 
 class CompositionMixin(SweepMixin):
@@ -78,11 +82,14 @@ class CompositionMixin(SweepMixin):
             which the noise is `None` without a context adapter.
 
         Raises:
+            TypeError: if an argument is unknown, where a plain pipeline with `**kwargs` would ignore it.
             ValueError: if a concept is unknown, a shape does not fit, interventions are given without an adapter, or
                 `match_prompt` is `True` and `exogenous_noise` is given or the adapter did not learn from captions.
         """
         plain_call = super().__call__  # type: ignore[misc]
-        bound = inspect.signature(plain_call).bind(*args, **kwargs)
+        signature = inspect.signature(plain_call)
+        _refuse_unknown(kwargs, signature)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
         arguments |= arguments.pop("kwargs", {})
@@ -219,6 +226,22 @@ class CompositionMixin(SweepMixin):
         return captions
 
 
+def _own_parameters() -> list[inspect.Parameter]:
+    """What `CompositionMixin.__call__` takes besides the plain pipeline's arguments."""
+    ours = inspect.signature(CompositionMixin.__call__, eval_str=True).parameters.values()
+    return [parameter for parameter in ours if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def _refuse_unknown(given: dict[str, Any], plain: inspect.Signature) -> None:
+    parameters = [*plain.parameters.values(), *_own_parameters()]
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    for name in given:
+        if name not in (*known, *_DEPRECATED):
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise TypeError(f"The pipeline's call got an unexpected keyword argument `{name}`{hint}")
+
+
 def _with_signature_of(plain_call: Any) -> Any:
     """`CompositionMixin.__call__` for one class, whose signature shows the plain pipeline's arguments too."""
 
@@ -227,8 +250,7 @@ def _with_signature_of(plain_call: Any) -> Any:
         return CompositionMixin.__call__(self, *args, **kwargs)
 
     ours = inspect.signature(CompositionMixin.__call__, eval_str=True)
-    parameters = [parameter for parameter in ours.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
-    parameters += inspect.signature(plain_call).parameters.values()
+    parameters = [*_own_parameters(), *inspect.signature(plain_call).parameters.values()]
     signature = ours.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
     vars(__call__)["__signature__"] = signature
     return __call__

@@ -94,6 +94,27 @@ def test_arguments_of_diffusers_may_be_positional(pipeline):
         pipeline(PROMPT, prompt=PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("intervention", "interventions"), ("guidance", "guidance_scale"), ("kwargs", None)]
+)
+def test_a_misspelt_argument_is_refused(pipeline, name, near):
+    expected = f"unexpected keyword argument `{name}`" + (f"; did you mean `{near}`[?]$" if near else "$")
+    with pytest.raises(TypeError, match=expected):
+        pipeline(PROMPT, **{name: ["snow"]})
+    with pytest.raises(TypeError, match=expected):
+        pipeline.sweep(PROMPT, [["snow"]], **{name: ["snow"]})
+    pipeline.unload_context_adapter()
+    with pytest.raises(TypeError, match=expected):
+        pipeline(PROMPT, **{name: ["snow"]})
+
+
+def test_what_diffusers_reads_from_its_kwargs_is_passed_on(pipeline):
+    steps = []
+    with pytest.warns(FutureWarning, match="callback"):
+        sample(pipeline, callback=lambda step, timestep, latents: steps.append(step), callback_steps=1)
+    assert steps == [0, 1]
+
+
 def test_one_seed_gives_one_noise_under_every_intervention(pipeline):
     outputs = [sample(pipeline, interventions=names) for names in ([], ["snow"], ["snow", "fog"])]
     assert torch.equal(outputs[0].exogenous_noise, outputs[1].exogenous_noise)
