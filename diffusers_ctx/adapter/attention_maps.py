@@ -34,7 +34,7 @@ def collect_attention(unet: UNet2DConditionModel) -> Iterator[AttentionMaps]:
     module = backbone.context_module
     if module is None:
         raise ValueError("The UNet has no context adapter; call `load_context_adapter(...)` first.")
-    maps = AttentionMaps(module.tokens_shape[:2], shares_keys_with_text=backbone.injection == "prompt")
+    maps = AttentionMaps(backbone, module.tokens_shape[:2])
     with ExitStack() as stack:
         for hook in maps.listen_to(unet):
             stack.callback(hook.remove)
@@ -46,19 +46,19 @@ class AttentionMaps:
 
     With the injection `cross_attention`, context tokens have a softmax of their own, and the shares of all nodes add
     up to 1: only differences between places tell something. With `prompt`, the text takes the rest. Under guidance,
-    the maps are those of the prompt's half.
+    the maps are those of the prompt's half. Calls without context tokens, and those at scale 0, do not count.
 
     Args:
+        backbone: the UNet, with a context adapter.
         tokens_shape: (N, T), nodes and tokens of each.
-        shares_keys_with_text: whether tokens stand behind those of the text.
 
     Attributes:
         num_calls: calls of the UNet that were listened to.
     """
 
-    def __init__(self, tokens_shape: tuple[int, int], shares_keys_with_text: bool):
+    def __init__(self, backbone: UNetBackbone, tokens_shape: tuple[int, int]):
         self.num_calls = 0
-        self._tokens_shape, self._shares_keys = tokens_shape, shares_keys_with_text
+        self._backbone, self._tokens_shape = backbone, tokens_shape
         self._sums: dict[str, torch.Tensor] = {}
         self._queries: dict[str, torch.Tensor] = {}
         self._latent_shape: tuple[int, int, int] | None = None  # images, height and width
@@ -99,26 +99,31 @@ class AttentionMaps:
         # calls the UNet again
         yield unet.register_forward_pre_hook(self._begin_call, with_kwargs=True, prepend=True)
         yield unet.register_forward_hook(self._end_call, prepend=True)
+        behind_text = self._backbone.injection == "prompt"
         for name, layer in unet.named_modules():
             if name.endswith(".attn2"):
-                keys = layer.to_k if self._shares_keys else layer.processor.to_k_ip[0]
+                keys = layer.to_k if behind_text else layer.processor.to_k_ip[0]
                 yield layer.to_q.register_forward_hook(partial(self._keep_query, name))
                 yield keys.register_forward_hook(partial(self._add_attention, name, layer.heads))
 
     def _begin_call(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        tokens = self._backbone.tokens_of_call(args, kwargs)
+        # none for the features of a posterior, nor for a plain pipeline, which the adapter's hook refuses
+        self._is_listening = tokens is not None and max(self._backbone.token_scales) > 0
+        if tokens is None or not self._is_listening:
+            return
         sample = args[0] if args else kwargs["sample"]
-        num_images = len(kwargs["added_cond_kwargs"]["image_embeds"][0])
-        shape = (num_images, *sample.shape[2:])
+        shape = (len(tokens), *sample.shape[2:])
         if self._latent_shape not in (None, shape):
             raise ValueError(
                 f"Attention was collected for images and latents of the shape {self._latent_shape}, and now they are"
                 f" {shape}; collect that of each call on its own."
             )
-        self._latent_shape, self._is_listening = shape, True
+        self._latent_shape = shape
 
     def _end_call(self, unet: nn.Module, args: tuple, output: Any) -> None:
+        self.num_calls += self._is_listening
         self._is_listening = False
-        self.num_calls += 1
 
     def _keep_query(self, name: str, projection: nn.Module, args: tuple, query: torch.Tensor) -> None:
         if self._is_listening:

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import attach_random_module, make_context_module
+from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
+from PIL import Image
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.adapter import attach_context_module, collect_attention
@@ -68,22 +71,49 @@ def test_images_need_not_be_square(plain_pipeline):
     assert maps.mean("up_blocks").ne(maps.mean()).any()
 
 
-def test_errors_say_what_is_missing(plain_pipeline):
-    with pytest.raises(ValueError, match="no context adapter"), collect_attention(plain_pipeline.unet):
-        pass
-    attach_random_module(plain_pipeline)
+@pytest.mark.parametrize("injection", ["cross_attention", "prompt"])
+def test_steps_at_scale_0_do_not_count(plain_pipeline, injection):
+    attach_context_module(plain_pipeline.unet, make_context_module(), injection)
+    cutoff = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    with collect_attention(plain_pipeline.unet) as first:
+        sample(plain_pipeline, callback_on_step_end=cutoff)
+    with collect_attention(plain_pipeline.unet) as one_step:
+        sample(plain_pipeline, num_inference_steps=1)
+    assert first.num_calls == one_step.num_calls == 1
+    torch.testing.assert_close(first.layers, one_step.layers)
+    if injection == "cross_attention":
+        torch.testing.assert_close(first.layers[LAYER].sum(dim=1), torch.ones(2, 8, 8))
     plain_pipeline.set_context_scale(0)
     with collect_attention(plain_pipeline.unet) as maps:
         sample(plain_pipeline)
     with pytest.raises(ValueError, match="at a scale above 0"):
         maps.mean()
-    plain_pipeline.set_context_scale(1)
+
+
+def test_errors_say_what_is_missing(plain_pipeline):
+    with pytest.raises(ValueError, match="no context adapter"), collect_attention(plain_pipeline.unet):
+        pass
+    attach_random_module(plain_pipeline)
     with collect_attention(plain_pipeline.unet) as maps:
         sample(plain_pipeline)
         with pytest.raises(ValueError, match="collect that of each call"):
             sample(plain_pipeline, height=48)
     with pytest.raises(ValueError, match="No layer's name begins with 'decoder'"):
         maps.mean("decoder")
+
+
+def test_calls_without_tokens_are_passed_over(plain_pipeline):
+    unet, photo = plain_pipeline.unet, Image.new("RGB", (32, 32), "red")
+    features = {"posterior_encoder": "unet", "posterior_in_channels": 16, "posterior_feature_size": 8}
+    attach_context_module(unet, make_context_module(**features))
+    with collect_attention(unet) as maps:
+        plain_pipeline.counterfactual(photo, ["snow"], num_inference_steps=2)
+    torch.testing.assert_close(maps.layers[LAYER].sum(dim=1), torch.ones(1, 8, 8))
+    with collect_attention(unet) as maps:
+        sample(plain_pipeline, interventions={"snow": photo})
+        with pytest.raises(ValueError, match="the pipeline passes no context tokens"):
+            StableDiffusionPipeline(**plain_pipeline.components)("a circle")
+    assert maps.num_calls == 2
 
 
 def test_hues_of_quadrants_act_in_their_quadrants():

@@ -193,6 +193,10 @@ class UNetBackbone(Backbone):
     def with_tokens(self, conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
         return add_context_tokens(conditions, tokens)
 
+    def tokens_of_call(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The context tokens (B, N, T, token_dim) among a call's arguments, if there are any."""
+        return _added_conditions(args, kwargs).get("image_embeds", [None])[0]
+
     def enter_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return _fit_tokens(self.model, args, kwargs) or (args, kwargs)
 
@@ -252,8 +256,7 @@ def _fit_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any])
 
     Fails early, with a fix, when a plain pipeline runs a UNet that carries an adapter.
     """
-    is_positional = len(args) > _ADDED_CONDITIONS
-    added = (args[_ADDED_CONDITIONS] if is_positional else kwargs.get("added_cond_kwargs")) or {}
+    added = _added_conditions(args, kwargs)
     if _projection(unet) is None:
         return None
     if "image_embeds" not in added:
@@ -266,9 +269,14 @@ def _fit_tokens(unet: UNet2DConditionModel, args: tuple, kwargs: dict[str, Any])
     if len(tokens) == rows:
         return None
     added = added | {"image_embeds": [repeated(tokens, rows, UNetBackbone.name)]}
-    if is_positional:
+    if len(args) > _ADDED_CONDITIONS:
         return (*args[:_ADDED_CONDITIONS], added, *args[_ADDED_CONDITIONS + 1 :]), kwargs
     return args, kwargs | {"added_cond_kwargs": added}
+
+
+def _added_conditions(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    is_positional = len(args) > _ADDED_CONDITIONS
+    return (args[_ADDED_CONDITIONS] if is_positional else kwargs.get("added_cond_kwargs")) or {}
 
 
 def _projection(unet: UNet2DConditionModel) -> ContextProjection | None:
