@@ -44,6 +44,7 @@ def load_adapted_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    safety_checker: bool = False,
 ) -> AdaptedPipeline:
     """Loads a context adapter with its base model, in the pipeline that runs both.
 
@@ -54,6 +55,7 @@ def load_adapted_pipeline(
         revision: branch, tag or commit of the base model on the Hub.
         variant: variant of the base model's files, such as `"fp16"`.
         cache_dir: folder for downloads.
+        safety_checker: whether to load the safety checker too, if the base model has one.
 
     Raises:
         AdapterError: if there is no such adapter, or it does not fit the base model.
@@ -64,8 +66,9 @@ def load_adapted_pipeline(
     base = base or recorded_base(os.fspath(adapter), config)
     kinds = (ComposablePipeline, ComposableXLPipeline, ComposableSD3Pipeline)
     kind = {cls.__name__: cls for cls in kinds}[pipeline_name(config)]
-    checker = {"safety_checker": None, "requires_safety_checker": False} if kind is ComposablePipeline else {}
-    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir} | checker
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    if kind is ComposablePipeline and not safety_checker:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
     pipeline = kind.from_pretrained(base, context_adapter=False, **options)
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     source = {

@@ -42,7 +42,7 @@ def export(adapter: str, output_dir: Path, adapter_only: bool, base: str | None,
     if adapter_only:
         copy_adapter(folder, output_dir, getattr(torch, dtype))
     else:
-        pipeline = load_adapted_pipeline(adapter, base, dtype=getattr(torch, dtype)).pipeline
+        pipeline = load_adapted_pipeline(adapter, base, dtype=getattr(torch, dtype), safety_checker=True).pipeline
         pipeline.save_pretrained(output_dir, context_adapter=True)  # type: ignore[attr-defined]
         for name in (CARD_NAME, RECORD_NAME):  # which say what was trained and measured
             if (folder / name).is_file():

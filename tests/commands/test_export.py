@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
 from diffusers_ctx.adapter_format import ADAPTER_FOLDER
 from diffusers_ctx.commands import main
+from diffusers_ctx.pipelines.adapted import load_adapted_pipeline
 
 
 CARD = Path(embedded_adapter("quad"), "README.md").read_text(encoding="utf-8")
@@ -40,6 +43,26 @@ def test_a_pipeline_with_its_adapter(dtype, tolerance, expected, tmp_path, capsy
     assert (folder / ADAPTER_FOLDER / "README.md").read_text(encoding="utf-8") == CARD
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+
+
+def test_the_safety_checker_of_the_base_model_is_kept(tmp_path):
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config=tower | {"image_size": 8, "patch_size": 4}, text_config=tower, projection_dim=4)
+    base = ComposablePipeline.from_pretrained(
+        embedded_base(),
+        safety_checker=StableDiffusionSafetyChecker(config),
+        feature_extractor=CLIPImageProcessor(size=8, crop_size=8),
+        requires_safety_checker=True,
+    )
+    base.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "pipeline"
+    flags = ["--output_dir", str(folder), "--pretrained_model_name_or_path", str(tmp_path / "base")]
+    assert main(["export", "quad", *flags]) == 0
+    exported = ComposablePipeline.from_pretrained(folder)
+    assert exported.config.requires_safety_checker
+    weights = base.safety_checker.state_dict()
+    torch.testing.assert_close(exported.safety_checker.state_dict(), weights, rtol=0, atol=0)
+    assert load_adapted_pipeline(embedded_adapter("quad"), tmp_path / "base").pipeline.safety_checker is None
 
 
 def test_an_adapter_of_half_the_size_loads_into_any_pipeline(expected, tmp_path):
