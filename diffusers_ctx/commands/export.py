@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -26,15 +25,16 @@ Examples:
 def export(adapter: str, output_dir: Path, adapter_only: bool, base: str | None, dtype: str) -> None:
     """Write a pipeline with its adapter to one folder.
 
-    ComposablePipeline.from_pretrained(FOLDER) loads both, ComposableXLPipeline for Stable Diffusion XL; nothing else
-    is needed then. Stock diffusers loads the plain base model from it. Prints the folder.
+    ComposablePipeline.from_pretrained(FOLDER) loads both, without anything else; for Stable Diffusion XL, it is
+    ComposableXLPipeline, and for Stable Diffusion 3, ComposableSD3Pipeline. Stock diffusers loads the plain base model
+    from it. Prints the folder.
     """
     if adapter_only and base is not None:
         raise click.UsageError("--adapter_only takes no base model.")
     import torch
 
-    from ..adapter import copy_adapter
-    from ..adapter_format import ADAPTER_FOLDER, CARD_NAME, RECORD_NAME
+    from ..adapter import copy_adapter, copy_what_was_trained
+    from ..adapter_format import ADAPTER_FOLDER
     from ..hub import resolve_adapter_folder
     from ..pipelines.adapted import load_adapted_pipeline
 
@@ -42,9 +42,9 @@ def export(adapter: str, output_dir: Path, adapter_only: bool, base: str | None,
     if adapter_only:
         copy_adapter(folder, output_dir, getattr(torch, dtype))
     else:
+        if folder.resolve() == (output_dir / ADAPTER_FOLDER).resolve():
+            raise ValueError(f"{output_dir} holds the adapter itself; give another folder for the pipeline.")
         pipeline = load_adapted_pipeline(adapter, base, dtype=getattr(torch, dtype), safety_checker=True).pipeline
         pipeline.save_pretrained(output_dir, context_adapter=True)  # type: ignore[attr-defined]
-        for name in (CARD_NAME, RECORD_NAME):  # which say what was trained and measured
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output_dir / ADAPTER_FOLDER / name)
+        copy_what_was_trained(folder, output_dir / ADAPTER_FOLDER)
     click.echo(output_dir)

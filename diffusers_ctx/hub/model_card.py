@@ -25,6 +25,7 @@ from ..paths import local_path
 _MARKER = (
     "<!-- Written by diffusers_ctx and overwritten when it saves again; delete this line to keep your own text. -->"
 )
+_USAGE = re.compile(r"^## How to use it\n.*?^```$", re.DOTALL | re.MULTILINE)
 _RESULTS = {"dataset", "metrics", "references"}
 _TRAINING = {"command", "seed", "commit", "machine", "versions", "hyperparameters"}
 _ACCESS_TOKEN = re.compile(r"\bhf_\w{20,}")
@@ -108,6 +109,14 @@ def save_model_card(card: ModelCard, folder: str | os.PathLike) -> Path:
     if not path.exists() or _MARKER in path.read_text(encoding="utf-8"):
         card.save(path)
     return path
+
+
+def with_usage_of(card: str, other: str) -> str:
+    """A card's text, with the usage that another one shows; a card that an author has rewritten stays as it is."""
+    usage = _USAGE.search(other)
+    if usage is None or _MARKER not in card:
+        return card
+    return _USAGE.sub(lambda _: usage[0], card, count=1)
 
 
 def pipeline_name(config: Mapping[str, Any]) -> str:

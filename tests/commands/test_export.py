@@ -1,5 +1,6 @@
 """`diffusers-ctx export`: what it writes loads, and draws the same images."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,17 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffusers_ctx import ComposablePipeline, embedded_adapter, embedded_base
-from diffusers_ctx.adapter_format import ADAPTER_FOLDER
+from diffusers_ctx.adapter import attach_context_module, copy_adapter
+from diffusers_ctx.adapter_format import ADAPTER_FOLDER, adapter_files, read_adapter_config
 from diffusers_ctx.commands import main
+from diffusers_ctx.hub import render_model_card
 from diffusers_ctx.pipelines.adapted import load_adapted_pipeline
 
 
 CARD = Path(embedded_adapter("quad"), "README.md").read_text(encoding="utf-8")
+
+
+MODULE = "context_module/diffusion_pytorch_model.safetensors"
 
 
 def sample(pipeline: ComposablePipeline) -> np.ndarray:
@@ -43,6 +49,9 @@ def test_a_pipeline_with_its_adapter(dtype, tolerance, expected, tmp_path, capsy
     assert (folder / ADAPTER_FOLDER / "README.md").read_text(encoding="utf-8") == CARD
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+    module, exported = (Path(place, MODULE) for place in (embedded_adapter("quad"), folder / ADAPTER_FOLDER))
+    assert exported.read_bytes() == module.read_bytes()
+    assert main(["export", str(folder / ADAPTER_FOLDER), "--output_dir", str(folder)]) == 1
 
 
 def test_the_safety_checker_of_the_base_model_is_kept(tmp_path):
@@ -63,6 +72,30 @@ def test_the_safety_checker_of_the_base_model_is_kept(tmp_path):
     weights = base.safety_checker.state_dict()
     torch.testing.assert_close(exported.safety_checker.state_dict(), weights, rtol=0, atol=0)
     assert load_adapted_pipeline(embedded_adapter("quad"), tmp_path / "base").pipeline.safety_checker is None
+
+
+def test_the_card_says_what_was_measured_and_how_to_use_the_pipeline(tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(embedded_adapter("quad"), adapter)
+    card = {"results": {"dataset": "quad", "metrics": {"distance": {"quad1": 0.125}}}, "training": {"seed": 7}}
+    render_model_card(read_adapter_config(adapter), **card).save(adapter / "README.md")
+    folder = tmp_path / "pipeline"
+    assert main(["export", str(adapter), "--output_dir", str(folder)]) == 0
+    within = render_model_card(read_adapter_config(adapter), **card, within_pipeline=True)
+    assert (folder / ADAPTER_FOLDER / "README.md").read_text(encoding="utf-8") == str(within)
+
+
+def test_a_copy_has_nothing_of_the_adapter_that_was_there_before(plain_pipeline, context_module, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(embedded_adapter("quad"), target)
+    for name in ("training_config.json", "notes.txt"):
+        (target / name).write_text("{}")
+    attach_context_module(plain_pipeline.unet, context_module)
+    plain_pipeline.save_context_adapter(source)
+    (source / "README.md").unlink()
+    copy_adapter(source, target, torch.float16)
+    files = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
+    assert files == {*adapter_files(read_adapter_config(source)), "notes.txt"}
 
 
 def test_an_adapter_of_half_the_size_loads_into_any_pipeline(expected, tmp_path):
