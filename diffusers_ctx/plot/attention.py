@@ -30,7 +30,7 @@ def attention_maps(
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if maps, images and nodes do not fit one another, or a node to draw is unknown.
+        ValueError: if maps, images and nodes do not fit one another, or `shown` is empty or names an unknown node.
     """
     values, pixels = as_numbers(maps), [as_pixels(image) for image in images]
     if values.ndim != 4 or values.shape[:2] != (len(pixels), len(nodes)) or not pixels:
@@ -39,6 +39,8 @@ def attention_maps(
             f" ({len(pixels)}, {len(nodes)}, h, w), with one image at least."
         )
     shown = list(nodes if shown is None else shown)
+    if not shown:
+        raise ValueError("`shown` names no node; leave it out to draw all.")
     if unknown := sorted(set(shown) - set(nodes)):
         raise ValueError(f"`shown` names {unknown}; the nodes are {list(nodes)}.")
     chosen = values[:, [list(nodes).index(name) for name in shown]]

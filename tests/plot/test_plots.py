@@ -99,6 +99,8 @@ def test_attention_lies_over_each_image_on_one_scale(tmp_path):
         plot.attention_maps([PICTURES[0]], maps, ["a", "b", "c"])
     with pytest.raises(ValueError, match=r"names \['fog'\]"):
         plot.attention_maps(list(PICTURES[:2]), maps, ["a", "b", "c"], ["fog"])
+    with pytest.raises(ValueError, match="`shown` names no node"):
+        plot.attention_maps(list(PICTURES[:2]), maps, ["a", "b", "c"], [])
 
 
 def test_heat_maps_share_a_scale_and_leave_nan_blank(tmp_path):
