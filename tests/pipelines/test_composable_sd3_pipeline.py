@@ -42,8 +42,13 @@ def test_the_transformer_sees_a_longer_text(pipeline):
     longer = torch.cat([text, torch.cat([tokens.flatten(1, 2)] * 2)], dim=1)
     got = transformer(x, text, pooled, timestep, joint_attention_kwargs=own).sample
     assert list(own) == ["ip_adapter_image_embeds"]
+    (without_middle,) = transformer(x, text, pooled, timestep, None, own, False, [1])
+    with pytest.raises(TypeError):
+        transformer(x, text, pooled, timestep, None, own, False, [1], "one too many")
     pipeline.unload_context_adapter()
     torch.testing.assert_close(got, transformer(x, longer, pooled, timestep).sample)
+    torch.testing.assert_close(without_middle, transformer(x, longer, pooled, timestep, skip_layers=[1]).sample)
+    assert not torch.equal(without_middle, got)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

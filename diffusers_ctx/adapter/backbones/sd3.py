@@ -6,6 +6,7 @@ those of an image prompt do, in `joint_attention_kwargs`, and a hook moves them 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +22,7 @@ from .base import Backbone, ContextProjection, original_of, repeated
 from .noising import RectifiedFlow
 
 
-_PARAMETERS = (  # of the transformer's `forward`, in order
-    "hidden_states",
-    "encoder_hidden_states",
-    "pooled_projections",
-    "timestep",
-    "block_controlnet_hidden_states",
-    "joint_attention_kwargs",
-)
+_PARAMETERS = tuple(inspect.signature(SD3Transformer2DModel.forward).parameters)[1:]  # without `self`, in order
 _TOKENS = "ip_adapter_image_embeds"  # what the pipeline calls an image prompt in `joint_attention_kwargs`
 _PROJECTION = "context_projection"  # the submodule of ours
 _T5_LIMIT = 256  # tokens of a caption, the default of the pipeline's `max_sequence_length`
@@ -185,4 +179,4 @@ def _append_tokens(
     kwargs["joint_attention_kwargs"] = {name: value for name, value in attention.items() if name != _TOKENS}
     if projection.is_on:
         kwargs["encoder_hidden_states"] = torch.cat([text, tokens.flatten(1, 2).to(text)], dim=1)
-    return (), kwargs
+    return args[len(_PARAMETERS) :], kwargs  # arguments too many, which `forward` refuses
