@@ -43,11 +43,15 @@ def existing_folder(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"There is no folder '{path}'; check the path: {_alternatives(folder)}")
 
 
-def local_or_hub(name: str | os.PathLike) -> str:
+def local_or_hub(name: str | os.PathLike, has_owner: bool = False) -> str:
     """A folder's path, or the id of a repository on the Hub. A mistyped path does not wait for the network.
 
     What is no folder is taken for an id, unless it cannot be one, its parent folder exists, or a folder here has
     nearly the same name.
+
+    Args:
+        name: the path or id.
+        has_owner: whether ids are always `owner/name`, and never a name alone, as those of some old models are.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: as `existing_folder`, for what is not taken for an id.
@@ -58,7 +62,7 @@ def local_or_hub(name: str | os.PathLike) -> str:
         return text
     owner, slash, _ = text.partition("/")
     try:
-        if Path(owner).is_dir() if slash else _similar(Path(text)):
+        if Path(owner).is_dir() if slash else has_owner or _similar(Path(text)):
             existing_folder(text)
     except FileNotFoundError as error:
         way = f"start outside of the folder that has '{owner}'" if slash else "write owner/name"

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ..adapter_format import CARD_NAME, CONFIG_NAME, AdapterError, adapter_files, read_adapter_config
+from ..embedded import embedded_adapters
 from ..paths import local_or_hub, local_path
 
 
@@ -47,12 +48,17 @@ def resolve_adapter_folder(
             does not hold the adapter, or if its config is not that of a context adapter.
     """
     try:
-        repo_id = local_or_hub(name_or_path)
+        repo_id = local_or_hub(name_or_path, has_owner=True)
     except NotADirectoryError as error:
         raise AdapterError(
             f"{name_or_path} is a file: pass the adapter's folder, the one that holds {CONFIG_NAME}."
         ) from error
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
+        calls = " or ".join(f'`embedded_adapter("{name}")`' for name in embedded_adapters())
+        is_path = os.sep in os.fspath(name_or_path)
+        hint = "" if is_path else f" For an adapter that comes with the library, pass {calls}."
+        raise AdapterError(f"{error}{hint}") from error
+    except ValueError as error:
         raise AdapterError(str(error)) from error
     if Path(repo_id).is_dir():
         return Path(repo_id) / (subfolder or "")
