@@ -48,6 +48,13 @@ def test_the_contrast_is_that_of_two_contexts():
     assert found["night"].item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_a_large_set_is_read_in_parts():
+    module, sizes = create_module(), []
+    module.encoder.register_forward_hook(lambda encoder, inputs, output: sizes.append(len(inputs[0])))
+    held_out_contrast(module, world({"obs": [0, 0], "night": [1, 0]}, n=300, seed=1))
+    assert sizes == [512, 88]
+
+
 def test_trackers_hear_of_it_and_nothing_learns_from_it(tmp_path):
     contexts = {"obs": [0.0, 0], "night": [2, 0], "snow": [0, 2]}
     options = ContextConfig(num_hidden_factors=0, concept_batch_size=12, concept_steps=10)

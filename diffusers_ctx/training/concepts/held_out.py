@@ -6,6 +6,7 @@ import torch
 
 from ...context import ContextModule
 from ..encoding.latents import ContextLatents
+from .codes import read_codes
 from .losses import contrastive_loss
 
 
@@ -20,7 +21,7 @@ def held_out_contrast(module: ContextModule, held_out: ContextLatents) -> dict[s
         held_out: images that do not train; concepts that have none, alone or in the observational context, are left
             out.
     """
-    values = module.read_values(held_out.posterior_input[0].to(module.device))
+    values, _ = read_codes(module, held_out)
     found = {}
     for index, name in enumerate(module.config.concepts):
         masks = torch.zeros(2, held_out.masks.shape[1])

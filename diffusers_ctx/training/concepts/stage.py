@@ -37,6 +37,7 @@ from ..run.concept_checkpoint import ConceptCheckpoint, Stateful
 from ..run.keyed_noise import KeyedNoise
 from ..run.tracking import track_concepts
 from .caption_fit import fit_captions
+from .codes import read_codes
 from .held_out import held_out_contrast
 from .losses import unit_directions
 from .objective import ConceptObjective
@@ -54,7 +55,6 @@ _CODE_SHARE = 0.3
 _READING_SHARE = 0.1
 _READING_WEIGHT = 20.0
 _MECHANISMS_RATE = 10  # mechanisms must keep pace with values whose scale the encoder sets
-_CODES_AT_ONCE = 512
 _TRACKED_STEPS = 10
 _HELD_OUT_STEPS = 50  # after which held-out images are read, all of them
 
@@ -277,11 +277,8 @@ class ConceptStage:
         values = torch.stack([metric.detach() for metric in named.values()]).tolist()  # one wait for the device
         return dict(zip(named, values))
 
-    @torch.no_grad()
     def _codes(self) -> ImageCodes:
-        images = self.latents.posterior_input[0].split(_CODES_AT_ONCE)
-        read = [self.module.read_code(part.to(self.accelerator.device)) for part in images]
-        mean, log_variance = (torch.cat(parts).flatten(1).cpu() for parts in zip(*read))
+        mean, log_variance = (code.flatten(1).cpu() for code in read_codes(self.module, self.latents))
         return ImageCodes(mean, (log_variance / 2).exp(), self.labels)
 
     def _reading_parameters(self) -> list[torch.nn.Parameter]:
