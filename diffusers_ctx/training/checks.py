@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
@@ -31,8 +32,8 @@ def check_options(config: TrainingConfig, resolution: int, pipeline: Composition
     multiple = pipeline.vae_scale_factor * backbone.patch_size
     if resolution % multiple:
         raise ValueError(f"`resolution` is {resolution}; this model needs a multiple of {multiple}.")
-    if config.optimization.snr_gamma is not None and not backbone.noising.is_diffusion:
-        raise ValueError("Min-SNR weighting is not for rectified flow; leave out `snr_gamma`.")
+    if (gamma := config.optimization.snr_gamma) is not None:
+        backbone.noising(pipeline.scheduler.config).min_snr_weights(torch.zeros(1, dtype=torch.int64), gamma)
     if config.data.streaming:
         _check_streaming(config)
     trackers = ["none", "all", *map(str, get_available_trackers())]
@@ -64,8 +65,8 @@ def check_backbone(pipeline: DiffusionPipeline) -> None:
     """Checks that the pipeline fits its backbone, and that the backbone is one for text-to-image.
 
     Raises:
-        ValueError: if only one of checkpoint and pipeline is Stable Diffusion XL, or if the backbone and the
-            autoencoder have different numbers of latent channels.
+        ValueError: if checkpoint and pipeline are of different families, or if the backbone and the autoencoder have
+            different numbers of latent channels.
     """
     backbone = backbone_of_pipeline(pipeline)
     backbone.check_pipeline(pipeline)
