@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from diffusers_ctx import ComposablePipeline, ContextModule
-from diffusers_ctx.adapter import add_context_tokens
+from diffusers_ctx.adapter import backbone_of_pipeline
 from diffusers_ctx.adapter.image_features import ImageFeatures
 from diffusers_ctx.context import intervention_mask
 from diffusers_ctx.context.posterior import GaussianPosterior
@@ -85,7 +85,7 @@ class LabelsOnly(Predicting, GivenNoise):
             text, _ = pipeline.encode_prompt(captions, device(), 1, do_classifier_free_guidance=False)
             mask = intervention_mask(list(interventions), module.config.concepts, len(captions)).to(device())
             tokens = module(torch.zeros(len(captions), *module.noise_shape, device=device()), mask)
-            conditions = add_context_tokens({"encoder_hidden_states": text}, tokens)
+            conditions = backbone_of_pipeline(pipeline).with_tokens({"encoder_hidden_states": text}, tokens)
             return lambda latents, timestep: pipeline.unet(latents, timestep, **conditions).sample
 
         return pipeline, predictor

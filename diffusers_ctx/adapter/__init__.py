@@ -1,6 +1,6 @@
-from .attaching import attach_context_module, attached_adapter, attached_context_module, context_attention_layers
+from .attaching import attach_context_module, context_attention_layers
 from .attention_maps import AttentionMaps, collect_attention
-from .backbones import add_context_tokens, backbone_of, backbone_of_pipeline, native_resolution
+from .backbones import backbone_of, backbone_of_pipeline, native_resolution
 from .copying import copy_adapter, copy_what_was_trained
 from .lora_layers import LORA_ADAPTER, lora_detached
 from .saving import ContextAdapterMixin
@@ -11,10 +11,7 @@ __all__ = [
     "LORA_ADAPTER",
     "AttentionMaps",
     "ContextAdapterMixin",
-    "add_context_tokens",
     "attach_context_module",
-    "attached_adapter",
-    "attached_context_module",
     "backbone_of",
     "backbone_of_pipeline",
     "collect_attention",

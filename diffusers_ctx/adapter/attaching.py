@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..context import ContextModule
-from .backbones import AttachedAdapter, backbone_of
+from .backbones import backbone_of
 
 
 def attach_context_module(model: Any, context_module: ContextModule, injection: str | None = None) -> None:
@@ -25,20 +25,6 @@ def attach_context_module(model: Any, context_module: ContextModule, injection: 
             its text has another width, or `enable_sequential_cpu_offload` has put its weights away.
     """
     backbone_of(model).attach(context_module, injection)
-
-
-def attached_context_module(model: Any) -> ContextModule | None:
-    """The context module that a model carries, or `None`.
-
-    Raises:
-        RuntimeError: if the attention to its tokens has been replaced since, so that they would be ignored.
-    """
-    return backbone_of(model).context_module
-
-
-def attached_adapter(model: Any) -> AttachedAdapter:
-    """State of the adapter on a model; the defaults if there is none."""
-    return backbone_of(model).adapter
 
 
 def context_attention_layers(model: Any) -> nn.ModuleDict:

@@ -9,7 +9,7 @@ from conftest import make_context_module, make_pipeline, make_xl_pipeline
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from diffusers_ctx.adapter import add_context_tokens, attach_context_module
+from diffusers_ctx.adapter import attach_context_module, backbone_of
 
 
 PROMPT = "a picture of a circle"
@@ -34,9 +34,8 @@ def test_the_unet_sees_a_longer_text():
     expected = unet(x, 10, torch.cat([text, tokens.flatten(1, 2)], dim=1)).sample
     attach_context_module(unet, module, "prompt")
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
-    torch.testing.assert_close(
-        unet(x, 10, **add_context_tokens({"encoder_hidden_states": text}, tokens)).sample, expected
-    )
+    conditions = backbone_of(unet).with_tokens({"encoder_hidden_states": text}, tokens)
+    torch.testing.assert_close(unet(x, 10, **conditions).sample, expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -11,7 +11,7 @@ from diffusers.callbacks import SD3CFGCutoffCallback
 from PIL import Image
 
 from diffusers_ctx import ComposableSD3Pipeline
-from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module, attached_context_module
+from diffusers_ctx.adapter import LORA_ADAPTER, attach_context_module
 from diffusers_ctx.adapter_format import AdapterError
 from diffusers_ctx.pipelines import Conditioner, describe_truncated
 from diffusers_ctx.training.diffusion.trainable import prepare_mode
@@ -34,7 +34,7 @@ def pipeline() -> ComposableSD3Pipeline:
 
 @torch.no_grad()
 def test_the_transformer_sees_a_longer_text(pipeline):
-    transformer, module = pipeline.transformer, attached_context_module(pipeline.transformer)
+    transformer, module = pipeline.transformer, pipeline.context_module
     x, text, pooled = torch.randn(4, 4, 16, 16), torch.randn(4, 5, 32), torch.randn(4, 16)
     tokens = module(torch.randn(2, *module.noise_shape), torch.zeros(2, 3))
     timestep = torch.full((4,), 700.0)
@@ -172,7 +172,7 @@ def test_features_are_those_of_the_middle_block(pipeline):
     latents = torch.randn(2, 4, 16, 16, generator=torch.manual_seed(0))
     features = Conditioner.of(pipeline).backbone_features()
     got = features(latents, latents)
-    assert attached_context_module(transformer) is not None
+    assert pipeline.context_module is not None
     assert got.shape == (2, features.channels, features.size(16), features.size(16)) == (2, 16, 8, 8)
     text, _, pooled, _ = pipeline.encode_prompt([""] * 2, None, None, do_classifier_free_guidance=False)
     hidden, text = transformer.pos_embed(latents), transformer.context_embedder(text)

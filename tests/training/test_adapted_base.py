@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import attach_random_module, make_pipeline
 
-from diffusers_ctx.adapter import attached_context_module
+from diffusers_ctx.adapter import backbone_of
 from diffusers_ctx.training import ContextTrainer
 
 from .conftest import SCRIPT, flags, make_options
@@ -24,7 +24,7 @@ def test_a_base_that_was_saved_with_an_adapter_can_be_trained_on(photos, tmp_pat
         runpy.run_path(str(SCRIPT), run_name="__main__")
     else:
         runpy.run_module("diffusers_ctx.training", run_name="__main__", alter_sys=False)
-    assert attached_context_module(trained[0].pipeline.unet) is None
+    assert backbone_of(trained[0].pipeline.unet).context_module is None
     trained[0].load()
     with trained[0].open():
-        assert attached_context_module(trained[0].pipeline.unet) is trained[0].context_module
+        assert backbone_of(trained[0].pipeline.unet).context_module is trained[0].context_module

@@ -8,7 +8,7 @@ from .base import AttachedAdapter, Backbone, ContextProjection, original_of
 from .noising import Noising, Step
 from .sd3 import SD3Backbone
 from .sdxl import XLBackbone
-from .unet import UNetBackbone, add_context_tokens
+from .unet import UNetBackbone
 
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Noising",
     "Step",
     "UNetBackbone",
-    "add_context_tokens",
     "backbone_of",
     "backbone_of_pipeline",
     "native_resolution",

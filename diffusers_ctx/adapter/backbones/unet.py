@@ -191,7 +191,8 @@ class UNetBackbone(Backbone):
         return projection.context_module
 
     def with_tokens(self, conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-        return add_context_tokens(conditions, tokens)
+        added = conditions.get("added_cond_kwargs") or {}
+        return conditions | {"added_cond_kwargs": added | {"image_embeds": [tokens]}}
 
     def tokens_of_call(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """The context tokens (B, N, T, token_dim) among a call's arguments, if there are any."""
@@ -232,15 +233,6 @@ class UNetBackbone(Backbone):
                 "The adapter's LoRA does not act on fused attention projections; call `unfuse_qkv_projections()`"
                 " first."
             )
-
-
-def add_context_tokens(conditions: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of a UNet's call: those given, and context tokens (B, N, T, token_dim).
-
-    The UNet takes samples of B rows or, as under guidance, a multiple of it; the tokens are repeated to fit.
-    """
-    added = conditions.get("added_cond_kwargs") or {}
-    return conditions | {"added_cond_kwargs": added | {"image_embeds": [tokens]}}
 
 
 def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: str) -> None:
