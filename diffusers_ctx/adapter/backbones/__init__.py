@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import AttachedAdapter, Backbone, ContextProjection, original_of
+from .base import Backbone, ContextProjection, original_of
 from .noising import Noising, Step
 from .sd3 import SD3Backbone
 from .sdxl import XLBackbone
@@ -13,7 +13,6 @@ from .unet import UNetBackbone
 
 __all__ = [
     "FAMILIES",
-    "AttachedAdapter",
     "Backbone",
     "ContextProjection",
     "Noising",
