@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
-from diffusers import ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from diffusers_ctx import ContextModule
@@ -46,13 +46,14 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "Stable Diffusion 3 medium": _SD_3,
     "Stable Diffusion 3.5 medium": _SD_3 | {"qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    "FLUX.1 dev": {"guidance_embeds": True},
 }
 
 
 def count_weights(options: dict[str, Any]) -> dict[str, int]:
     """Numbers of the UNet or transformer and of an adapter on it: `context_module`, `attention` and `lora`."""
     with init_empty_weights():
-        model = (SD3Transformer2DModel if "num_layers" in options else UNet2DConditionModel)(**options)
+        model = _model_class(options)(**options)
         plain = _numbers(model)
         module = _create_module(model)
         attach_context_module(model, module)
@@ -67,6 +68,12 @@ def count_weights(options: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def _model_class(options: dict[str, Any]) -> type[ModelMixin]:
+    if "guidance_embeds" in options:
+        return FluxTransformer2DModel
+    return SD3Transformer2DModel if "num_layers" in options else UNet2DConditionModel
+
+
 def _create_module(model: ModelMixin) -> ContextModule:
     """The module that training makes for this model."""
     options, features, backbone = ContextConfig(), BackboneFeatures(model, [], lambda latents: {}), backbone_of(model)
@@ -78,9 +85,9 @@ def _create_module(model: ModelMixin) -> ContextModule:
         concept_dim=options.noise_dim,
         tokens_per_concept=options.tokens_per_concept,
         posterior_in_channels=features.channels,
-        posterior_sample_size=model.config.sample_size,
+        posterior_sample_size=backbone.sample_size,
         posterior_encoder=backbone.component,
-        posterior_feature_size=features.size(model.config.sample_size),
+        posterior_feature_size=features.size(backbone.sample_size),
         caption_dim=backbone.token_dim,
     )
 

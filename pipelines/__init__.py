@@ -1,5 +1,6 @@
 from .composition import CompositionMixin
 from .conditioning import Conditioner, select_rows
+from .flux import ComposableFluxPipeline
 from .outputs import ComposablePipelineOutput
 from .stable_diffusion import (
     ComposableControlNetImg2ImgPipeline,
@@ -25,6 +26,7 @@ __all__ = [
     "ComposableControlNetImg2ImgPipeline",
     "ComposableControlNetInpaintPipeline",
     "ComposableControlNetPipeline",
+    "ComposableFluxPipeline",
     "ComposableImg2ImgPipeline",
     "ComposableInpaintPipeline",
     "ComposablePipeline",

@@ -15,6 +15,7 @@ from diffusers_ctx.fingerprint import fingerprint
 from diffusers_ctx.hub import pipeline_name, resolve_adapter_folder
 
 from .composition import CompositionMixin
+from .flux import ComposableFluxPipeline
 from .stable_diffusion import ComposablePipeline
 from .stable_diffusion_3 import ComposableSD3Pipeline
 from .stable_diffusion_xl import ComposableXLPipeline
@@ -64,7 +65,7 @@ def load_adapted_pipeline(
     folder = resolve_adapter_folder(adapter, cache_dir=cache_dir)
     config = read_adapter_config(folder)
     base = base or recorded_base(os.fspath(adapter), config)
-    kinds = (ComposablePipeline, ComposableXLPipeline, ComposableSD3Pipeline)
+    kinds = (ComposablePipeline, ComposableXLPipeline, ComposableSD3Pipeline, ComposableFluxPipeline)
     kind = {cls.__name__: cls for cls in kinds}[pipeline_name(config)]
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     if kind is ComposablePipeline and not safety_checker:

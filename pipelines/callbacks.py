@@ -34,7 +34,7 @@ def keeping_images(callback: StepCallback, num_images: int) -> StepCallback:
                 f"The callback returned latents of {len(latents)} images, and {num_images} are being made; each has"
                 " its context, so their number must stay."
             )
-        if prompt is not None and len(prompt) != (rows := num_images * (1 + pipeline.do_classifier_free_guidance)):
+        if prompt is not None and len(prompt) != (rows := num_images * _copies(pipeline)):
             raise ValueError(
                 f"The callback returned {len(prompt)} rows of `prompt_embeds`, and {num_images} images need {rows}; to"
                 " end guidance, return `prompt_embeds.chunk(2)[-1]`."
@@ -42,3 +42,8 @@ def keeping_images(callback: StepCallback, num_images: int) -> StepCallback:
         return returned
 
     return on_step_end
+
+
+def _copies(pipeline: Any) -> int:
+    """How many rows of the prompt each image has: FLUX calls its model for each half of guidance."""
+    return 1 + getattr(pipeline, "do_classifier_free_guidance", False)

@@ -99,7 +99,7 @@ class CompositionMixin(SweepMixin):
             if is_asked or any_interventions(interventions):
                 self._require_context_module()
             return _with_noise(plain_call(**arguments), None, return_dict)
-        if arguments["ip_adapter_image"] is not None or arguments["ip_adapter_image_embeds"] is not None:
+        if any(value is not None for name, value in arguments.items() if "ip_adapter_image" in name):
             raise ValueError(
                 "A context adapter is loaded, and images for an IP-Adapter would take the same place in the"
                 f" {self._backbone.name}; call `unload_context_adapter()` to use them."
@@ -128,16 +128,12 @@ class CompositionMixin(SweepMixin):
             if context_guidance_scale != 1:
                 observational = self._context_tokens(noise, torch.zeros_like(mask))
                 stack.enter_context(context_guidance(self._backbone.model, observational, context_guidance_scale))
-            output = plain_call(**arguments | {"ip_adapter_image_embeds": [tokens]})
+            output = plain_call(**self._backbone.call_with_tokens(arguments, tokens))
         return _with_noise(output, noise, return_dict)
 
-    def prepare_ip_adapter_image_embeds(
-        self, ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
-    ):
+    def prepare_ip_adapter_image_embeds(self, ip_adapter_image, ip_adapter_image_embeds, *args, **kwargs):
         if self.context_module is None:
-            return super().prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_images_per_prompt, do_classifier_free_guidance
-            )
+            return super().prepare_ip_adapter_image_embeds(ip_adapter_image, ip_adapter_image_embeds, *args, **kwargs)
         # context tokens have a row per image already: unlike image prompts, each image has noise of its own;
         # the backbone repeats them for guidance, which a callback can end or begin
         return list(ip_adapter_image_embeds)
@@ -190,10 +186,11 @@ class CompositionMixin(SweepMixin):
         if "height" not in arguments or "controlnet" in self.components:
             return {}  # an image has the size
         height = width = self._training_resolution
-        if arguments["latents"] is not None:
+        latents = arguments["latents"]
+        if latents is not None and latents.ndim == 4:  # packed ones do not say their size
             if "mask_image" not in arguments and not self._backbone.is_told_size:
                 return {}
-            height, width = (side * self.vae_scale_factor for side in arguments["latents"].shape[-2:])
+            height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
         return {"height": arguments["height"] or height, "width": arguments["width"] or width}
 
     def _matches_prompt(self, match_prompt: bool | None, exogenous_noise: torch.Tensor | None) -> bool:

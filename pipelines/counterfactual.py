@@ -117,7 +117,7 @@ class CounterfactualMixin(AbductionMixin):
             model = contrast(model, origin, context_guidance_scale)
 
         noising = self._backbone.noising(self.scheduler.config)
-        steps = noising.steps(num_inference_steps, latents.device)
+        steps = noising.steps(num_inference_steps, latents)
         # in single precision, or generation would not undo the inversion
         path = inverse_path(inverted, latents.float(), steps)
 

@@ -29,6 +29,7 @@ def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scal
     """
     backbone = backbone_of(model)
     given: list[tuple[tuple, dict[str, Any]]] = []  # the arguments of a call, before tokens enter
+    latest: list[tuple[Any, torch.Tensor]] = []  # a sample and its contrast
 
     def remember(module, args, kwargs):
         given[:] = [(args, kwargs)]
@@ -36,13 +37,19 @@ def context_guidance(model: ModelMixin, observational_tokens: torch.Tensor, scal
     def add_contrast(module, args, kwargs, output):
         # under classifier-free guidance, the prompt's rows come second
         rows, count = slice(-len(observational_tokens), None), len(output[0])
-        args, kwargs = (select_rows(value, count, rows) for value in given.pop())
+        args, kwargs = given.pop()
+        sample = next(iter([*args, *kwargs.values()]))
+        if latest and sample is latest[0][0]:  # guidance in a second call, without the prompt
+            return (output[0] + latest[0][1], *output[1:])
+        args, kwargs = (select_rows(value, count, rows) for value in (args, kwargs))
         kwargs = backbone.with_tokens(kwargs, observational_tokens)
         if not is_compiled_module(module):  # `forward` leaves out its hook, but not that of a compiled one's original
             args, kwargs = backbone.enter_tokens(args, kwargs)
         observational = module.forward(*args, **kwargs)[0]
         contrast = (scale - 1) * (output[0][rows] - observational)
-        return (output[0] + contrast.repeat(count // len(contrast), 1, 1, 1), *output[1:])
+        contrast = torch.cat([contrast] * (count // len(contrast)))
+        latest[:] = [(sample, contrast)]
+        return (output[0] + contrast, *output[1:])
 
     handles = [
         model.register_forward_pre_hook(remember, with_kwargs=True, prepend=True),

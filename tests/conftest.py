@@ -19,6 +19,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from diffusers_ctx import (
+    ComposableFluxPipeline,
     ComposablePipeline,
     ComposableSD3Pipeline,
     ComposableXLPipeline,
@@ -138,18 +140,65 @@ def make_xl_components() -> dict:
     }
 
 
-def make_sd3_components() -> dict:
-    """Random components of a Stable Diffusion 3 for 32x32 images, in 64 patches."""
-    shared = make_components()
-    tokenizer = shared["tokenizer"]
-    torch.manual_seed(0)
+def make_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    """A random encoder of captions, letter by letter."""
     letters = [(letter, -3.0) for letter in string.ascii_lowercase + string.digits]
-    tokenizer_3 = T5TokenizerFast(
+    tokenizer = T5TokenizerFast(
         vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters],
         extra_ids=0,
         model_max_length=512,
     )
-    t5 = {"vocab_size": len(tokenizer_3), "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 2}
+    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(**sizes)).eval(), tokenizer
+
+
+def make_centered_vae() -> AutoencoderKL:
+    """A random autoencoder whose latents are centered, as those of Stable Diffusion 3 and FLUX.1 are."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    ).eval()
+
+
+def make_flux_components() -> dict:
+    """Random components of a FLUX.1 that is distilled from guidance, for 32x32 images, in 64 patches."""
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_base(), subfolder="tokenizer")
+    torch.manual_seed(0)
+    text_encoder_2, tokenizer_2 = make_t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=12,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return {
+        "transformer": transformer.eval(),
+        "vae": make_centered_vae(),
+        "text_encoder": CLIPTextModel(make_text_config(tokenizer, 12)).eval(),
+        "text_encoder_2": text_encoder_2,
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer_2,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def make_sd3_components() -> dict:
+    """Random components of a Stable Diffusion 3 for 32x32 images, in 64 patches."""
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_base(), subfolder="tokenizer")
+    torch.manual_seed(0)
+    text_encoder_3, tokenizer_3 = make_t5()
     transformer = SD3Transformer2DModel(
         sample_size=16,
         in_channels=4,
@@ -166,20 +215,10 @@ def make_sd3_components() -> dict:
     )
     return {
         "transformer": transformer.eval(),
-        "vae": AutoencoderKL(
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            sample_size=32,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        ).eval(),
+        "vae": make_centered_vae(),
         "text_encoder": make_clip_with_projection(tokenizer, 12),
         "text_encoder_2": make_clip_with_projection(tokenizer, 20),
-        "text_encoder_3": T5EncoderModel(T5Config(**t5)).eval(),
+        "text_encoder_3": text_encoder_3,
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "tokenizer_3": tokenizer_3,
@@ -249,6 +288,12 @@ def make_xl_pipeline() -> ComposableXLPipeline:
 
 def make_sd3_pipeline() -> ComposableSD3Pipeline:
     pipeline = ComposableSD3Pipeline(**make_sd3_components())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_flux_pipeline() -> ComposableFluxPipeline:
+    pipeline = ComposableFluxPipeline(**make_flux_components())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

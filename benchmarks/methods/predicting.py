@@ -39,11 +39,12 @@ class Predicting(ABC):
         """
         pipeline, predictor = self.load_predictor(setting, folder)
         noising = backbone_of_pipeline(pipeline).noising(pipeline.scheduler.config)
-        steps = noising.steps(setting.num_inference_steps, device())
 
         @torch.no_grad()
         def editor(images: np.ndarray, captions: Sequence[str]) -> Edit:
-            noise = invert(predictor(list(captions), []), encode(pipeline, images), steps)
+            latents = encode(pipeline, images)
+            steps = noising.steps(setting.num_inference_steps, latents)
+            noise = invert(predictor(list(captions), []), latents, steps)
 
             @torch.no_grad()
             def edit(interventions: Sequence[str]) -> np.ndarray:

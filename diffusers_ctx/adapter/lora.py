@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -210,7 +211,6 @@ class ContextLoraMixin:
 
     def _read_context_lora(self, folder: Path) -> None:
         """Does what `load_lora_weights` does, without its warning for every model that the file has nothing for."""
-        # pipelines of transformers have no network alphas
         state, *alphas, metadata = self.lora_state_dict(
             str(folder), weight_name=LORA_WEIGHTS_NAME, return_lora_metadata=True
         )
@@ -222,7 +222,8 @@ class ContextLoraMixin:
         component, network_alphas = self._backbone.component, (alphas or [None])[0]
         if component in trained:
             load = getattr(self, f"load_lora_into_{component}")
-            own = {component: self._backbone.model} | ({"network_alphas": network_alphas} if alphas else {})
+            takes_alphas = "network_alphas" in inspect.signature(load).parameters  # Stable Diffusion 3's does not
+            own = {component: self._backbone.model} | ({"network_alphas": network_alphas} if takes_alphas else {})
             load(state, **own, **options)
         for name, model in text_encoders_of(self.components).items():
             if name in trained:

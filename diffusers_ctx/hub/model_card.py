@@ -28,6 +28,7 @@ _MARKER = (
 _USAGE = re.compile(r"^## How to use it\n.*?^```$", re.DOTALL | re.MULTILINE)
 _RESULTS = {"dataset", "metrics", "references"}
 _TRAINING = {"command", "seed", "commit", "machine", "versions", "hyperparameters"}
+_PIPELINES = {"SD3Transformer2DModel": "ComposableSD3Pipeline", "FluxTransformer2DModel": "ComposableFluxPipeline"}
 _ACCESS_TOKEN = re.compile(r"\bhf_\w{20,}")
 
 
@@ -122,8 +123,8 @@ def with_usage_of(card: str, other: str) -> str:
 def pipeline_name(config: Mapping[str, Any]) -> str:
     """Name of the pipeline class, in diffusers_ctx, for the adapter with this config."""
     base = config["base"]
-    if base.get("architecture") == "SD3Transformer2DModel":
-        return "ComposableSD3Pipeline"
+    if (architecture := base.get("architecture")) in _PIPELINES:
+        return _PIPELINES[architecture]
     return "ComposableXLPipeline" if base.get("addition_embed_type") == "text_time" else "ComposablePipeline"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..paths import local_or_hub
-from ..pipelines import ComposablePipeline, ComposableSD3Pipeline, ComposableXLPipeline
+from ..pipelines import ComposableFluxPipeline, ComposablePipeline, ComposableSD3Pipeline, ComposableXLPipeline
 from . import ContextTrainer, parse_training_config
 
 
@@ -30,10 +30,12 @@ def _pipeline_class(model_index: dict[str, Any]) -> Any:
     name = model_index["_class_name"]
     if "StableDiffusion3" in name:
         return ComposableSD3Pipeline
+    if name == "FluxPipeline":  # and not those of inpainting, control or editing, which take other channels
+        return ComposableFluxPipeline
     if "unet" not in model_index:
         raise ValueError(
-            f"The checkpoint is for a {name}, and context adapters are for Stable Diffusion 1, 2, XL, 3 and 3.5;"
-            " choose one of these."
+            f"The checkpoint is for a {name}, and context adapters are for Stable Diffusion 1, 2, XL, 3 and 3.5 and"
+            " for FLUX.1; choose one of these."
         )
     return ComposableXLPipeline if "XL" in name else ComposablePipeline
 

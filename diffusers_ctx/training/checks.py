@@ -70,7 +70,7 @@ def check_backbone(pipeline: DiffusionPipeline) -> None:
     """
     backbone = backbone_of_pipeline(pipeline)
     backbone.check_pipeline(pipeline)
-    inputs, latents = backbone.model.config.in_channels, pipeline.vae.config.latent_channels
+    inputs, latents = backbone.latent_channels, pipeline.vae.config.latent_channels
     if inputs != latents:  # inpainting: 9 and 4
         raise ValueError(
             f"The checkpoint's {backbone.name} takes {inputs} channels, and its autoencoder makes {latents}: it needs"

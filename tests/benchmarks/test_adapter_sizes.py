@@ -14,6 +14,7 @@ PUBLISHED = {  # weights of UNets and transformers on the Hub
     "Stable Diffusion XL": 2_567_463_684,
     "Stable Diffusion 3 medium": 2_028_328_000,
     "Stable Diffusion 3.5 medium": 2_243_171_520,
+    "FLUX.1 dev": 11_901_408_320,
 }
 
 

@@ -64,7 +64,7 @@ def test_inversion_is_undone_by_denoising(prediction_type):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_rectified_flow_is_followed_as_its_scheduler_does_and_back(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    steps = RectifiedFlow(scheduler.config).steps(20, torch.device("cpu"))
+    steps = RectifiedFlow(scheduler.config).steps(20, torch.empty(2, 4, 8, 8))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     x = denoise(smooth_model, noise, steps)
     scheduler.set_timesteps(20)

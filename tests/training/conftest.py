@@ -29,6 +29,7 @@ from diffusers_ctx.training.diffusion.stage import DiffusionStage
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 SCRIPT = SCRIPTS / "train_context_text_to_image.py"
 EVALUATION_SCRIPT = SCRIPTS / "evaluate_context_adapter.py"
+FLUX_SCRIPT = SCRIPTS / "train_context_text_to_image_flux.py"
 SD3_SCRIPT = SCRIPTS / "train_context_text_to_image_sd3.py"
 XL_SCRIPT = SCRIPTS / "train_context_text_to_image_sdxl.py"
 IMAGES = {"night": 6, "obs": 7, "snow": 5}  # 21 rows an epoch: each context as often as the largest

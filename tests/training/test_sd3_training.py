@@ -180,11 +180,11 @@ def test_the_module_tells_families_apart(sd3_base_model, photos, tmp_path, monke
     assert made == [ComposableSD3Pipeline]
     other = tmp_path / "flux"
     other.mkdir()
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index = {"_class_name": "Flux2Pipeline", "transformer": ["diffusers", "Flux2Transformer2DModel"]}
     (other / "model_index.json").write_text(json.dumps(index))
     monkeypatch.setattr("sys.argv", ["training", *flags(make_options(other, photos, tmp_path / "out"))])
     with pytest.raises(
-        ValueError, match=r"for a FluxPipeline, and context adapters are for Stable Diffusion 1, 2, XL, 3"
+        ValueError, match=r"for a Flux2Pipeline, and context adapters are for Stable Diffusion 1, 2, XL, 3"
     ):
         main()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Backbone, ContextProjection, original_of
+from .flux import FluxBackbone
 from .noising import Noising, Step
 from .sd3 import SD3Backbone
 from .sdxl import XLBackbone
@@ -23,7 +24,12 @@ __all__ = [
     "native_resolution",
 ]
 
-FAMILIES: tuple[type[Backbone], ...] = (XLBackbone, UNetBackbone, SD3Backbone)  # the first that fits counts
+FAMILIES: tuple[type[Backbone], ...] = (
+    XLBackbone,  # the first that fits counts
+    UNetBackbone,
+    SD3Backbone,
+    FluxBackbone,
+)
 
 
 def backbone_of(model: Any) -> Backbone:
@@ -58,7 +64,7 @@ def native_resolution(pipeline: Any) -> int:
         ValueError: if its configuration does not say, or they are no squares.
     """
     backbone = backbone_of_pipeline(pipeline)
-    size = backbone.model.config.sample_size
+    size = backbone.sample_size
     sides = {size} if isinstance(size, int | None) else set(size)
     if len(sides) != 1 or None in sides:
         raise ValueError(

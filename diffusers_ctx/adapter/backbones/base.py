@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from diffusers import ModelMixin
@@ -106,6 +106,16 @@ class Backbone(ABC):
     def patch_size(self) -> int:
         """Sides of latents are multiples of it."""
         return 1
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the model takes."""
+        return self.model.config.in_channels
+
+    @property
+    def sample_size(self) -> int | list[int] | None:
+        """Sides of the latents that the model is made for, if its configuration says."""
+        return self.model.config.sample_size
 
     @abstractmethod
     def check_pipeline(self, pipeline: Any) -> None:
@@ -262,6 +272,10 @@ class Backbone(ABC):
         The model takes samples of B rows or, as under guidance, a multiple of it; the tokens are repeated to fit.
         """
 
+    def call_with_tokens(self, arguments: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a pipeline's `__call__`: those given, with context tokens (B, N, T, token_dim)."""
+        return arguments | {"ip_adapter_image_embeds": [tokens]}
+
     @abstractmethod
     def enter_tokens(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Arguments of a call with tokens, as the model's `forward` takes them: what the hook on calls does.
@@ -304,6 +318,11 @@ class Backbone(ABC):
         Raises:
             ValueError: if `fuse_qkv_projections` has copied the weights that they would act on.
         """
+
+    def _refuse_fused(self) -> NoReturn:
+        raise ValueError(
+            "The adapter's LoRA does not act on fused attention projections; call `unfuse_qkv_projections()` first."
+        )
 
 
 def original_of(model: Any) -> Any:

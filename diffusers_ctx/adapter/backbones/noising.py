@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_snr
 
 
@@ -67,8 +69,8 @@ class Noising(ABC):
         """
 
     @abstractmethod
-    def steps(self, num_steps: int, device: torch.device) -> list[Step]:
-        """The steps from the noisy end to the clean one."""
+    def steps(self, num_steps: int, latents: torch.Tensor) -> list[Step]:
+        """The steps from the noisy end to the clean one, of latents (B, C, h, w)."""
 
 
 class Diffusion(Noising):
@@ -105,9 +107,9 @@ class Diffusion(Noising):
         # as in the code of Hang et al.: 0 would leave unlearned the pure noise that sampling starts from
         return torch.where(snr > 0, weights, 1.0)
 
-    def steps(self, num_steps: int, device: torch.device) -> list[Step]:
+    def steps(self, num_steps: int, latents: torch.Tensor) -> list[Step]:
         # not every scheduler's class computes the cumulative products
-        alphas = DDIMScheduler.from_config(self.config).alphas_cumprod.to(device)
+        alphas = DDIMScheduler.from_config(self.config).alphas_cumprod.to(latents.device)
         timesteps = evenly_spaced_timesteps(self.num_train_timesteps, num_steps)
         return ddim_steps(alphas, timesteps, self.scheduler.config.prediction_type)
 
@@ -140,14 +142,40 @@ class RectifiedFlow(Noising):
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         raise ValueError("Min-SNR weighting is not for rectified flow; leave out `snr_gamma`.")
 
-    def steps(self, num_steps: int, device: torch.device) -> list[Step]:
+    def steps(self, num_steps: int, latents: torch.Tensor) -> list[Step]:
         """Euler's, at the scheduler's own timesteps."""
         self.scheduler.set_timesteps(num_steps)
+        return self._euler_steps()
+
+    def _euler_steps(self) -> list[Step]:
         sigmas = self.scheduler.sigmas.tolist()
         return [Step(t * self.num_train_timesteps, 1.0, s - t) for t, s in pairwise(sigmas)]
 
     def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
         return self.sigmas.to(timesteps.device)[timesteps]
+
+
+class FluxFlow(RectifiedFlow):
+    """The rectified flow of FLUX.1. Where its scheduler shifts timesteps by the size of images, only the steps of the
+    ODE are shifted, as its pipeline does; training draws from the timesteps without a shift, as diffusers' own scripts
+    do.
+    """
+
+    def __init__(self, scheduler_config: Mapping[str, Any]):
+        super().__init__(scheduler_config)
+        if scheduler_config.get("use_dynamic_shifting"):
+            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+            self.sigmas = self.scheduler.sigmas.flip(0)
+
+    def steps(self, num_steps: int, latents: torch.Tensor) -> list[Step]:
+        config = self.scheduler.config
+        num_patches = latents.shape[2] * latents.shape[3] // 4
+        mu = calculate_shift(
+            num_patches, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        # the pipeline's
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps).tolist(), mu=mu)
+        return self._euler_steps()
 
 
 def evenly_spaced_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:

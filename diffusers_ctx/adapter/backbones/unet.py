@@ -229,10 +229,7 @@ class UNetBackbone(Backbone):
 
     def check_projections(self) -> None:
         if any(isinstance(processor, FusedAttnProcessor2_0) for processor in self.model.attn_processors.values()):
-            raise ValueError(
-                "The adapter's LoRA does not act on fused attention projections; call `unfuse_qkv_projections()`"
-                " first."
-            )
+            self._refuse_fused()
 
 
 def _place_projection(unet: UNet2DConditionModel, projection: nn.Module, kind: str) -> None:
