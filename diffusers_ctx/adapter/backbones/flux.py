@@ -84,7 +84,7 @@ class FluxBackbone(JointTransformerBackbone):
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
 
     def check_projections(self) -> None:
-        if any(block.attn.fused_projections for block in self.blocks):
+        if any(getattr(block.attn, "fused_projections", False) for block in self.blocks):
             self._refuse_fused()
 
     @classmethod
