@@ -298,6 +298,15 @@ def make_flux_pipeline() -> ComposableFluxPipeline:
     return pipeline
 
 
+def counterfactual_changes(pipeline, *contexts: list[str], **options) -> list[float]:
+    """How far counterfactuals of an image under these interventions are from it, as latents; it arose under "snow"."""
+    image = torch.rand(1, 3, 32, 32, generator=torch.manual_seed(0))
+    latents = pipeline._encode_images(pipeline._preprocess(image))
+    options = {"prompt": "a picture of a circle", "output_type": "latent"} | options
+    images = [pipeline.counterfactual(image, names, ["snow"], **options).images for names in contexts]
+    return [((made - latents).norm() / latents.norm()).item() for made in images]
+
+
 def attach_random_module(pipeline):
     """Attaches a context module with random attention values, where a fresh adapter's are zero."""
     attach_context_module(pipeline.unet, make_context_module())

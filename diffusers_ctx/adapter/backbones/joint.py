@@ -28,6 +28,7 @@ class JointTransformerBackbone(Backbone):
 
     Attributes:
         pipeline_name: the pipeline of ours, for messages.
+        parameters: names of the arguments of the transformer's `forward`, in order.
         image_prompt: the submodule in which diffusers keeps an IP-Adapter.
         t5: the text encoder that takes long captions.
         t5_limit: how many tokens of a caption it takes: the default of the pipeline's `max_sequence_length`.
@@ -39,9 +40,14 @@ class JointTransformerBackbone(Backbone):
     injections = ("prompt",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
     pipeline_name: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]]
     image_prompt: ClassVar[str]
     t5: ClassVar[str]
     t5_limit: ClassVar[int]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.parameters = tuple(inspect.signature(cls.model_class.forward).parameters)[1:]  # without `self`
 
     @property
     def token_dim(self) -> int:
@@ -134,8 +140,7 @@ class JointTransformerBackbone(Backbone):
         projection = getattr(transformer, _PROJECTION, None)
         if projection is None:
             return None
-        parameters = list(inspect.signature(cls.model_class.forward).parameters)[1:]  # without `self`
-        kwargs = dict(zip(parameters, args)) | kwargs
+        kwargs = dict(zip(cls.parameters, args)) | kwargs
         attention = kwargs.get(cls.attention_kwargs) or {}
         if _TOKENS not in attention:
             raise ValueError(
@@ -144,8 +149,8 @@ class JointTransformerBackbone(Backbone):
             )
         tokens = repeated(attention[_TOKENS][0], len(kwargs["encoder_hidden_states"]), cls.name).flatten(1, 2)
         kwargs[cls.attention_kwargs] = {name: value for name, value in attention.items() if name != _TOKENS}
-        # arguments too many are left to `forward`, which refuses them
-        return args[len(parameters) :], kwargs | (cls._longer_text(kwargs, tokens) if projection.is_on else {})
+        kwargs |= cls._longer_text(kwargs, tokens) if projection.is_on else {}
+        return args[len(cls.parameters) :], kwargs  # arguments too many, which `forward` refuses
 
     @classmethod
     def _longer_text(cls, kwargs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
