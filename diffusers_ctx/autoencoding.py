@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL.Image import Image
@@ -23,6 +24,16 @@ _ROUNDING = 1e-2  # of values in half precision, and of those that resampling le
 def latent_size(vae: AutoencoderKL, resolution: int) -> int:
     """Height and width of the latents of images whose height and width is `resolution`, in pixels."""
     return resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as a sequence of patches of 2x2 (B, h w / 4, 4 C), as FLUX.1 takes them."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack_latents(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Undoes `pack_latents`: latents (B, C, height, width)."""
+    return F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 def to_pixels(image: PipelineImageInput, image_processor: VaeImageProcessor, resolution: int) -> torch.Tensor:

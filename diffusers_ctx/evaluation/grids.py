@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..autoencoding import decode_latents
+from ..autoencoding import decode_latents, unpack_latents
 from ..context import Interventions
 from .images import to_uint8
 
@@ -48,6 +49,9 @@ def sample_rows(
             width=resolution,
             output_type="latent",
         ).images
+        if latents.ndim == 3:  # packed, of squares
+            side = 2 * math.isqrt(latents.shape[1])
+            latents = unpack_latents(latents, side, side)
         decoded = decode_latents(pipeline.vae, latents)
         rows.append(to_uint8(pipeline.image_processor.postprocess(decoded, output_type="np")))
     return rows

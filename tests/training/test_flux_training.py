@@ -30,11 +30,12 @@ def flux_base_model(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["frozen", "lora"])
 def test_an_adapter_is_trained_and_loads(flux_base_model, photos, tmp_path, run_program, mode):
-    changes = {"train_text_encoder": True} if mode == "lora" else {}
+    changes = {"train_text_encoder": True} if mode == "lora" else {"validation_prompt": "a street"}
     run_program(
         FLUX_SCRIPT,
         *flags(make_options(flux_base_model, photos, tmp_path, mode=mode, composition_weight=1.0, **changes)),
     )
+    assert (tmp_path / "validation" / "step-2.png").exists() == (mode == "frozen")
     pipeline = ComposableFluxPipeline.from_pretrained(flux_base_model)
     pipeline.load_context_adapter(tmp_path)
     with_lora = {name for name, model in pipeline.components.items() if getattr(model, "peft_config", None)}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from ...autoencoding import pack_latents, unpack_latents
 from .joint import JointTransformerBackbone
 from .noising import FluxFlow
 
@@ -61,17 +62,17 @@ class FluxBackbone(JointTransformerBackbone):
         }
 
     def predict(self, x: torch.Tensor, timesteps: torch.Tensor | float, conditions: dict[str, Any]) -> torch.Tensor:
-        height, width = (side // _PATCH_SIZE for side in x.shape[2:])
+        height, width = x.shape[2:]
         predicted = self.model(
-            hidden_states=F.pixel_unshuffle(x, _PATCH_SIZE).flatten(2).transpose(1, 2),
+            hidden_states=pack_latents(x),
             timestep=torch.as_tensor(timesteps, device=x.device).expand(len(x)) / 1000,
-            img_ids=_image_positions(height, width, x.device),
+            img_ids=_image_positions(height // _PATCH_SIZE, width // _PATCH_SIZE, x.device),
             txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, device=x.device),
             guidance=torch.full([len(x)], _GUIDANCE, device=x.device) if self.model.config.guidance_embeds else None,
             **conditions,
             return_dict=False,
         )[0]
-        return F.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), _PATCH_SIZE)
+        return unpack_latents(predicted, height, width)
 
     def encode_captions(self, pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         text, pooled, _ = pipeline.encode_prompt(
