@@ -69,8 +69,17 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         OSError: if the port is taken.
     """
     page.launch(
-        server_name=host, server_port=port, css=_STYLE, theme=gr.themes.Default(), footer_links=[], ssr_mode=False
+        server_name=host,
+        server_port=port,
+        css=_STYLE,
+        theme=gr.themes.Default(),
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,  # gradio advises flags that this function does not have
+        prevent_thread_lock=True,
     )
+    print(f"Open {page.local_url}", flush=True)
+    page.block_thread()
 
 
 def _prepare(studio: Studio) -> None:

@@ -49,11 +49,12 @@ class Studios:
         """
         if not adapter:
             raise ValueError("Name an adapter: one of the list, a folder, or a repository on the Hub.")
-        if self._hub_only and (adapter, base) != self._own:
+        is_strange = self._hub_only and (adapter, base) != self._own
+        if is_strange:
             _refuse_folder(adapter)
-            base = base or base_of(adapter)  # by a config that a stranger may have written
-            if embedded_call(base) is None:
-                _refuse_folder(base)
+        base = base or base_of(adapter)  # a name that is wrong costs no open studio
+        if is_strange and embedded_call(base) is None:  # a stranger may have written the adapter's config
+            _refuse_folder(base)
         with self._lock:
             return self._open.get((adapter, base), lambda: Studio(adapter, base, self._dtype))
 

@@ -129,7 +129,7 @@ def test_methods_are_trained_and_measured_once(options, tmp_path, monkeypatch, c
     compare.main()
     folder = tmp_path / "results" / "quad-binary" / "quad-binary-seed0-images12-steps2"
     files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {f"{name}.{kind}" for name in methods for kind in ("json", "png")} <= set(files)
+    assert {f"{name}.{kind}" for name in methods for kind in ("json", "jpg")} <= set(files)
     compare.main()
     assert files == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     results = json.loads((folder / "labels-scores.json").read_text())

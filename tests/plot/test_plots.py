@@ -262,7 +262,7 @@ def test_a_missing_library_is_one_error_that_names_the_extra(library, monkeypatc
 
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=rf"needs {library}; run `pip install diffusers-ctx\[eval\]`"):
+    with pytest.raises(ImportError, match=rf"needs {library}; run `pip install 'diffusers-ctx\[eval\]'`"):
         plot.causal_graph(np.eye(2), ["a", "b"])
 
 

@@ -20,7 +20,7 @@ LOADED = "() => [...document.querySelectorAll('.enlarged img')].filter((image) =
 
 
 class Visitor:
-    """Someone with the page before him."""
+    """Someone who looks at the page."""
 
     def __init__(self, browser, address, width=1280, height=900):
         self.context = browser.new_context(viewport={"width": width, "height": height}, permissions=["clipboard-read"])

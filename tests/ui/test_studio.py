@@ -124,7 +124,7 @@ def test_a_visitor_stops_their_own_work(studio):
         one.draw(settings, lambda done, total: one.stop())
     drawn = [
         other.draw(settings, lambda done, total: one.stop()),  # nobody stops the work of others
-        one.draw(settings, ignore),  # nor his own later work
+        one.draw(settings, ignore),  # nor their own later work
         fresh.draw(settings, ignore),  # and the pipeline is as it was
     ]
     images = [np.asarray(Image.open(shown.image)) for shown in drawn]
