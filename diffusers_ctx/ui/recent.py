@@ -20,6 +20,9 @@ class Recent(Generic[T]):
         self._size = size
         self._values: dict[Hashable, T] = {}  # the oldest first
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of a key; made if it is not remembered."""
         if key in self._values:

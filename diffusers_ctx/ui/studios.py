@@ -49,14 +49,20 @@ class Studios:
         """
         if not adapter:
             raise ValueError("Name an adapter: one of the list, a folder, or a repository on the Hub.")
+        chosen = adapter, base
+        with self._lock:
+            if chosen not in self._open:  # what is open was checked, and the Hub need not be asked again
+                base = self._checked_base(adapter, base)  # before a studio is closed for it
+            return self._open.get(chosen, lambda: Studio(adapter, base, self._dtype))
+
+    def _checked_base(self, adapter: str, base: str | None) -> str:
         is_strange = self._hub_only and (adapter, base) != self._own
         if is_strange:
             _refuse_folder(adapter)
-        base = base or base_of(adapter)  # a name that is wrong costs no open studio
+        base = base or base_of(adapter)
         if is_strange and embedded_call(base) is None:  # a stranger may have written the adapter's config
             _refuse_folder(base)
-        with self._lock:
-            return self._open.get((adapter, base), lambda: Studio(adapter, base, self._dtype))
+        return base
 
 
 def _refuse_folder(name: str) -> None:

@@ -24,12 +24,8 @@ __all__ = [
     "native_resolution",
 ]
 
-FAMILIES: tuple[type[Backbone], ...] = (
-    XLBackbone,  # the first that fits counts
-    UNetBackbone,
-    SD3Backbone,
-    FluxBackbone,
-)
+# the first that fits counts
+FAMILIES: tuple[type[Backbone], ...] = (XLBackbone, UNetBackbone, SD3Backbone, FluxBackbone)
 
 
 def backbone_of(model: Any) -> Backbone:
