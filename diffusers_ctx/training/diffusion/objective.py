@@ -12,9 +12,14 @@ from torch import nn
 from ...adapter import backbone_of
 from ...adapter.backbones import Backbone
 from ...context import ContextModule
-from ...pipelines import CompositionMixin, Conditioner, select_rows
+from ...pipelines import CompositionMixin, Conditioner
+from ...pipelines.inversion import denoise
 from ..encoding.batch import Batch
-from .composition import COMPOSED_SHARE, composition_losses
+from .composed_samples import COMPOSED_SHARE, Composed
+from .composition import added_prediction, composition_losses
+
+
+_SAMPLING_STEPS = 12  # of combinations that are drawn to learn from
 
 
 class CaptionEncoder(nn.Module):
@@ -37,14 +42,12 @@ class Draws(NamedTuple):
         noise: (B, C, h, w), added to the latents.
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
-        combinations: (B, K), combinations of interventions that images are to learn, zeros for those without one.
         kept: (B,), ones for images that keep their exogenous noise and zeros for those without; by default all do.
     """
 
     noise: torch.Tensor
     timesteps: torch.Tensor
     eps: torch.Tensor
-    combinations: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
 
@@ -86,19 +89,24 @@ class DiffusionObjective(nn.Module):
     def _backbone(self) -> Backbone:
         return backbone_of(getattr(self, self.component))
 
-    def forward(self, batch: Batch, draws: Draws, conditions: dict[str, Any] | None = None) -> torch.Tensor:
-        """The weighted mean of `losses`; a caption encoder makes the conditions, where there is one."""
-        if self.caption_encoder is not None:
-            conditions = self.caption_encoder(batch.captions, batch.geometry)
-        assert conditions is not None
-        weights = self._weights(draws.timesteps)
-        loss = (self.losses(batch, draws, conditions) * weights).mean()
-        if draws.combinations is None or not draws.combinations.any():
+    def forward(
+        self,
+        batch: Batch,
+        draws: Draws,
+        conditions: dict[str, Any] | None = None,
+        composed: Composed | None = None,
+    ) -> torch.Tensor:
+        """The weighted mean of `losses`, and that of the composition loss where there are samples to learn it on.
+
+        A caption encoder makes the conditions, where there is one.
+        """
+        loss = (self.losses(batch, draws, self._conditions(batch, conditions)) * self._weights(draws.timesteps)).mean()
+        if composed is None:
             return loss
-        rows = draws.combinations.any(dim=1).nonzero()[:, 0]
-        composed = (self._composition_losses(batch, draws, conditions, rows) * weights[rows]).sum()
+        timesteps = draws.timesteps[composed.rows]
+        losses = self._composition_losses(composed, draws.noise[composed.rows], timesteps) * self._weights(timesteps)
         # a mean, but over as many images in every process and batch
-        return loss + self.composition_weight * composed / (COMPOSED_SHARE * len(weights))
+        return loss + self.composition_weight * losses.sum() / (COMPOSED_SHARE * len(batch.latents))
 
     def losses(
         self, batch: Batch, draws: Draws, conditions: dict[str, Any], exogenous_noise: torch.Tensor | None = None
@@ -123,20 +131,42 @@ class DiffusionObjective(nn.Module):
         z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
         return z if draws.kept is None else z * draws.kept[:, None, None].to(z)
 
-    def _composition_losses(
-        self, batch: Batch, draws: Draws, conditions: dict[str, Any], rows: torch.Tensor
+    @torch.no_grad()
+    def sample_combinations(
+        self, noise: torch.Tensor, z: torch.Tensor, combinations: torch.Tensor, conditions: dict[str, Any]
     ) -> torch.Tensor:
-        """See [`composition_losses`]; of some images, (R,)."""
-        assert draws.combinations is not None
-        with torch.no_grad():
-            z = self._noise(batch, draws)[rows]
-        timesteps, own = draws.timesteps[rows], select_rows(conditions, len(batch.latents), rows)
-        noisy = self.noising.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
+        """Latents (B, C, h, w) of combinations (B, K), by [`added_prediction`], from noise of their shape.
+
+        Args:
+            noise: (B, C, h, w).
+            z: (B, N, d_z), exogenous noise.
+            combinations: (B, K), masks of zeros and ones.
+            conditions: keyword arguments of the backbone's call other than the context tokens.
+        """
+
+        def model(x: torch.Tensor, t: float) -> torch.Tensor:
+            def predict(tokens: torch.Tensor) -> torch.Tensor:
+                return self._backbone.predict(x, t, self._backbone.with_tokens(conditions, tokens))
+
+            return added_prediction(predict, self.context_module, z, combinations)
+
+        return denoise(model, noise, self.noising.steps(_SAMPLING_STEPS, noise))
+
+    def _composition_losses(self, composed: Composed, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See [`composition_losses`]; of some samples, (R,)."""
+        batch, conditions = composed.batch, self._conditions(composed.batch, composed.conditions)
+        noisy = self.noising.add_noise(batch.latents, noise, timesteps)
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
-            return self._predict(noisy, timesteps, own, tokens)
+            return self._predict(noisy, timesteps, conditions, tokens)
 
-        return composition_losses(predict, self.context_module, z, draws.combinations[rows])
+        return composition_losses(predict, self.context_module, composed.z, batch.mask)
+
+    def _conditions(self, batch: Batch, conditions: dict[str, Any] | None) -> dict[str, Any]:
+        if self.caption_encoder is not None:
+            return self.caption_encoder(batch.captions, batch.geometry)
+        assert conditions is not None
+        return conditions
 
     def _predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], tokens: torch.Tensor
