@@ -27,19 +27,17 @@ Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], t
 
 
 class Composed(NamedTuple):
-    """Samples that some of a batch's images give way to.
+    """Samples that are learned beside some of a batch's images.
 
     Attributes:
         batch: the samples; masks are their combinations.
         z: (R, N, d_z), their exogenous noise.
         rows: (R,), places of those images, whose noise and timesteps the samples get.
-        conditions: keyword arguments of the backbone's call, unless text encoders learn.
     """
 
     batch: Batch
     z: torch.Tensor
     rows: torch.Tensor
-    conditions: dict[str, Any] | None
 
 
 class ComposedSamples:
@@ -93,9 +91,8 @@ class ComposedSamples:
                 break
         self._drawn = drawn
 
-    def select(self, batch: Batch, random: KeyedNoise) -> tuple[Batch, torch.Tensor, torch.Tensor] | None:
-        """Samples in place of some of a batch's images: they, their exogenous noise, and the places (R,)."""
-        size = len(batch.latents)
+    def select(self, size: int, random: KeyedNoise) -> Composed | None:
+        """Samples that are learned beside some of a batch's images, as many as it has."""
         chosen, number = random.uniform(size) < COMPOSED_SHARE, (random.uniform(size) * len(self._drawn)).long()
         rows = chosen.nonzero()[:, 0]
         if not len(rows):
@@ -106,7 +103,7 @@ class ComposedSamples:
             torch.stack(parts)
             for parts in zip(*((s.latents[row], s.mask[row], s.geometry[row], z[row]) for s, z, row in picked))
         )
-        return Batch(latents, None, mask, geometry, captions), z, rows
+        return Composed(Batch(latents, None, mask, geometry, captions), z, rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The samples of all processes, which must all ask for it."""

@@ -51,17 +51,6 @@ def added_prediction(
     return total
 
 
-def composition_losses(
-    predict: Predict, module: ContextModule, z: torch.Tensor, combinations: torch.Tensor
-) -> torch.Tensor:
-    """Each image's squared distance (B,) of the prediction of its combination to `added_prediction`, which is not
-    learned from."""
-    with torch.no_grad():
-        target = added_prediction(predict, module, z, combinations)
-    prediction = predict(module(z, combinations))
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-
-
 def draw_combinations(mask: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Combinations (B, K) of what images' contexts intervene on and further concepts: two or three together.
 

@@ -12,11 +12,11 @@ from torch import nn
 from ...adapter import backbone_of
 from ...adapter.backbones import Backbone
 from ...context import ContextModule
-from ...pipelines import CompositionMixin, Conditioner
+from ...pipelines import CompositionMixin, Conditioner, select_rows
 from ...pipelines.inversion import denoise
-from ..encoding.batch import Batch
+from ..encoding.batch import Batch, join_batches
 from .composed_samples import COMPOSED_SHARE, Composed
-from .composition import added_prediction, composition_losses
+from .composition import added_prediction
 
 
 _SAMPLING_STEPS = 12  # of combinations that are drawn to learn from
@@ -98,15 +98,35 @@ class DiffusionObjective(nn.Module):
     ) -> torch.Tensor:
         """The weighted mean of `losses`, and that of the composition loss where there are samples to learn it on.
 
-        A caption encoder makes the conditions, where there is one.
+        The model is called once for all: with gradient checkpointing, it must not be called again before the backward
+        pass.
+
+        Args:
+            batch: the images.
+            draws: what is drawn for them.
+            conditions: keyword arguments of the backbone's call other than the context tokens, with a row for each
+                image and sample; made here where there is a caption encoder.
+            composed: the samples.
         """
-        loss = (self.losses(batch, draws, self._conditions(batch, conditions)) * self._weights(draws.timesteps)).mean()
-        if composed is None:
-            return loss
-        timesteps = draws.timesteps[composed.rows]
-        losses = self._composition_losses(composed, draws.noise[composed.rows], timesteps) * self._weights(timesteps)
+        count, learned, z = len(batch.latents), batch, self._noise(batch, draws)
+        noise, timesteps = draws.noise, draws.timesteps
+        if composed is not None:
+            learned, z = join_batches(batch, composed.batch), torch.cat([z, composed.z.to(z)])
+            noise, timesteps = (torch.cat([drawn, drawn[composed.rows]]) for drawn in (noise, timesteps))
+        if self.caption_encoder is not None:
+            conditions = self.caption_encoder(learned.captions, learned.geometry)
+        assert conditions is not None
+        noisy = self.noising.add_noise(learned.latents, noise, timesteps)
+        target = self.noising.target(learned.latents, noise, timesteps)
+        if composed is not None:
+            rows = slice(count, None)
+            own = select_rows(conditions, len(target), rows)
+            target = torch.cat([target[:count], self._sum(noisy[rows], timesteps[rows], own, composed).to(target)])
+        tokens = self.context_module(z, learned.mask)
+        prediction = self._predict(noisy, timesteps, conditions, tokens)
+        losses = _squared_distances(prediction, target) * self._weights(timesteps)
         # a mean, but over as many images in every process and batch
-        return loss + self.composition_weight * losses.sum() / (COMPOSED_SHARE * len(batch.latents))
+        return losses[:count].mean() + self.composition_weight * losses[count:].sum() / (COMPOSED_SHARE * count)
 
     def losses(
         self, batch: Batch, draws: Draws, conditions: dict[str, Any], exogenous_noise: torch.Tensor | None = None
@@ -124,7 +144,7 @@ class DiffusionObjective(nn.Module):
         noisy = self.noising.add_noise(batch.latents, draws.noise, draws.timesteps)
         prediction = self._predict(noisy, draws.timesteps, conditions, tokens)
         target = self.noising.target(batch.latents, draws.noise, draws.timesteps)
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        return _squared_distances(prediction, target)
 
     def _noise(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """Exogenous noise (B, N, d_z), drawn from the posterior."""
@@ -152,21 +172,16 @@ class DiffusionObjective(nn.Module):
 
         return denoise(model, noise, self.noising.steps(_SAMPLING_STEPS, noise))
 
-    def _composition_losses(self, composed: Composed, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See [`composition_losses`]; of some samples, (R,)."""
-        batch, conditions = composed.batch, self._conditions(composed.batch, composed.conditions)
-        noisy = self.noising.add_noise(batch.latents, noise, timesteps)
+    @torch.no_grad()
+    def _sum(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], composed: Composed
+    ) -> torch.Tensor:
+        """The predictions that samples are to learn (R, C, h, w), see [`added_prediction`]."""
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
             return self._predict(noisy, timesteps, conditions, tokens)
 
-        return composition_losses(predict, self.context_module, composed.z, batch.mask)
-
-    def _conditions(self, batch: Batch, conditions: dict[str, Any] | None) -> dict[str, Any]:
-        if self.caption_encoder is not None:
-            return self.caption_encoder(batch.captions, batch.geometry)
-        assert conditions is not None
-        return conditions
+        return added_prediction(predict, self.context_module, composed.z, composed.batch.mask)
 
     def _predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], tokens: torch.Tensor
@@ -180,3 +195,8 @@ class DiffusionObjective(nn.Module):
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         return self.noising.min_snr_weights(timesteps, self.snr_gamma)
+
+
+def _squared_distances(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of each image, (B,)."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))

@@ -18,7 +18,7 @@ from ...adapter import backbone_of_pipeline
 from ...data import ContextBalancedSampler
 from ...pipelines import CompositionMixin, Conditioner
 from ..config import TrainingConfig
-from ..encoding.batch import Batch, Batches
+from ..encoding.batch import Batch, Batches, join_batches
 from ..run.checkpoints import checkpoint_step, register_trained_weights
 from ..run.keyed_noise import KeyedNoise
 from ..run.sharding import full_tensor, gather_weights, start_moments
@@ -216,18 +216,19 @@ class DiffusionStage:
         timesteps = sample_timesteps(random.uniform(shape[0]), options.timestep_sampling, num_timesteps)
         draws = Draws(noise, timesteps, random.normal(shape[0], *self._module.noise_shape))
         dropped = random.uniform(shape[0]) < self.config.data.proportion_empty_prompts
-        composed = self._select_composed(batch, dropped, random)
         batch = _without_captions(batch, dropped)
+        composed = self._select_composed(batch, random)
+        learned = batch
+        if composed is not None:
+            composed = composed._replace(batch=_without_captions(composed.batch, dropped[composed.rows]))
+            learned = join_batches(batch, composed.batch)
         if self.trial is not None:
             draws = draws._replace(kept=self.trial.kept(shape[0], random))
-        return batch, draws, self._conditions(batch), composed
-
-    def _conditions(self, batch: Batch) -> dict[str, Any] | None:
-        """What the backbone is told of a batch, unless text encoders learn, which they do within the objective."""
-        if self.text_encoders:
-            return None
+        if self.text_encoders:  # which learn within the objective
+            return batch, draws, None, composed
         with torch.no_grad():
-            return self._conditioner.model_kwargs(self.encode_captions(batch.captions), batch.geometry)
+            encoded = self.encode_captions(learned.captions)
+            return batch, draws, self._conditioner.model_kwargs(encoded, learned.geometry), composed
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
         """Leaves the noise out if held-out images do not confirm it, and says so."""
@@ -259,19 +260,14 @@ class DiffusionStage:
             return False
         return not self._module.has_noise.any()
 
-    def _select_composed(self, batch: Batch, dropped: torch.Tensor, random: KeyedNoise) -> Composed | None:
-        """Samples of combinations to learn in place of some images, once the singles are known."""
+    def _select_composed(self, batch: Batch, random: KeyedNoise) -> Composed | None:
+        """Samples of combinations to learn beside the images, once the singles are known."""
         singles_alone = self.step < _SINGLES_SHARE * self.max_train_steps
         if singles_alone or batch.mask.shape[1] == 1 or not self._composes:
             return None
         if not self._composed:
             self._draw_composed()
-        selected = self._composed.select(batch, random)
-        if selected is None:
-            return None
-        samples, z, rows = selected
-        samples = _without_captions(samples, dropped[rows])
-        return Composed(samples, z, rows, self._conditions(samples))
+        return self._composed.select(len(batch.latents), random)
 
     def _draw_composed(self) -> None:
         batches = self.batches.batches(self.step * self.config.optimization.gradient_accumulation_steps)
