@@ -55,8 +55,6 @@ def _check_streaming(config: TrainingConfig) -> None:
         changes.append("leave out `validation_images`: the stream would train on held-out images")
     if data.max_train_samples is not None:
         changes.append("give `streaming_concept_images` instead of `max_train_samples`")
-    if config.optimization.composition_weight:
-        changes.append("set `composition_weight` to 0: batches that combinations are drawn for would be missed")
     if config.context.posterior_encoder != "vae":
         changes.append("set `posterior_encoder` to vae: other features are computed once, before training")
     if changes:
@@ -112,7 +110,7 @@ def _changes_for_fsdp(accelerator: Accelerator, config: TrainingConfig) -> Itera
         yield "set `optimizer` to adamw"
     if config.model.train_text_encoder:
         yield "leave out `train_text_encoder`"
-    if config.optimization.composition_weight:  # combinations are drawn by a backbone that is whole
+    if config.optimization.composition_weight:  # processes would differ in their passes of the backbone
         yield "set `composition_weight` to 0"
     if config.output.validation_prompt is not None or config.data.validation_images:
         yield "leave out `validation_prompt` and `validation_images`"  # the main process has only its shards
@@ -132,8 +130,6 @@ def _changes_for_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> 
         yield "set `unfreeze_after` to 0, or use FSDP2"
     if config.model.train_text_encoder:
         yield "leave out `train_text_encoder`"
-    if config.optimization.composition_weight:  # combinations are drawn outside of its engine
-        yield "set `composition_weight` to 0"
     if config.data.streaming:  # it takes the batch size from a data loader
         yield "leave out `streaming`"
     if config.optimization.optimizer != "adamw":  # each process sees only its part of the weights

@@ -23,7 +23,6 @@ from PIL import Image
 from diffusers_ctx import ComposablePipeline
 from diffusers_ctx.evaluation.grids import sample_rows
 from diffusers_ctx.training import ContextTrainer, parse_training_config
-from diffusers_ctx.training.diffusion import composed_samples
 from diffusers_ctx.training.diffusion.stage import DiffusionStage
 
 
@@ -51,12 +50,6 @@ def few_steps_of_validation_images(monkeypatch):
     num_inference_steps, *others = sample_rows.__defaults__
     assert num_inference_steps == 25
     monkeypatch.setattr(sample_rows, "__defaults__", (3, *others))
-
-
-@pytest.fixture(autouse=True)
-def few_composed_samples(monkeypatch):
-    assert composed_samples.NUM_SAMPLES == 160
-    monkeypatch.setattr(composed_samples, "NUM_SAMPLES", 16)
 
 
 def _reset_accelerate() -> None:

@@ -105,7 +105,7 @@ def test_the_transformer_is_told_text_and_pooled_text(sd3_base_model, photos, tm
     trainer = create_sd3_trainer(sd3_base_model, photos, tmp_path, proportion_empty_prompts=0.0)
     encoded_trainer(trainer)
     batch, random = next(trainer.batches.batches(0))
-    _, draws, conditions, _ = create_stage(trainer)._inputs(batch, random)
+    _, draws, conditions = create_stage(trainer)._inputs(batch, random)
     text, _, pooled, _ = trainer.pipeline.encode_prompt(batch.captions, None, None, do_classifier_free_guidance=False)
     assert text.shape[1] == trainer.pipeline.tokenizer.model_max_length + 256
     torch.testing.assert_close(conditions["encoder_hidden_states"], text)

@@ -71,7 +71,7 @@ def test_the_unet_is_told_size_and_crop_of_each_image(xl_base_model, photos, tmp
     trainer = ContextTrainer(config, ComposableXLPipeline.from_pretrained(xl_base_model))
     encoded_trainer(trainer)
     batch, random = next(trainer.batches.batches(0))
-    _, _, conditions, _ = create_stage(trainer)._inputs(batch, random)
+    _, _, conditions = create_stage(trainer)._inputs(batch, random)
     told = conditions["added_cond_kwargs"]["time_ids"]
     # the pictures are 40 wide and 36 high: resized to 36 x 32, there are 3 or 4 columns to spare and no row
     for geometry, ids in zip(batch.geometry.tolist(), told.tolist()):

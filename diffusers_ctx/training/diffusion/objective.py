@@ -13,13 +13,8 @@ from ...adapter import backbone_of
 from ...adapter.backbones import Backbone
 from ...context import ContextModule
 from ...pipelines import CompositionMixin, Conditioner, select_rows
-from ...pipelines.inversion import denoise
-from ..encoding.batch import Batch, join_batches
-from .composed_samples import COMPOSED_SHARE, Composed
-from .composition import added_prediction
-
-
-_SAMPLING_STEPS = 12  # of combinations that are drawn to learn from
+from ..encoding.batch import Batch
+from .composition import COMPOSED_SHARE, composition_losses
 
 
 class CaptionEncoder(nn.Module):
@@ -42,12 +37,14 @@ class Draws(NamedTuple):
         noise: (B, C, h, w), added to the latents.
         timesteps: (B,).
         eps: (B, N, d_z), standard normal numbers to draw from the posterior with.
+        combinations: (B, K), combinations of interventions that images are to learn, zeros for those without one.
         kept: (B,), ones for images that keep their exogenous noise and zeros for those without; by default all do.
     """
 
     noise: torch.Tensor
     timesteps: torch.Tensor
     eps: torch.Tensor
+    combinations: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
 
@@ -89,44 +86,19 @@ class DiffusionObjective(nn.Module):
     def _backbone(self) -> Backbone:
         return backbone_of(getattr(self, self.component))
 
-    def forward(
-        self,
-        batch: Batch,
-        draws: Draws,
-        conditions: dict[str, Any] | None = None,
-        composed: Composed | None = None,
-    ) -> torch.Tensor:
-        """The weighted mean of `losses`, and that of the composition loss where there are samples to learn it on.
-
-        The model is called once for all: with gradient checkpointing, it must not be called again before the backward
-        pass.
-
-        Args:
-            batch: the images.
-            draws: what is drawn for them.
-            conditions: keyword arguments of the backbone's call other than the context tokens, with a row for each
-                image and sample; made here where there is a caption encoder.
-            composed: the samples.
-        """
-        count, learned, z = len(batch.latents), batch, self._noise(batch, draws)
-        noise, timesteps = draws.noise, draws.timesteps
-        if composed is not None:
-            learned, z = join_batches(batch, composed.batch), torch.cat([z, composed.z.to(z)])
-            noise, timesteps = (torch.cat([drawn, drawn[composed.rows]]) for drawn in (noise, timesteps))
+    def forward(self, batch: Batch, draws: Draws, conditions: dict[str, Any] | None = None) -> torch.Tensor:
+        """The weighted mean of `losses`; a caption encoder makes the conditions, where there is one."""
         if self.caption_encoder is not None:
-            conditions = self.caption_encoder(learned.captions, learned.geometry)
+            conditions = self.caption_encoder(batch.captions, batch.geometry)
         assert conditions is not None
-        noisy = self.noising.add_noise(learned.latents, noise, timesteps)
-        target = self.noising.target(learned.latents, noise, timesteps)
-        if composed is not None:
-            rows = slice(count, None)
-            own = select_rows(conditions, len(target), rows)
-            target = torch.cat([target[:count], self._sum(noisy[rows], timesteps[rows], own, composed).to(target)])
-        tokens = self.context_module(z, learned.mask)
-        prediction = self._predict(noisy, timesteps, conditions, tokens)
-        losses = _squared_distances(prediction, target) * self._weights(timesteps)
+        weights = self._weights(draws.timesteps)
+        loss = (self.losses(batch, draws, conditions) * weights).mean()
+        if draws.combinations is None or not draws.combinations.any():
+            return loss
+        rows = draws.combinations.any(dim=1).nonzero()[:, 0]
+        composed = (self._composition_losses(batch, draws, conditions, rows) * weights[rows]).sum()
         # a mean, but over as many images in every process and batch
-        return losses[:count].mean() + self.composition_weight * losses[count:].sum() / (COMPOSED_SHARE * count)
+        return loss + self.composition_weight * composed / (COMPOSED_SHARE * len(weights))
 
     def losses(
         self, batch: Batch, draws: Draws, conditions: dict[str, Any], exogenous_noise: torch.Tensor | None = None
@@ -144,44 +116,27 @@ class DiffusionObjective(nn.Module):
         noisy = self.noising.add_noise(batch.latents, draws.noise, draws.timesteps)
         prediction = self._predict(noisy, draws.timesteps, conditions, tokens)
         target = self.noising.target(batch.latents, draws.noise, draws.timesteps)
-        return _squared_distances(prediction, target)
+        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def _noise(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """Exogenous noise (B, N, d_z), drawn from the posterior."""
         z = self.context_module.posterior(batch.posterior_input, batch.mask).at(draws.eps)
         return z if draws.kept is None else z * draws.kept[:, None, None].to(z)
 
-    @torch.no_grad()
-    def sample_combinations(
-        self, noise: torch.Tensor, z: torch.Tensor, combinations: torch.Tensor, conditions: dict[str, Any]
+    def _composition_losses(
+        self, batch: Batch, draws: Draws, conditions: dict[str, Any], rows: torch.Tensor
     ) -> torch.Tensor:
-        """Latents (B, C, h, w) of combinations (B, K), by [`added_prediction`], from noise of their shape.
-
-        Args:
-            noise: (B, C, h, w).
-            z: (B, N, d_z), exogenous noise.
-            combinations: (B, K), masks of zeros and ones.
-            conditions: keyword arguments of the backbone's call other than the context tokens.
-        """
-
-        def model(x: torch.Tensor, t: float) -> torch.Tensor:
-            def predict(tokens: torch.Tensor) -> torch.Tensor:
-                return self._backbone.predict(x, t, self._backbone.with_tokens(conditions, tokens))
-
-            return added_prediction(predict, self.context_module, z, combinations)
-
-        return denoise(model, noise, self.noising.steps(_SAMPLING_STEPS, noise))
-
-    @torch.no_grad()
-    def _sum(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], composed: Composed
-    ) -> torch.Tensor:
-        """The predictions that samples are to learn (R, C, h, w), see [`added_prediction`]."""
+        """See [`composition_losses`]; of some images, (R,)."""
+        assert draws.combinations is not None
+        with torch.no_grad():
+            z = self._noise(batch, draws)[rows]
+        timesteps, own = draws.timesteps[rows], select_rows(conditions, len(batch.latents), rows)
+        noisy = self.noising.add_noise(batch.latents[rows], draws.noise[rows], timesteps)
 
         def predict(tokens: torch.Tensor) -> torch.Tensor:
-            return self._predict(noisy, timesteps, conditions, tokens)
+            return self._predict(noisy, timesteps, own, tokens)
 
-        return added_prediction(predict, self.context_module, composed.z, composed.batch.mask)
+        return composition_losses(predict, self.context_module, z, draws.combinations[rows])
 
     def _predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any], tokens: torch.Tensor
@@ -195,8 +150,3 @@ class DiffusionObjective(nn.Module):
         if self.snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         return self.noising.min_snr_weights(timesteps, self.snr_gamma)
-
-
-def _squared_distances(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of each image, (B,)."""
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))

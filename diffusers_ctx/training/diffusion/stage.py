@@ -18,13 +18,13 @@ from ...adapter import backbone_of_pipeline
 from ...data import ContextBalancedSampler
 from ...pipelines import CompositionMixin, Conditioner
 from ..config import TrainingConfig
-from ..encoding.batch import Batch, Batches, join_batches
+from ..encoding.batch import Batch, Batches
 from ..run.checkpoints import checkpoint_step, register_trained_weights
 from ..run.keyed_noise import KeyedNoise
 from ..run.sharding import full_tensor, gather_weights, start_moments
 from ..run.stop_signals import StopSignals
 from ..run.tracking import track_step
-from .composed_samples import Composed, ComposedSamples
+from .composition import COMPOSED_SHARE, draw_combinations
 from .ema import averaged, create_average
 from .noise_trial import CONFIRMED, TRIAL_SHARE, NoiseTrial
 from .objective import CaptionEncoder, DiffusionObjective, Draws
@@ -33,7 +33,7 @@ from .timesteps import sample_timesteps
 from .trainable import gradients_off, learning_text_encoders, prepare_mode, split_parameters
 
 
-_SINGLES_SHARE = 0.6  # of the steps, in which single interventions are learned alone
+_SINGLES_SHARE = 0.3  # of the steps, in which single interventions are learned alone
 
 
 class DiffusionStage:
@@ -98,9 +98,7 @@ class DiffusionStage:
         # not prepared: Accelerate would step it once per process
         self.schedule: Any = create_schedule(optimizer, options, self.max_train_steps)  # rates may be tensors
         self.ema = create_average(self.parameters, options)
-        process = (self.accelerator.process_index, self.accelerator.num_processes)
-        self._composed = ComposedSamples(options.seed, *process)
-        stateful = (self.schedule, self.ema, self.batches, self.trial, self._composed)
+        stateful = (self.schedule, self.ema, self.batches, self.trial)
         self.accelerator.register_for_checkpointing(*(part for part in stateful if hasattr(part, "state_dict")))
         register_trained_weights(self.accelerator)
 
@@ -208,7 +206,7 @@ class DiffusionStage:
             self.optimizer.zero_grad()
         return mean_loss
 
-    def _inputs(self, batch: Batch, random: KeyedNoise) -> tuple[Batch, Draws, dict[str, Any] | None, Composed | None]:
+    def _inputs(self, batch: Batch, random: KeyedNoise) -> tuple[Batch, Draws, dict[str, Any] | None]:
         """Arguments of the objective."""
         options, shape = self.config.optimization, batch.latents.shape
         noise = random.normal(*shape) + options.noise_offset * random.normal(*shape[:2], 1, 1)
@@ -216,19 +214,15 @@ class DiffusionStage:
         timesteps = sample_timesteps(random.uniform(shape[0]), options.timestep_sampling, num_timesteps)
         draws = Draws(noise, timesteps, random.normal(shape[0], *self._module.noise_shape))
         dropped = random.uniform(shape[0]) < self.config.data.proportion_empty_prompts
-        batch = _without_captions(batch, dropped)
-        composed = self._select_composed(batch, random)
-        learned = batch
-        if composed is not None:
-            composed = composed._replace(batch=_without_captions(composed.batch, dropped[composed.rows]))
-            learned = join_batches(batch, composed.batch)
+        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
+        batch = batch._replace(captions=captions)
+        draws = draws._replace(combinations=self._combinations(batch, random))
         if self.trial is not None:
             draws = draws._replace(kept=self.trial.kept(shape[0], random))
         if self.text_encoders:  # which learn within the objective
-            return batch, draws, None, composed
+            return batch, draws, None
         with torch.no_grad():
-            encoded = self.encode_captions(learned.captions)
-            return batch, draws, self._conditioner.model_kwargs(encoded, learned.geometry), composed
+            return batch, draws, self._conditioner.model_kwargs(self.encode_captions(captions), batch.geometry)
 
     def _decide_noise(self, trial: NoiseTrial) -> None:
         """Leaves the noise out if held-out images do not confirm it, and says so."""
@@ -255,37 +249,23 @@ class DiffusionStage:
         weight = self.config.optimization.composition_weight
         if weight is not None:
             return weight > 0
-        cannot_draw = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # see `check_accelerator`
-        if self.config.data.streaming or self.accelerator.distributed_type in cannot_draw:
-            return False
-        return not self._module.has_noise.any()
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP  # see `check_accelerator`
+        return not sharded and not self._module.has_noise.any()
 
-    def _select_composed(self, batch: Batch, random: KeyedNoise) -> Composed | None:
-        """Samples of combinations to learn beside the images, once the singles are known."""
+    def _combinations(self, batch: Batch, random: KeyedNoise) -> torch.Tensor | None:
+        """Combinations that some images of a batch are to learn, once the singles are known."""
+        count, num_concepts = batch.mask.shape
         singles_alone = self.step < _SINGLES_SHARE * self.max_train_steps
-        if singles_alone or batch.mask.shape[1] == 1 or not self._composes:
+        if singles_alone or num_concepts == 1 or not self._composes:
             return None
-        if not self._composed:
-            self._draw_composed()
-        return self._composed.select(len(batch.latents), random)
-
-    def _draw_composed(self) -> None:
-        batches = self.batches.batches(self.step * self.config.optimization.gradient_accumulation_steps)
-        conditions, device = self._conditioner.caption_kwargs, self.accelerator.device
-        with self.evaluating() as objective:
-            sample, shape = objective.sample_combinations, self._module.noise_shape
-            self._composed.draw(batches, sample, conditions, shape, device)
+        chosen = random.uniform(count, 1) < COMPOSED_SHARE
+        return chosen * draw_combinations(batch.mask, random.uniform(count, num_concepts + 1))
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{name} is {value} at step {self.step}. Lower `learning_rate`, or use bf16 or no mixed precision."
             )
-
-
-def _without_captions(batch: Batch, dropped: torch.Tensor) -> Batch:
-    """The batch, with empty captions in some rows (B,)."""
-    return batch._replace(captions=["" if drop else caption for caption, drop in zip(batch.captions, dropped)])
 
 
 def count_steps(config: TrainingConfig, contexts: Sequence[str], global_batch_size: int) -> int:

@@ -36,13 +36,6 @@ class Batch(NamedTuple):
         return self.latents if self.features is None else self.features
 
 
-def join_batches(first: Batch, second: Batch) -> Batch:
-    """The rows of both, without features."""
-    tensors = (torch.cat([getattr(first, name), getattr(second, name)]) for name in ("latents", "mask", "geometry"))
-    latents, mask, geometry = tensors
-    return Batch(latents, None, mask, geometry, [*first.captions, *second.captions])
-
-
 def noise_of_batch(seed: int, number: int, process_index: int, num_processes: int) -> KeyedNoise:
     """The random numbers of a process's batch in the diffusion stage, wherever its images come from."""
     return KeyedNoise(seed, "diffusion", number, process_index=process_index, num_processes=num_processes)
