@@ -18,7 +18,7 @@ from diffusers_ctx.context import any_interventions, embed_captions
 from .auto import tell_auto_pipelines
 from .callbacks import callback_inputs, keeping_images
 from .conditioning import Conditioner
-from .guidance import context_guidance
+from .guidance import adding_predictions
 from .noise import fork_generator_randn
 from .outputs import ComposablePipelineOutput
 from .references import ReferencedInterventions, split_references
@@ -55,6 +55,7 @@ class CompositionMixin(SweepMixin):
         exogenous_noise: torch.Tensor | None = None,
         context_guidance_scale: float = 1.0,
         match_prompt: bool | None = None,
+        add_scores: bool | None = None,
         **kwargs,
     ) -> ComposablePipelineOutput | tuple:
         r"""Generates images under interventions.
@@ -76,6 +77,10 @@ class CompositionMixin(SweepMixin):
                 without interventions the prompt would describe. `None`, the default, does so if the adapter has
                 learned from captions and no `exogenous_noise` is given. `False` draws noise regardless of the prompt;
                 where the two contradict each other, either may win.
+            add_scores (`bool`, *optional*): whether to compose by adding up what each intervention changes in the
+                prediction, which takes a pass of the model for each, or by one pass with all of them. It makes a
+                difference where an image has two or more. `None`, the default, does so if the adapter has no
+                exogenous noise, as one that was trained on few images.
 
         Returns:
             [`ComposablePipelineOutput`], or if `return_dict` is `False` the tuple `(images, exogenous_noise)`, in
@@ -95,7 +100,7 @@ class CompositionMixin(SweepMixin):
         arguments |= arguments.pop("kwargs", {})
         return_dict, arguments["return_dict"] = arguments["return_dict"], True
         if self.context_module is None:
-            is_asked = exogenous_noise is not None or match_prompt or context_guidance_scale != 1
+            is_asked = exogenous_noise is not None or match_prompt or add_scores or context_guidance_scale != 1
             if is_asked or any_interventions(interventions):
                 self._require_context_module()
             return _with_noise(plain_call(**arguments), None, return_dict)
@@ -116,7 +121,7 @@ class CompositionMixin(SweepMixin):
             captions = self._captions_of(prompt, prompt_embeds).repeat_interleave(images_per_prompt, dim=0)
         noise = self._prepare_exogenous_noise(len(mask), arguments["generator"], exogenous_noise, captions)
         noise = self._transplant(noise, [given for given in references for _ in range(images_per_prompt)])
-        tokens = self._context_tokens(noise, mask)
+        first, *others = self._summands(noise, mask, add_scores, context_guidance_scale)
         if arguments["callback_on_step_end"] is not None:
             names = callback_inputs(arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"])
             arguments["callback_on_step_end_tensor_inputs"] = names
@@ -125,10 +130,9 @@ class CompositionMixin(SweepMixin):
         arguments[self._backbone.attention_kwargs] = attention_kwargs or None
         with ExitStack() as stack:
             stack.enter_context(self._scaled_for_call(attention_kwargs.get("scale", 1.0)))
-            if context_guidance_scale != 1:
-                observational = self._context_tokens(noise, torch.zeros_like(mask))
-                stack.enter_context(context_guidance(self._backbone.model, observational, context_guidance_scale))
-            output = plain_call(**self._backbone.call_with_tokens(arguments, tokens))
+            if others:
+                stack.enter_context(adding_predictions(self._backbone.model, first.weights, others))
+            output = plain_call(**self._backbone.call_with_tokens(arguments, first.tokens))
         return _with_noise(output, noise, return_dict)
 
     def prepare_ip_adapter_image_embeds(self, ip_adapter_image, ip_adapter_image_embeds, *args, **kwargs):

@@ -10,7 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ctx.autoencoding import decode_latents, to_pixels
-from diffusers_ctx.context import Interventions
+from diffusers_ctx.context import Interventions, Summand
 
 from .abduction import AbductionMixin
 from .callbacks import StepCallback, callback_inputs, keeping_images
@@ -42,6 +42,7 @@ class CounterfactualMixin(AbductionMixin):
         *,
         mask_image: PipelineImageInput | None = None,
         context_guidance_scale: float = 1.0,
+        add_scores: bool | None = None,
     ) -> ComposablePipelineOutput | tuple:
         r"""What given images would have been under other interventions.
 
@@ -75,6 +76,7 @@ class CounterfactualMixin(AbductionMixin):
                 them.
             context_guidance_scale: amplifies (above 1) or weakens (below 1) the contrast between `interventions` and
                 `factual_interventions`: 0 returns the images. 1 costs nothing.
+            add_scores: as in `__call__`.
 
         Raises:
             ValueError: if no adapter is loaded, a concept is unknown, numbers of prompts, masks or generators do not
@@ -103,17 +105,16 @@ class CounterfactualMixin(AbductionMixin):
         noise = posterior.mean
         if generator is not None:
             noise = posterior.at(randn_tensor(noise.shape, generator, noise.device, noise.dtype))
-        factual = self._context_tokens(noise, factual_mask)
-        noise = self._transplant(_repeat(noise, copies), references)
-        tokens = self._context_tokens(noise, mask)
-        inverted = self._model(factual, latents, texts)
-        factual, texts, negative = _repeat(factual, copies), texts * copies, negative * copies
+        inverted = self._model(self._summands(noise, factual_mask, add_scores), latents, texts)
+        factual = (_repeat(noise, copies), _repeat(factual_mask, copies))
+        noise = self._transplant(factual[0], references)
+        wanted, texts, negative = (noise, mask), texts * copies, negative * copies
         if negative:  # the factual images first
-            tokens, factual = torch.cat([factual, tokens]), torch.cat([factual, factual])
+            wanted, factual = ([torch.cat(pair) for pair in zip(factual, other)] for other in (wanted, factual))
             texts, negative = texts * 2, negative * 2
-        model = self._model(tokens, latents, texts, negative, guidance_scale)
+        model = self._model(self._summands(*wanted, add_scores), latents, texts, negative, guidance_scale)
         if context_guidance_scale != 1:
-            origin = self._model(factual, latents, texts, negative, guidance_scale)
+            origin = self._model(self._summands(*factual, add_scores), latents, texts, negative, guidance_scale)
             model = contrast(model, origin, context_guidance_scale)
 
         noising = self._backbone.noising(self.scheduler.config)
@@ -131,7 +132,7 @@ class CounterfactualMixin(AbductionMixin):
         self._num_timesteps, self._interrupt = num_inference_steps, False  # callbacks use them, as in a call
         is_interrupted = lambda: self._interrupt  # noqa: E731
         with self._scaled_for_call():
-            x = _repeat(path[0], len(tokens) // num_images)
+            x = _repeat(path[0], len(texts) // num_images)
             predicted = denoise(model, x, steps, on_step, is_interrupted)[-len(mask) :]
         images = predicted.to(latents.dtype)
         if output_type != "latent":
@@ -144,18 +145,26 @@ class CounterfactualMixin(AbductionMixin):
 
     def _model(
         self,
-        tokens: torch.Tensor,
+        summands: list[Summand],
         latents: torch.Tensor,
         texts: list[str],
         negative: Sequence[str] = (),
         guidance_scale: float = 1.0,
     ) -> Model:
-        """The backbone under a context's tokens and texts; with negative ones, guided away from these."""
+        """The backbone under contexts' tokens and texts; with negative ones, guided away from these."""
         conditioner = Conditioner.of(self)
         texts = [*negative, *texts]
         geometry = conditioner.full_image_geometry(latents[:1]).repeat(len(texts), 1)
         conditions = conditioner.model_kwargs(conditioner.encode_captions(texts), geometry)
-        return self._guided_model(conditions, tokens, guidance_scale)
+        models = [self._guided_model(conditions, tokens, guidance_scale) for _, tokens in summands]
+        if len(models) == 1:
+            return models[0]
+
+        def model(x: torch.Tensor, t: float) -> torch.Tensor:
+            predictions = (weights[:, None, None, None] * one(x, t) for one, (weights, _) in zip(models, summands))
+            return torch.stack([*predictions]).sum(dim=0)
+
+        return model
 
     def _guided_model(self, conditions: dict[str, Any], tokens: torch.Tensor, guidance_scale: float) -> Model:
         """The backbone under a context's tokens; with guidance, the unconditional half of `conditions` comes first."""

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import logging
 
 from ..adapter_format import MODULE_FOLDER, AdapterError, validate_adapter_folder
-from ..context import ContextModule, Interventions, intervention_mask
+from ..context import ContextModule, Interventions, Summand, intervention_mask, summands_of
 from ..hub import resolve_adapter_folder
 from ..paths import local_or_hub, local_path
 from .lora import ContextLoraMixin
@@ -213,10 +213,30 @@ class ContextAdapterLoaderMixin(ContextLoraMixin):
         config = self._require_context_module().config
         return intervention_mask(interventions, config.concepts, num_rows, config.obs_context)
 
-    def _context_tokens(self, noise: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, T, token_dim) of exogenous noise (B, N, d_z) under a mask (B, K)."""
+    def _summands(
+        self, noise: torch.Tensor, mask: torch.Tensor, add_scores: bool | None = None, scale: float = 1.0
+    ) -> list[Summand]:
+        """The predictions that one under a mask (B, K) and exogenous noise (B, N, d_z) is the sum of.
+
+        Args:
+            noise: the noise.
+            mask: strengths of interventions.
+            add_scores: whether several interventions are a sum, see [`~context.summands_of`]; by default if the
+                adapter has no noise.
+            scale: of the contrast to the observational context, `e_obs + scale (e - e_obs)`.
+        """
         with self._context_module_on_device() as (module, device):
-            return module(noise.to(device), mask.to(device))
+            noise, mask = noise.to(device), mask.to(device)
+            adds = not module.has_noise.any() if add_scores is None else add_scores
+            if adds and ((mask > 0).sum(dim=1) > 1).any():
+                summands = summands_of(module, noise, mask)
+            else:
+                summands = [Summand(torch.ones_like(noise[:, 0, 0]), module(noise, mask))]
+            if scale == 1:
+                return summands
+            observational = module(noise, torch.zeros_like(mask))
+        contrast = [Summand(scale * weights, tokens) for weights, tokens in summands]
+        return [*contrast, Summand(torch.full_like(summands[0].weights, 1 - scale), observational)]
 
     @contextmanager
     def _context_module_on_device(self) -> Iterator[tuple[ContextModule, torch.device]]:

@@ -3,6 +3,7 @@ from .causal import ReducedForm, Structural
 from .interventions import Interventions, any_interventions, intervention_mask
 from .module import ContextModule, inverse_mechanisms, log_standard_normal
 from .posterior import GaussianPosterior, PosteriorEncoder
+from .summands import Summand, summands_of
 
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "PosteriorEncoder",
     "ReducedForm",
     "Structural",
+    "Summand",
     "any_interventions",
     "embed_captions",
     "intervention_mask",
     "inverse_mechanisms",
     "log_standard_normal",
+    "summands_of",
 ]

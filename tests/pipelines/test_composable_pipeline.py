@@ -23,8 +23,9 @@ from PIL import Image
 
 from diffusers_ctx import ComposablePipeline, ComposableXLPipeline
 from diffusers_ctx.adapter import attach_context_module
+from diffusers_ctx.context import Summand
 from diffusers_ctx.pipelines import CompositionMixin, Conditioner
-from diffusers_ctx.pipelines.guidance import context_guidance
+from diffusers_ctx.pipelines.guidance import adding_predictions
 from diffusers_ctx.training.encoding.images import ImageTransform
 
 
@@ -47,6 +48,7 @@ def sample(pipeline, prompt=PROMPT, seed=0, **arguments):
 
 
 OWN_DEFAULTS = {"interventions": None, "exogenous_noise": None, "context_guidance_scale": 1.0, "match_prompt": None}
+OWN_DEFAULTS |= {"add_scores": None}
 
 
 @pytest.mark.parametrize(
@@ -355,6 +357,64 @@ def test_context_guidance_adds_the_contrast(pipeline, guidance_scale, context_sc
     assert not pipeline.unet._forward_hooks
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("context_scale", [1.0, 2.5])
+def test_added_scores_are_the_sum_of_what_each_intervention_changes(pipeline, guidance_scale, context_scale):
+    """Against one denoising step computed by hand, where nothing causes anything; a row has two, one or none."""
+    module = pipeline.context_module
+    torch.nn.init.zeros_(module.causal.blocks)
+    generator = torch.Generator().manual_seed(0)
+    noise, latents = torch.randn(3, *module.noise_shape, generator=generator), torch.randn(3, 4, 16, 16)
+    text, empty = pipeline.encode_prompt([PROMPT] * 3, "cpu", 1, True)
+    pipeline.scheduler.set_timesteps(1)
+    t = pipeline.scheduler.timesteps[0]
+    fog, snow = torch.eye(3)[[2]], torch.eye(3)[[1]]
+
+    def predict(embeds, row, mask):
+        kwargs = {"added_cond_kwargs": {"image_embeds": [module(noise[[row]], mask)]}}
+        return pipeline.unet(latents[[row]], t, encoder_hidden_states=embeds[[row]], **kwargs).sample
+
+    expected = []
+    with torch.no_grad():
+        for row, masks in enumerate(([fog, snow], [snow], [])):
+            plain = predict(text, row, torch.zeros(1, 3))
+            changes = sum((predict(text, row, mask) - plain for mask in masks), torch.zeros_like(plain))
+            prediction = plain + context_scale * changes
+            if guidance_scale > 1:
+                told = torch.zeros(1, 3)  # in a batch with two interventions, every row starts from those it lacks
+                apart = predict(text, row, told) - predict(empty, row, told)
+                prediction = prediction + (guidance_scale - 1) * apart
+            expected.append(pipeline.scheduler.step(prediction, t, latents[[row]]).prev_sample)
+    got = sample(
+        pipeline,
+        [PROMPT] * 3,
+        interventions=[["fog", "snow"], ["snow"], []],
+        latents=latents,
+        exogenous_noise=noise,
+        num_inference_steps=1,
+        guidance_scale=guidance_scale,
+        context_guidance_scale=context_scale,
+        add_scores=True,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert not pipeline.unet._forward_hooks
+
+
+def test_scores_are_added_where_there_is_no_noise(pipeline):
+    module = pipeline.context_module
+
+    def draw(**options):
+        return sample(pipeline, interventions=["fog", "snow"], **options).images
+
+    for without in ([], module.node_names):
+        module.leave_out_noise(without)
+        added, apart = draw(add_scores=True), draw(add_scores=False)
+        assert np.abs(added - apart).max() > 1e-4
+        np.testing.assert_array_equal(draw(), added if without else apart)
+    np.testing.assert_array_equal(*(sample(pipeline, interventions=["fog"], add_scores=a).images for a in (0, 1)))
+
+
 def test_context_guidance_keeps_the_other_conditions_of_the_unet(pipeline):
     """SDXL's UNet takes the size and a pooled text beside the tokens; both halves get the contrast at the prompt."""
     config = dict(pipeline.unet.config) | {
@@ -381,7 +441,8 @@ def test_context_guidance_keeps_the_other_conditions_of_the_unet(pipeline):
         intervened, observational = module(noise, mask), module(noise, torch.zeros_like(mask))
         plain = predict(torch.cat([intervened] * 2), slice(None))
         contrast = predict(intervened, slice(2, None)) - predict(observational, slice(2, None))
-        with context_guidance(pipeline.unet, observational, scale=3.0):
+        others = [Summand(torch.full((2,), -2.0), observational)]
+        with adding_predictions(pipeline.unet, torch.full((2,), 3.0), others):
             guided = predict(torch.cat([intervened] * 2), slice(None))
     torch.testing.assert_close(guided, plain + 2.0 * contrast.repeat(2, 1, 1, 1))
 

@@ -40,6 +40,19 @@ def test_however_strong_the_guidance_no_change_gives_the_image_back(make):
     assert (changed - edit(pipeline, ["snow"], output_type="latent")).abs().max() > 1e-3
 
 
+def test_counterfactuals_add_scores_too(pipeline):
+    options = {"factual_interventions": ["fog", "snow"], "output_type": "latent"}
+    latents = pipeline._encode_images(2 * IMAGES - 1)
+    back = edit(pipeline, ["fog", "snow"], add_scores=True, guidance_scale=3.0, **options)
+    assert (back - latents).abs().max() < 1e-3 * latents.abs().max()
+    for guidance_scale in (1.0, 3.0):
+        added, apart = (
+            edit(pipeline, ["fog", "night"], add_scores=adds, guidance_scale=guidance_scale, **options)
+            for adds in (True, False)
+        )
+        assert (added - apart).abs().max() > 1e-4 * latents.abs().max()
+
+
 def test_guided_callbacks_see_the_counterfactual_alone(pipeline):
     seen = []
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ...context import ContextModule
+from ...context import ContextModule, summands_of
 
 
 COMPOSED_SHARE = 0.25  # of the images
@@ -27,11 +27,8 @@ def composition_losses(
     z: torch.Tensor,
     combinations: torch.Tensor,
 ) -> torch.Tensor:
-    r"""Each image's squared distance (B,) of `e(c)` to `e(c') + \sum_k (e(c'_k) - e(c'))`, which is not learned from.
-
-    `c` are the node values under all interventions of a combination, `c'` the same but for the intervened nodes, which
-    have their observational values, and `c'_k` has that of node `k` from `c`. So what an intervention does to its
-    descendants is in each of the terms, and is not added up.
+    """Each image's squared distance (B,) of the prediction to the sum of [`~context.summands_of`], which is not
+    learned from.
 
     Args:
         predict: context tokens (B, N, T, token_dim) to the backbone's prediction (B, C, h, w).
@@ -39,17 +36,12 @@ def composition_losses(
         z: (B, N, d_z), exogenous noise.
         combinations: (B, K), masks of zeros and ones.
     """
-    together, apart = module(z, combinations), module(z, torch.zeros_like(combinations))
     with torch.no_grad():
-        nodes = F.pad(combinations, (0, z.shape[1] - combinations.shape[1])) > 0
-        without = _choose(nodes, apart, together)
-        base = predict(without)
-        target = base.clone()
-        order = nodes.int().argsort(dim=1, descending=True, stable=True)
-        for place in range(int(nodes.sum(dim=1).max())):
-            node = F.one_hot(order[:, place], nodes.shape[1]).bool() & nodes  # of no node where there are no more
-            target += predict(_choose(node, together, without)) - base
-    return F.mse_loss(predict(together).float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        summands = summands_of(module, z, combinations)
+        parts = [weights[:, None, None, None] * predict(tokens).float() for weights, tokens in summands]
+        target = torch.stack(parts).sum(dim=0)
+    prediction = predict(module(z, combinations)).float()
+    return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
 
 
 def draw_combinations(mask: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -63,8 +55,3 @@ def draw_combinations(mask: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor
     sizes = smallest + (uniform[:, -1:] * (largest - smallest + 1)).long()
     ranks = (uniform[:, :-1] + (mask > 0)).argsort(dim=1, descending=True).argsort(dim=1)
     return ((ranks < sizes) | (mask > 0)).to(mask)
-
-
-def _choose(nodes: torch.Tensor, chosen: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, N, T, D), of `chosen` for some nodes (B, N) and of `other` for the rest."""
-    return torch.where(nodes[:, :, None, None], chosen, other)
