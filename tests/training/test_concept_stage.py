@@ -211,7 +211,8 @@ def checkpoint_in(folder: Path, stop_at: int | None = None, every: int = 1000) -
 
 def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
     """Each node holds its own concept, and a pair that was never seen is moved to where it belongs."""
-    latents, truth = two_concept_latents(500)
+    # of half as many images, the learned edges depend on the processor's arithmetic
+    latents, truth = two_concept_latents(1000)
     module, figures = learn_two_concepts(latents, checkpoint_in(tmp_path), concept_steps=300)
     assert not caplog.records
     assert {"kl/night", "kl/snow", "reconstruction", "contrastive_loss", "noise_swd", "latent_swd"} == set(figures)
@@ -229,8 +230,7 @@ def test_concepts_of_a_known_world_are_found(caplog, tmp_path):
     night, snow = samples.mean(dim=0).tolist()
     assert 1 < night < 2.6 and -2.6 < snow < -0.8
     strengths = module.causal.strengths()
-    # night → snow, and not the other way; the ratio is 2, and differs by some percent from processor to processor
-    assert strengths[1, 0] > 1.5 * strengths[0, 1]
+    assert strengths[1, 0] > 2 * strengths[0, 1]  # night → snow, and not the other way
 
 
 def test_noise_that_collapses_is_warned_of(caplog, tmp_path):
