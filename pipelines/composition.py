@@ -131,7 +131,7 @@ class CompositionMixin(SweepMixin):
         with ExitStack() as stack:
             stack.enter_context(self._scaled_for_call(attention_kwargs.get("scale", 1.0)))
             if others:
-                stack.enter_context(adding_predictions(self._backbone.model, first.weights, others))
+                stack.enter_context(adding_predictions(self._backbone.model, first, others))
             output = plain_call(**self._backbone.call_with_tokens(arguments, first.tokens))
         return _with_noise(output, noise, return_dict)
 

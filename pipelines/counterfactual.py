@@ -156,13 +156,11 @@ class CounterfactualMixin(AbductionMixin):
         texts = [*negative, *texts]
         geometry = conditioner.full_image_geometry(latents[:1]).repeat(len(texts), 1)
         conditions = conditioner.model_kwargs(conditioner.encode_captions(texts), geometry)
-        models = [self._guided_model(conditions, tokens, guidance_scale) for _, tokens in summands]
-        if len(models) == 1:
-            return models[0]
+        models = [self._guided_model(conditions, summand.tokens, guidance_scale) for summand in summands]
 
         def model(x: torch.Tensor, t: float) -> torch.Tensor:
-            predictions = (weights[:, None, None, None] * one(x, t) for one, (weights, _) in zip(models, summands))
-            return torch.stack([*predictions]).sum(dim=0)
+            predictions = [summand.weigh(one(x, t)) for summand, one in zip(summands, models)]
+            return torch.stack(predictions).sum(dim=0)
 
         return model
 

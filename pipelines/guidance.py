@@ -17,18 +17,19 @@ from .conditioning import select_rows
 
 
 @contextmanager
-def adding_predictions(model: ModelMixin, weights: torch.Tensor, others: Sequence[Summand]) -> Iterator[None]:
-    """While it is open, `model` predicts `w e(tokens) + Σ w_i e(tokens_i)`, where it is given `tokens`.
+def adding_predictions(model: ModelMixin, first: Summand, others: Sequence[Summand]) -> Iterator[None]:
+    """While it is open, `model` predicts a sum, where it is given the tokens of the first summand.
 
-    The sum is computed at the prompt, and what it differs by from `e(tokens)` is added to both halves of
+    The sum is computed at the prompt, and what it differs by from the first prediction is added to both halves of
     classifier-free guidance; thus that and guidance by the context add up.
 
     Args:
         model: the UNet or transformer with a context module attached.
-        weights: (B,), `w`.
+        first: the prediction of the call itself.
         others: the other predictions, each of which takes a pass of the model.
     """
     backbone = backbone_of(model)
+    change = first._replace(weights=first.weights - 1)  # of the call's own prediction
     given: list[tuple[tuple, dict[str, Any]]] = []  # the arguments of a call, before tokens enter
     latest: list[tuple[Any, torch.Tensor]] = []  # a sample and its difference
 
@@ -37,21 +38,18 @@ def adding_predictions(model: ModelMixin, weights: torch.Tensor, others: Sequenc
 
     def add_difference(module, args, kwargs, output):
         # under classifier-free guidance, the prompt's rows come second
-        rows, count = slice(-len(weights), None), len(output[0])
+        rows, count = slice(-len(first.weights), None), len(output[0])
         args, kwargs = given.pop()
         sample = next(iter([*args, *kwargs.values()]))
         if latest and sample is latest[0][0]:  # guidance in a second call, without the prompt
             return (output[0] + latest[0][1], *output[1:])
         args, kwargs = (select_rows(value, count, rows) for value in (args, kwargs))
-        predicted = output[0][rows]
-        difference = _per_row(weights - 1, predicted) * predicted
+        difference = change.weigh(output[0][rows])
         for other in others:
             own = args, backbone.with_tokens(kwargs, other.tokens)
-            if not is_compiled_module(
-                module
-            ):  # `forward` leaves out its hook, but not that of a compiled one's original
-                own = backbone.enter_tokens(*own)
-            difference = difference + _per_row(other.weights, predicted) * module.forward(*own[0], **own[1])[0]
+            # `forward` leaves out its hook, but not that of a compiled one's original
+            own_args, own_kwargs = own if is_compiled_module(module) else backbone.enter_tokens(*own)
+            difference = difference + other.weigh(module.forward(*own_args, **own_kwargs)[0])
         difference = torch.cat([difference] * (count // len(difference)))
         latest[:] = [(sample, difference)]
         return (output[0] + difference, *output[1:])
@@ -65,8 +63,3 @@ def adding_predictions(model: ModelMixin, weights: torch.Tensor, others: Sequenc
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _per_row(weights: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Weights (B,), as those of a prediction (B, ...)."""
-    return weights.to(prediction).view(-1, *[1] * (prediction.ndim - 1))

@@ -21,6 +21,10 @@ class Summand(NamedTuple):
     weights: torch.Tensor
     tokens: torch.Tensor
 
+    def weigh(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The prediction (B, ...), times the weight of each row."""
+        return self.weights.to(prediction).view(-1, *[1] * (prediction.ndim - 1)) * prediction
+
 
 def summands_of(module: ContextModule, z: torch.Tensor, mask: torch.Tensor) -> list[Summand]:
     r"""The predictions that `e(c') + \sum_k (e(c'_k) - e(c'))` is made of, that of `c'` first.

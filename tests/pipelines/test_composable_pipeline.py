@@ -47,8 +47,13 @@ def sample(pipeline, prompt=PROMPT, seed=0, **arguments):
     return pipeline(prompt, **(defaults | arguments))
 
 
-OWN_DEFAULTS = {"interventions": None, "exogenous_noise": None, "context_guidance_scale": 1.0, "match_prompt": None}
-OWN_DEFAULTS |= {"add_scores": None}
+OWN_DEFAULTS = {
+    "interventions": None,
+    "exogenous_noise": None,
+    "context_guidance_scale": 1.0,
+    "match_prompt": None,
+    "add_scores": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -441,8 +446,8 @@ def test_context_guidance_keeps_the_other_conditions_of_the_unet(pipeline):
         intervened, observational = module(noise, mask), module(noise, torch.zeros_like(mask))
         plain = predict(torch.cat([intervened] * 2), slice(None))
         contrast = predict(intervened, slice(2, None)) - predict(observational, slice(2, None))
-        others = [Summand(torch.full((2,), -2.0), observational)]
-        with adding_predictions(pipeline.unet, torch.full((2,), 3.0), others):
+        first, other = Summand(torch.full((2,), 3.0), intervened), Summand(torch.full((2,), -2.0), observational)
+        with adding_predictions(pipeline.unet, first, [other]):
             guided = predict(torch.cat([intervened] * 2), slice(None))
     torch.testing.assert_close(guided, plain + 2.0 * contrast.repeat(2, 1, 1, 1))
 

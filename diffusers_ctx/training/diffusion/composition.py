@@ -38,8 +38,7 @@ def composition_losses(
     """
     with torch.no_grad():
         summands = summands_of(module, z, combinations)
-        parts = [weights[:, None, None, None] * predict(tokens).float() for weights, tokens in summands]
-        target = torch.stack(parts).sum(dim=0)
+        target = torch.stack([summand.weigh(predict(summand.tokens).float()) for summand in summands]).sum(dim=0)
     prediction = predict(module(z, combinations)).float()
     return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
 
